@@ -1,0 +1,64 @@
+_base_ = [
+    'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
+    '../_base_/datasets/mini_coco_instance.py',
+    'mmdet::_base_/default_runtime.py',
+]
+
+# A Mask R-CNN that a laptop's CPU trains from scratch in minutes.
+channels = 64
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmkw.KWResNet',
+        depth=18,
+        base_channels=32,
+        cell_num_ratio=1,
+        norm_eval=False,
+    ),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=channels),
+    rpn_head=dict(in_channels=channels, feat_channels=channels, anchor_generator=dict(scales=[4])),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=channels, finest_scale=28),
+        bbox_head=dict(in_channels=channels, fc_out_channels=256, num_classes=10),
+        mask_roi_extractor=dict(out_channels=channels, finest_scale=28),
+        mask_head=dict(
+            num_convs=2, in_channels=channels, conv_out_channels=channels, num_classes=10
+        ),
+    ),
+    train_cfg=dict(
+        rpn_proposal=dict(nms_pre=500, max_per_img=200),
+        rcnn=dict(sampler=dict(num=64)),
+    ),
+    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100)),
+)
+
+max_epochs = 12
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+    clip_grad=dict(max_norm=10),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(
+        type='CosineAnnealingLR',
+        by_epoch=True,
+        begin=0,
+        end=max_epochs,
+        T_max=max_epochs,
+        convert_to_iter_based=True,
+    ),
+]
+
+custom_hooks = [
+    dict(type='mmkw.TemperatureHook', length=2),
+    dict(type='mmkw.IterationSeedHook'),
+]
+default_hooks = dict(
+    logger=dict(interval=25), checkpoint=dict(interval=1, max_keep_ckpts=2, save_last=True)
+)
+randomness = dict(seed=0)

@@ -1,0 +1,1 @@
+"""What joins a KernelWarehouse network to MMEngine's runner."""

@@ -1,0 +1,31 @@
+"""Dynamic layers, their attention and the warehouses that hold their cells."""
+
+from .attention import Attention, set_temperature
+from .dynamic_conv import DYNAMIC_LAYERS, KWConv1d, KWConv2d, KWConv3d, KWLinear, kernel_shape
+from .partition import (
+    KernelShape,
+    LayerShare,
+    PlanError,
+    WarehouseOptions,
+    WarehousePartition,
+    partition_warehouse,
+)
+from .warehouse import WarehouseManager
+
+__all__ = [
+    'DYNAMIC_LAYERS',
+    'Attention',
+    'KWConv1d',
+    'KWConv2d',
+    'KWConv3d',
+    'KWLinear',
+    'KernelShape',
+    'LayerShare',
+    'PlanError',
+    'WarehouseManager',
+    'WarehouseOptions',
+    'WarehousePartition',
+    'kernel_shape',
+    'partition_warehouse',
+    'set_temperature',
+]

@@ -1,0 +1,171 @@
+"""The contrasting-driven attention function (paper, section 3.4) and its temperature."""
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .partition import LayerShare, WarehouseOptions
+
+MIN_WIDTH = 16
+DENOMINATOR_EPS = 1e-3
+
+
+class Attention(nn.Module):
+    """Gives every image the weights with which a layer mixes the cells of its warehouse.
+
+    With ``z`` the logits of a mixture over the ``n`` cells and one zero cell,
+    ``a = z / (sum |z| + 1e-3)`` and ``alpha = (1 - tau) a + tau beta``, where ``beta`` picks the
+    cell assigned by the one-to-one start. ``alpha`` may be negative. With a non-local basis (paper,
+    appendix) the logits of other layers' cells are expanded from a few basis values.
+
+    A batch of one has no batch statistics: one value per channel has no variance. It, and an empty
+    batch, are normalised by the running statistics of a BatchNorm and leave them unchanged. Other
+    batch sizes behave as in ``torch.nn.BatchNorm1d``.
+
+    Args:
+        in_channels: Channels of the layer's input.
+        share: The layer's share in the warehouse.
+        num_cells: Cells of the warehouse.
+        options: Options of the warehouse.
+        norm_cfg: Config of the norm over the hidden units, for ``mmcv.cnn.build_norm_layer``:
+            ``BN1d`` or ``SyncBN`` (no bias in fc1 then), or ``LN``.
+
+    Attributes:
+        temperature: tau, in [0, 1]. 0 unless a schedule sets it; not part of the state dict.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        share: LayerShare,
+        num_cells: int,
+        options: WarehouseOptions,
+        norm_cfg: dict,
+    ) -> None:
+        super().__init__()
+        self.temperature = 0.0
+        self.num_mixtures = share.num_mixtures
+        self.num_cells = num_cells
+        self.start = share.start
+        self.local_cells = num_cells
+
+        width = max(int(in_channels * options.reduction), MIN_WIDTH)
+        _, norm = build_norm_layer(norm_cfg, width)
+        self.fc1 = nn.Linear(in_channels, width, bias=not isinstance(norm, _BatchNorm))
+        self.norm1 = norm
+        self.relu = nn.ReLU(inplace=True)
+        # A warehouse of one layer has no cells beyond the layer's own, hence no basis.
+        nonlocal_cells = num_cells - int(options.cell_num_ratio * share.num_mixtures)
+        if options.nonlocal_basis_ratio < 1 and nonlocal_cells > 0:
+            self.local_cells = num_cells - nonlocal_cells
+            basis = max(int(nonlocal_cells * options.nonlocal_basis_ratio), MIN_WIDTH)
+            self.fc2 = nn.Linear(
+                width, self.num_mixtures * (self.local_cells + basis + 1), bias=False
+            )
+            self.fc3 = nn.Linear(basis, nonlocal_cells, bias=False)
+            self.basis_bias = nn.Parameter(torch.empty(self.num_mixtures * (num_cells + 1)))
+        else:
+            self.fc2 = nn.Linear(width, self.num_mixtures * (num_cells + 1))
+
+        # Follows from the plan, hence not saved; the zero cell is the last.
+        assigned = [num_cells if cell is None else cell for cell in share.assigned]
+        self.register_buffer('assigned_cells', torch.tensor(assigned), persistent=False)
+        self.reset_parameters()
+
+    @property
+    def has_nonlocal_basis(self) -> bool:
+        """Whether the logits of other layers' cells come from a basis."""
+        return self.local_cells < self.num_cells
+
+    def reset_parameters(self) -> None:
+        """Kaiming normal (fan_out, relu) for the linear layers, zero for biases."""
+        for module in self.children():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.has_nonlocal_basis:
+            nn.init.zeros_(self.basis_bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Computes the attentions, in the parameters' precision also under autocast.
+
+        Args:
+            pooled: Tensor[batch, in_channels], the average of the layer's input over space.
+
+        Returns:
+            Tensor[batch, mixtures, cells], the zero cell dropped.
+        """
+        with torch.autocast(pooled.device.type, enabled=False):
+            hidden = self.relu(self._norm(self.fc1(pooled.to(self.fc1.weight.dtype))))
+            logits = self._logits(hidden)
+            alpha = logits / (logits.abs().sum(-1, keepdim=True) + DENOMINATOR_EPS)
+            if self.temperature > 0:
+                # lerp is exact at both ends and keeps every parameter in the graph at tau = 1,
+                # which DistributedDataParallel needs.
+                beta = F.one_hot(self.assigned_cells, self.num_cells + 1).to(alpha)
+                alpha = torch.lerp(alpha, beta.expand_as(alpha), self.temperature)
+            return alpha[..., :-1]
+
+    def _norm(self, hidden: Tensor) -> Tensor:
+        norm = self.norm1
+        alone = hidden.shape[0] <= 1 and not _joins_processes(norm)
+        if isinstance(norm, _BatchNorm) and norm.training and alone:
+            return F.batch_norm(
+                hidden,
+                norm.running_mean,
+                norm.running_var,
+                norm.weight,
+                norm.bias,
+                eps=norm.eps,
+            )
+        return norm(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Tensor[batch, mixtures, cells + 1]."""
+        z = self.fc2(hidden).unflatten(1, (self.num_mixtures, -1))
+        if not self.has_nonlocal_basis:
+            return z
+        local, basis, zero = z.split([self.local_cells, z.shape[-1] - self.local_cells - 1, 1], -1)
+        others = self.fc3(basis)
+        logits = torch.cat([others[..., : self.start], local, others[..., self.start :], zero], -1)
+        return logits + self.basis_bias.view(self.num_mixtures, -1)
+
+    def extra_repr(self) -> str:
+        """Mixtures and cells."""
+        return f'mixtures={self.num_mixtures}, cells={self.num_cells}'
+
+
+def _joins_processes(norm: nn.Module) -> bool:
+    """Whether the norm takes its statistics over the batches of several processes."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (
+        isinstance(norm, nn.SyncBatchNorm)
+        and distributed
+        and torch.distributed.get_world_size(norm.process_group) > 1
+    )
+
+
+def set_temperature(model: nn.Module, tau: float) -> None:
+    """Sets the temperature of every dynamic layer of a model.
+
+    Args:
+        model: Any model with KernelWarehouse layers, wrapped (DDP) or not.
+        tau: Temperature in [0, 1]: 1 gives every mixture the one cell assigned to it, 0 leaves
+            the mixture to the attention.
+
+    Raises:
+        ValueError: If ``tau`` is out of range or the model has no dynamic layer.
+    """
+    if not 0 <= tau <= 1:
+        raise ValueError(f'tau must be in [0, 1], got {tau!r}.')
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    if not attentions:
+        raise ValueError(
+            f'{type(model).__name__} has no KernelWarehouse layer whose temperature could be set. '
+            "Use a backbone such as 'mmkw.KWResNet', or drop the temperature."
+        )
+    for attention in attentions:
+        attention.temperature = float(tau)

@@ -1,0 +1,39 @@
+"""Stochastic depth for residual blocks that were written without it."""
+
+from collections.abc import Sequence
+
+import torch
+from mmcv.cnn.bricks import DropPath
+from torch import Tensor, nn
+
+
+class BranchDropPath(DropPath):
+    """mmcv's DropPath as a forward hook of the module that ends a residual branch."""
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        """Drops the branch of whole images while training."""
+        return self.forward(output)
+
+
+def add_drop_path(blocks: Sequence[nn.Module], rate: float) -> None:
+    """Drops the residual branches of blocks, from rate 0 at the first to ``rate`` at the last.
+
+    Args:
+        blocks: Residual blocks in the style of mmdet's and mmseg's ResNet: ``norm2`` or ``norm3``
+            ends the branch, or the last ``after_conv3`` plugin.
+        rate: Probability for the last block, in [0, 1).
+
+    Raises:
+        ValueError: If ``rate`` is out of range.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f'drop_path_rate must be in [0, 1), got {rate!r}.')
+    if rate == 0:
+        return
+    for block, probability in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist()):
+        plugins = getattr(block, 'after_conv3_plugin_names', None)
+        norm = 'norm3' if hasattr(block, 'norm3') else 'norm2'
+        branch_end = getattr(block, plugins[-1] if plugins else norm)
+        # A submodule of the block, so that train() and eval() reach it.
+        block.drop_path = BranchDropPath(probability)
+        branch_end.register_forward_hook(block.drop_path)

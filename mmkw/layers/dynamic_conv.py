@@ -1,0 +1,258 @@
+"""Convolutional and linear layers whose kernel is mixed from a warehouse for every image."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import mix_cells, sample_conv, sample_linear
+from ..registry import MODELS
+from .attention import Attention
+from .partition import KernelShape, WarehouseOptions, partition_warehouse
+from .warehouse import WarehouseManager
+
+DEFAULT_NORM_CFG = dict(type='BN1d')
+
+_OPTIONS_DOC = """
+    The layer owns its warehouse, ``warehouse_manager.weights[0]`` of shape ``(cells, cell_out,
+    cell_in, *cell_kernel)``; ``mmkw.sharing.convert`` makes layers that share one.
+
+    Args:
+        *args: The arguments of ``torch.nn.{namesake}``, in its order.
+        attention_norm_cfg: Norm of the attention, for ``mmcv.cnn.build_norm_layer``: ``BN1d``,
+            ``SyncBN`` or ``LN``. Default: ``dict(type='BN1d')``.
+        **kwargs: The arguments of ``torch.nn.{namesake}`` and the warehouse options
+            ``cell_num_ratio``, ``cell_inplane_ratio``, ``cell_outplane_ratio``, ``reduction``,
+            ``nonlocal_basis_ratio`` and ``spatial_partition`` of
+            :class:`~mmkw.layers.partition.WarehouseOptions`.
+
+    Raises:
+        PlanError: If a warehouse option is out of range or the budget does not come out.
+
+    Shape:
+        {shape}
+"""
+
+
+class DynamicLayer(nn.Module):
+    """A layer whose kernel is a mixture of kernel cells, one mixture per image.
+
+    What the dynamic layers have in common: built from a static layer, whose every setting they
+    keep, and a place in a warehouse. The warehouse is reached through a tuple: ``nn.Module`` does
+    not register what is in it, so a shared warehouse stays owned by its network alone, while
+    copying and pickling a network keep the reference intact.
+    """
+
+    static_class: type[nn.Module]
+
+    def __init__(
+        self, *args: Any, attention_norm_cfg: dict = DEFAULT_NORM_CFG, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        names = WarehouseOptions.__dataclass_fields__
+        options = WarehouseOptions(**{k: kwargs.pop(k) for k in list(kwargs) if k in names})
+        device, dtype = kwargs.pop('device', None), kwargs.pop('dtype', None)
+        # torch.nn checks and normalises the arguments; on the meta device that costs no memory.
+        static = self.static_class(*args, **kwargs, device='meta')
+        partition = partition_warehouse('its own', [kernel_shape('layer', static)], options)
+        self.warehouse_manager = WarehouseManager([partition])
+        self._setup(static, self.warehouse_manager, 0, 0, attention_norm_cfg)
+        if static.bias is not None:
+            bound = 1 / math.sqrt(static.weight[0].numel())
+            self.bias = nn.Parameter(torch.empty(static.bias.shape).uniform_(-bound, bound))
+        self.to(device=device, dtype=dtype)
+
+    @classmethod
+    def from_static(
+        cls,
+        static: nn.Module,
+        manager: WarehouseManager,
+        warehouse: int,
+        position: int,
+        attention_norm_cfg: dict = DEFAULT_NORM_CFG,
+    ) -> 'DynamicLayer':
+        """Makes the dynamic twin of a static layer, with a kernel from a shared warehouse.
+
+        The bias, the device, the dtype, the mode and whether the layer is frozen are the static
+        layer's; its kernel is not used.
+
+        Args:
+            static: A layer of ``static_class``.
+            manager: The network's warehouses.
+            warehouse: Index of the layer's warehouse.
+            position: Index of the layer among the layers of the warehouse.
+            attention_norm_cfg: Norm of the attention.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._setup(static, manager, warehouse, position, attention_norm_cfg)
+        layer.to(static.weight)
+        layer.bias = static.bias
+        layer.attention.requires_grad_(static.weight.requires_grad)
+        return layer.train(static.training)
+
+    def _setup(
+        self,
+        static: nn.Module,
+        manager: WarehouseManager,
+        warehouse: int,
+        position: int,
+        attention_norm_cfg: dict,
+    ) -> None:
+        self._take_settings(static)
+        self._warehouses = (manager,)
+        self._warehouse_index = warehouse
+        partition = manager.partitions[warehouse]
+        share = partition.layers[position]
+        self._grid = share.grid
+        in_channels = share.kernel.in_channels * getattr(static, 'groups', 1)
+        self.attention = Attention(
+            in_channels, share, partition.num_cells, partition.options, attention_norm_cfg
+        )
+        self.register_parameter('bias', None)
+
+    def _take_settings(self, static: nn.Module) -> None:
+        raise NotImplementedError
+
+    @property
+    def cells(self) -> Tensor:
+        """The cells of the layer's warehouse: Tensor[cells, cell_out, cell_in, *cell_kernel]."""
+        return self._warehouses[0].weights[self._warehouse_index]
+
+    def mix_kernels(self, pooled: Tensor) -> Tensor:
+        """Mixes the kernel of every image.
+
+        Args:
+            pooled: Tensor[batch, in_channels], the average of the input over space.
+
+        Returns:
+            Tensor[batch, out_channels, in_channels / groups, *kernel_size].
+        """
+        return mix_cells(self.attention(pooled), self.cells, self._grid)
+
+
+class _KWConvNd(DynamicLayer):
+    # What mmcv's ConvModule reads of a convolution beside torch.nn's own attributes.
+    transposed = False
+
+    def _take_settings(self, static: nn.Module) -> None:
+        self.in_channels = static.in_channels
+        self.out_channels = static.out_channels
+        self.kernel_size = static.kernel_size
+        self.stride = static.stride
+        self.padding = static.padding
+        self.output_padding = static.output_padding
+        self.dilation = static.dilation
+        self.groups = static.groups
+        self.padding_mode = static.padding_mode
+        self._explicit_padding = static._reversed_padding_repeated_twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor[batch, in_channels, *size] or Tensor[in_channels, *size] to the same with out."""
+        dims = len(self.kernel_size)
+        if x.dim() == dims + 1:
+            return self(x.unsqueeze(0)).squeeze(0)
+        if x.dim() != dims + 2 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f'{type(self).__name__} expects an input of shape (batch, {self.in_channels}, '
+                f'{dims} spatial sizes) or the same without batch, got {tuple(x.shape)}.'
+            )
+        pooled = x.mean(tuple(range(2, x.dim())), dtype=_pooling_dtype(x))
+        kernels = self.mix_kernels(pooled)
+        padding = self.padding
+        if self.padding_mode != 'zeros':
+            x = F.pad(x, self._explicit_padding, mode=self.padding_mode)
+            padding = (0,) * dims
+        return sample_conv(x, kernels, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        """As torch.nn's."""
+        return (
+            f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '
+            f'stride={self.stride}, padding={self.padding}, dilation={self.dilation}, '
+            f'groups={self.groups}, bias={self.bias is not None}, '
+            f'padding_mode={self.padding_mode!r}'
+        )
+
+
+@MODELS.register_module()
+class KWConv1d(_KWConvNd):
+    """KernelWarehouse twin of ``torch.nn.Conv1d``."""
+
+    static_class = nn.Conv1d
+
+
+@MODELS.register_module()
+class KWConv2d(_KWConvNd):
+    """KernelWarehouse twin of ``torch.nn.Conv2d``; as ``conv_cfg`` also in mmcv's modules."""
+
+    static_class = nn.Conv2d
+
+
+@MODELS.register_module()
+class KWConv3d(_KWConvNd):
+    """KernelWarehouse twin of ``torch.nn.Conv3d``."""
+
+    static_class = nn.Conv3d
+
+
+@MODELS.register_module()
+class KWLinear(DynamicLayer):
+    """KernelWarehouse twin of ``torch.nn.Linear``.
+
+    The first dimension counts the images; the attention averages over those between it and the
+    features. A single vector is one image.
+    """
+
+    static_class = nn.Linear
+
+    def _take_settings(self, static: nn.Module) -> None:
+        self.in_features = static.in_features
+        self.out_features = static.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor[batch, ..., in_features] or Tensor[in_features] to the same with out_features."""
+        if x.dim() == 1:
+            return self(x.unsqueeze(0)).squeeze(0)
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f'KWLinear expects an input of shape (batch, ..., {self.in_features}), '
+                f'got {tuple(x.shape)}.'
+            )
+        pooled = x
+        if x.dim() > 2:
+            pooled = x.mean(tuple(range(1, x.dim() - 1)), dtype=_pooling_dtype(x))
+        # Cells are stored as those of a convolution of size one.
+        return sample_linear(x, self.mix_kernels(pooled).squeeze(-1), self.bias)
+
+    def extra_repr(self) -> str:
+        """As torch.nn's."""
+        return (
+            f'in_features={self.in_features}, out_features={self.out_features}, '
+            f'bias={self.bias is not None}'
+        )
+
+
+_CONV_SHAPE = 'Tensor[batch, in_channels, *size] to Tensor[batch, out_channels, *output_size].'
+_LINEAR_SHAPE = 'Tensor[batch, ..., in_features] to Tensor[batch, ..., out_features].'
+for _layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear):
+    _layer.__doc__ += _OPTIONS_DOC.format(
+        namesake=_layer.static_class.__name__,
+        shape=_LINEAR_SHAPE if _layer is KWLinear else _CONV_SHAPE,
+    )
+
+# The dynamic twin of every static layer that has one.
+DYNAMIC_LAYERS = {layer.static_class: layer for layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear)}
+
+
+def kernel_shape(name: str, static: nn.Module) -> KernelShape:
+    """Reads the shape of a static layer's kernel; a linear map is a convolution of size one."""
+    out_channels, in_channels, *kernel_size = static.weight.shape
+    return KernelShape(name, out_channels, in_channels, tuple(kernel_size) or (1,))
+
+
+def _pooling_dtype(x: Tensor) -> torch.dtype:
+    """At least float32: a half-precision average over a large map loses the small values."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,48 @@
+"""The parameters that layers share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .partition import WarehousePartition
+
+
+class WarehouseManager(nn.Module):
+    """Owns the kernel cells of all warehouses of a network (paper, section 3.3).
+
+    It is a submodule of the network it serves, the only one that registers the cells: its layers
+    refer to it without registering it again, so that every cell is optimised, saved, moved and
+    reduced over processes once.
+
+    Args:
+        partitions: The warehouses, in the order of their index.
+
+    Attributes:
+        partitions: The same, as a tuple.
+        weights: ParameterList of Tensor[cells, cell_out, cell_in, *cell_kernel].
+    """
+
+    def __init__(self, partitions: Sequence[WarehousePartition]) -> None:
+        super().__init__()
+        self.partitions = tuple(partitions)
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(partition.num_cells, *partition.cell_shape))
+            for partition in self.partitions
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Starts the cells as the kernels of their layers would: kaiming normal, per layer."""
+        for partition, weight in zip(self.partitions, self.weights):
+            for share in partition.layers:
+                own = weight.detach()[share.start : share.start + share.own_cells]
+                if own.numel():
+                    nn.init.kaiming_normal_(own.flatten(0, 1), mode='fan_out', nonlinearity='relu')
+
+    def extra_repr(self) -> str:
+        """One line a warehouse: name, cells, layers."""
+        return '\n'.join(
+            f'{p.name}: {p.num_cells} cells {p.cell_shape}, {len(p.layers)} layers'
+            for p in self.partitions
+        )

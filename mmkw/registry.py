@@ -1,0 +1,14 @@
+"""Registries of mmkw: children of MMEngine's, with scope ``mmkw``.
+
+MMEngine imports ``<scope>.registry`` when it meets a type such as ``mmkw.KWResNet``, and the
+``locations`` below on the first look-up; a config needs neither ``custom_imports`` nor an import.
+"""
+
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import Registry
+
+MODELS = Registry(
+    'model', parent=MMENGINE_MODELS, scope='mmkw', locations=['mmkw.layers', 'mmkw.backbones']
+)
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmkw', locations=['mmkw.engine.hooks'])

@@ -1,0 +1,7 @@
+"""Sharing plans, the paper's rules for them, and the conversion of static networks."""
+
+from .convert import convert
+from .plan import SharingPlan
+from .rules import resnet_rule
+
+__all__ = ['SharingPlan', 'convert', 'resnet_rule']

@@ -1,0 +1,77 @@
+"""Turns a built static network into a KernelWarehouse network, in place, by a plan."""
+
+from torch import nn
+
+from ..layers import DYNAMIC_LAYERS, PlanError, WarehouseManager, kernel_shape
+from ..layers.dynamic_conv import DEFAULT_NORM_CFG
+from .plan import SharingPlan
+
+
+def convert(
+    network: nn.Module, plan: SharingPlan, attention_norm_cfg: dict = DEFAULT_NORM_CFG
+) -> nn.Module:
+    """Replaces the planned layers of a network by dynamic ones with shared warehouses.
+
+    The network gains a submodule ``warehouse_manager``; every other name stays. Layers that do not
+    require gradients (a frozen stage) give frozen attentions; a warehouse is frozen only if all its
+    layers are. The static kernels are dropped, the biases kept. Checked before anything changes.
+
+    Args:
+        network: The static network. Its planned layers must be plain ``torch.nn`` convolutions or
+            linear layers, with their own weight.
+        plan: Which layer belongs to which warehouse.
+        attention_norm_cfg: Norm of the attentions, for ``mmcv.cnn.build_norm_layer``.
+
+    Returns:
+        The same network.
+
+    Raises:
+        PlanError: If a planned layer is missing or cannot be dynamic, if two names are one layer,
+            or if the cells of a warehouse do not come out.
+    """
+    if hasattr(network, 'warehouse_manager'):
+        raise PlanError(f'{type(network).__name__} has a warehouse_manager: it is converted.')
+    static_layers = _find_layers(network, plan)
+    partitions = plan.partition(
+        {name: kernel_shape(name, layer) for name, layer in static_layers.items()}
+    )
+
+    manager = WarehouseManager(partitions)
+    twins: dict[nn.Module, nn.Module] = {}
+    for index, partition in enumerate(partitions):
+        layers = [static_layers[share.kernel.layer] for share in partition.layers]
+        weight = manager.weights[index]
+        weight.data = weight.data.to(layers[0].weight)
+        weight.requires_grad_(any(layer.weight.requires_grad for layer in layers))
+        for position, layer in enumerate(layers):
+            twins[layer] = DYNAMIC_LAYERS[type(layer)].from_static(
+                layer, manager, index, position, attention_norm_cfg
+            )
+    # By identity, not by name: a layer that a head uses at several places stays one layer.
+    for parent in list(network.modules()):
+        for name, child in parent._modules.items():
+            if child in twins:
+                parent._modules[name] = twins[child]
+    network.warehouse_manager = manager
+    return network
+
+
+def _find_layers(network: nn.Module, plan: SharingPlan) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    name_of: dict[nn.Module, str] = {}
+    for name, warehouse in plan.layers:
+        where = f'Warehouse {warehouse!r}, layer {name!r}'
+        try:
+            layer = network.get_submodule(name)
+        except AttributeError:
+            raise PlanError(f'{where}: {type(network).__name__} has no such layer.') from None
+        if type(layer) not in DYNAMIC_LAYERS or layer._parameters.get('weight') is None:
+            kinds = ', '.join(static.__name__ for static in DYNAMIC_LAYERS)
+            raise PlanError(
+                f'{where} is a {type(layer).__name__}, which has no dynamic twin. Only plain '
+                f'{kinds} layers can be planned; leave this one static.'
+            )
+        if layer in name_of:
+            raise PlanError(f'{where} is the same module as layer {name_of[layer]!r}.')
+        found[name], name_of[layer] = layer, name
+    return found

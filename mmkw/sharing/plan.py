@@ -1,0 +1,99 @@
+"""Which layer belongs to which warehouse: plain data, in order (paper, section 3.3)."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..layers.partition import (
+    KernelShape,
+    PlanError,
+    WarehouseOptions,
+    WarehousePartition,
+    partition_warehouse,
+)
+
+
+@dataclass(frozen=True)
+class SharingPlan:
+    """The layers of a network that become dynamic, and the warehouse of each.
+
+    Args:
+        layers: Pairs of layer name and warehouse name, in module order. Warehouses are numbered in
+            the order in which they are first named here.
+        options: For every warehouse its options.
+
+    Raises:
+        PlanError: If a layer is named twice or the plan is empty.
+    """
+
+    layers: tuple[tuple[str, str], ...]
+    options: Mapping[str, WarehouseOptions]
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise PlanError('The plan names no layer. Check the rule against the network.')
+        twice = [name for name, count in Counter(n for n, _ in self.layers).items() if count > 1]
+        if twice:
+            places = ', '.join(f'{n} in {w!r}' for n, w in self.layers if n in twice)
+            raise PlanError(f'The plan names layers more than once: {places}.')
+
+    @classmethod
+    def make(cls, layers: Iterable[tuple[str, str]], **options: Any) -> 'SharingPlan':
+        """Makes a plan from pairs of names and options.
+
+        Args:
+            layers: Pairs of layer name and warehouse name, in module order.
+            **options: The fields of :class:`~mmkw.layers.WarehouseOptions`, each one value or a
+                sequence with one value per warehouse.
+
+        Raises:
+            PlanError: If a sequence has another length than there are warehouses, or a value is
+                out of range.
+        """
+        layers = tuple(layers)
+        names = list(dict.fromkeys(warehouse for _, warehouse in layers))
+        known = [field.name for field in fields(WarehouseOptions)]
+        for option, value in options.items():
+            if option not in known:
+                raise PlanError(f'Unknown warehouse option {option!r}. Options: {known}.')
+            if _is_sequence(value) and len(value) != len(names):
+                raise PlanError(
+                    f'{option} has {len(value)} values {list(value)} for {len(names)} warehouses '
+                    f'{names}. Give one value, or one per warehouse.'
+                )
+        return cls(
+            layers,
+            {
+                name: WarehouseOptions(
+                    **{k: v[i] if _is_sequence(v) else v for k, v in options.items()}
+                )
+                for i, name in enumerate(names)
+            },
+        )
+
+    @property
+    def warehouses(self) -> dict[str, list[str]]:
+        """The layers of every warehouse, both in order."""
+        members: dict[str, list[str]] = {}
+        for layer, warehouse in self.layers:
+            members.setdefault(warehouse, []).append(layer)
+        return members
+
+    def partition(self, kernels: Mapping[str, KernelShape]) -> list[WarehousePartition]:
+        """Cuts the kernels of the planned layers.
+
+        Args:
+            kernels: The kernel of every planned layer.
+
+        Raises:
+            PlanError: If the cells of a warehouse do not come out.
+        """
+        return [
+            partition_warehouse(name, [kernels[layer] for layer in layers], self.options[name])
+            for name, layers in self.warehouses.items()
+        ]
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
