@@ -58,7 +58,7 @@ def sample_conv(
             batch * groups,
         )
         y = y.view(batch, out_channels, *y.shape[2:])
-    return y if bias is None else y + bias.view(-1, *[1] * len(size))
+    return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(size))
 
 
 def sample_linear(x: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,7 +74,7 @@ def sample_linear(x: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Ten
     """
     tokens = x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
     y = torch.bmm(tokens, kernels.transpose(1, 2)).view(*x.shape[:-1], kernels.shape[1])
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _is_pointwise(kernels: Tensor, padding: Sequence[int] | str) -> bool:

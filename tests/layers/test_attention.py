@@ -1,0 +1,92 @@
+"""Statistics of a batch of one, precision, temperature."""
+
+import copy
+
+import pytest
+import torch
+
+from mmkw.layers import KWConv2d, KWLinear, set_temperature
+
+
+def test_batch_of_one_trains_on_the_running_statistics():
+    layer = KWConv2d(4, 8, 3)
+    layer.attention.norm1.running_mean.normal_()
+    layer.attention.norm1.running_var.uniform_(0.5, 2)
+    before = copy.deepcopy(layer.attention.norm1.state_dict())
+    x = torch.randn(1, 4, 5, 5)
+
+    trained = layer.train()(x)
+    trained.square().mean().backward()
+    torch.testing.assert_close(trained, layer.eval()(x))
+    for name, value in layer.attention.norm1.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    gradients = [p.grad for p in layer.parameters()]
+    assert all(g is not None and g.abs().sum() > 0 for g in gradients)
+
+
+def test_larger_batches_use_and_update_batch_statistics():
+    layer = KWConv2d(4, 8, 3).train()
+    layer(torch.randn(4, 4, 5, 5) + 3)
+    assert layer.attention.norm1.num_batches_tracked == 1
+    assert layer.attention.norm1.running_mean.abs().max() > 0
+
+
+def test_empty_batch_gives_empty_output_and_zero_gradients():
+    layer = KWConv2d(4, 8, 3, padding=1).train()
+    y = layer(torch.randn(0, 4, 5, 5))
+    assert y.shape == (0, 8, 5, 5)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in layer.parameters())
+    linear = KWLinear(4, 6).train()
+    assert linear(torch.randn(0, 3, 4)).shape == (0, 3, 6)
+
+
+def test_attention_is_float32_under_autocast():
+    layer = KWConv2d(64, 64, 3, cell_num_ratio=2).eval()
+    x = torch.randn(2, 64, 8, 8).bfloat16()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        alpha = layer.attention(x.mean((2, 3), dtype=torch.float32))
+        y = layer(x)
+    assert alpha.dtype == torch.float32
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(alpha, layer.attention(x.float().mean((2, 3))))
+    torch.testing.assert_close(y.float(), layer(x.float()), atol=0.03, rtol=0.03)
+
+
+def test_autocast_training_step():
+    layer = KWConv2d(8, 8, 3)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        loss = layer(torch.randn(2, 8, 6, 6)).float().square().mean()
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_layer_in_half_precision():
+    layer = KWConv2d(8, 8, 3).bfloat16().eval()
+    assert layer(torch.randn(2, 8, 6, 6).bfloat16()).dtype == torch.bfloat16
+
+
+def test_attention_may_be_negative_and_sums_to_less_than_one():
+    layer = KWConv2d(16, 16, 3, cell_num_ratio=2).eval()
+    alpha = layer.attention(torch.randn(8, 16))
+    assert (alpha < 0).any()
+    # The zero cell and the constant of the denominator take the rest.
+    assert (alpha.abs().sum(-1) < 1).all()
+
+
+def test_all_attentions_keep_gradients_at_temperature_one():
+    layer = KWConv2d(4, 4, 1)
+    set_temperature(layer, 1)
+    layer(torch.randn(2, 4, 3, 3)).sum().backward()
+    assert all(p.grad is not None for p in layer.attention.parameters())
+
+
+@pytest.mark.parametrize('tau', [-0.1, 1.1])
+def test_set_temperature_refuses_values_out_of_range(tau):
+    with pytest.raises(ValueError, match=rf'tau must be in \[0, 1\], got {tau}'):
+        set_temperature(KWConv2d(4, 4, 1), tau)
+
+
+def test_set_temperature_refuses_a_static_model():
+    with pytest.raises(ValueError, match='Linear has no KernelWarehouse layer'):
+        set_temperature(torch.nn.Linear(2, 2), 0.5)
