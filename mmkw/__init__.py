@@ -4,6 +4,7 @@ from .requirements import check_versions
 
 check_versions()
 
+from . import checkpoints as _checkpoints  # noqa: E402, F401  (installs the safe loader)
 from .layers import (  # noqa: E402
     KWConv1d,
     KWConv2d,

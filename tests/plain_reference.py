@@ -104,9 +104,7 @@ def convolve(image, kernel, bias, stride, padding, dilation, groups, mode='zeros
         for place in itertools.product(*(range(s) for s in size)):
             value = 0.0 if bias is None else bias[out]
             for offset in itertools.product(*(range(k) for k in kernel_size)):
-                at = tuple(
-                    p * s + o * d for p, s, o, d in zip(place, stride, offset, dilation)
-                )
+                at = tuple(p * s + o * d for p, s, o, d in zip(place, stride, offset, dilation))
                 for channel in range(group_in):
                     value += image[(first + channel, *at)] * kernel[(out, channel, *offset)]
             result[(out, *place)] = value

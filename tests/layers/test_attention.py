@@ -58,7 +58,9 @@ def test_autocast_training_step():
     with torch.autocast('cpu', dtype=torch.bfloat16):
         loss = layer(torch.randn(2, 8, 6, 6)).float().square().mean()
     loss.backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+    assert all(
+        p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters()
+    )
 
 
 def test_layer_in_half_precision():

@@ -26,7 +26,12 @@ CONVS = [
         (6, 5),
     ),
     (KWConv2d, dict(in_channels=6, out_channels=6, kernel_size=3, groups=6), {}, (5, 5)),
-    (KWConv2d, dict(in_channels=4, out_channels=8, kernel_size=3, groups=2, bias=False), {}, (5, 5)),
+    (
+        KWConv2d,
+        dict(in_channels=4, out_channels=8, kernel_size=3, groups=2, bias=False),
+        {},
+        (5, 5),
+    ),
     (KWConv2d, dict(in_channels=4, out_channels=8, kernel_size=1, groups=2), {}, (3, 3)),
     (
         KWConv2d,

@@ -1,0 +1,87 @@
+"""Loads checkpoint files safely, MMEngine's own included.
+
+From torch 2.6 on ``torch.load`` runs no code from a file unless told to. MMEngine's files hold
+its ``HistoryBuffer`` beside the tensors and cannot be resumed that way. The loader here allows just
+what those files hold, and takes the place of MMEngine's for local files when mmkw is imported.
+"""
+
+import os.path as osp
+import pickle
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
+from mmengine.utils import digit_version
+
+
+class UnsafeCheckpointError(RuntimeError):
+    """A checkpoint that holds pickled objects beyond tensors and MMEngine's records."""
+
+
+def _statistics_method(owner: type, name: str) -> Any:
+    """Stands in for ``getattr``, by which pickle names the statistics of a HistoryBuffer."""
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
+        raise pickle.UnpicklingError(f'getattr({owner!r}, {name!r}) is not allowed.')
+    return getattr(owner, name)
+
+
+def _allowed_globals() -> list:
+    # The modules were renamed in NumPy 2; files written under either name are read under both.
+    multiarray = np.zeros(0).__reduce__()[0].__module__
+    renamed = {multiarray, 'numpy.core.multiarray', 'numpy._core.multiarray'}
+    reconstruct, scalar = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
+    dtypes = {type(np.dtype(kind)) for kind in ('?bhilqBHILQefd' + 'U')}
+    return [
+        HistoryBuffer,
+        (_statistics_method, 'builtins.getattr'),
+        np.ndarray,
+        np.dtype,
+        *dtypes,
+        *((reconstruct, f'{module}._reconstruct') for module in renamed),
+        *((scalar, f'{module}.scalar') for module in renamed),
+    ]
+
+
+def load_from_local(filename: str, map_location: Any = None) -> dict:
+    """Loads a local checkpoint without running code from it.
+
+    Args:
+        filename: Path; ``~`` is expanded.
+        map_location: As in ``torch.load``.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UnsafeCheckpointError: If the file holds pickled objects other than tensors, plain
+            containers, NumPy arrays and MMEngine's ``HistoryBuffer``.
+    """
+    path = osp.expanduser(filename)
+    if not osp.isfile(path):
+        raise FileNotFoundError(f'Checkpoint {filename} does not exist.')
+    with torch.serialization.safe_globals(_allowed_globals()):
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UnsafeCheckpointError(
+                f'Checkpoint {filename} holds {_foreign_globals(path)}, which could run code when '
+                'loaded, and was refused. If you trust its source, keep its weights only: '
+                "torch.save(dict(state_dict=torch.load(FILE, weights_only=False)['state_dict']), "
+                'NEW_FILE), then use NEW_FILE.'
+            ) from error
+
+
+def _foreign_globals(path: str) -> str:
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except ValueError:  # a file of torch < 1.6 does not say
+        names = []
+    return f'pickled objects ({", ".join(sorted(names)) or "of unknown type"})'
+
+
+# Before torch 2.6 MMEngine's own loader reads its files, and torch has no list of allowed globals.
+if digit_version(torch.__version__) >= digit_version('2.6.0'):
+    CheckpointLoader.register_scheme('', loader=load_from_local, force=True)

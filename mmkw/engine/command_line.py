@@ -1,0 +1,73 @@
+"""What ``tools/train.py`` and ``tools/test.py`` have in common."""
+
+import argparse
+import os
+import os.path as osp
+
+import torch.distributed
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that training and testing share."""
+    parser.add_argument('config', help='config file, of MMDetection or MMSegmentation')
+    parser.add_argument('--work-dir', help='folder for logs and results')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        help='overrides of the config as key=value; lists as key="[a,b]" or key=a,b',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='job launcher',
+    )
+    # Written by torch.distributed.launch.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def check_checkpoint(parser: argparse.ArgumentParser, path: str) -> None:
+    """Stops with a usage error if a local checkpoint does not exist."""
+    if '://' not in path and not osp.isfile(osp.expanduser(path)):
+        parser.error(f'checkpoint {path} does not exist')
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Reads the config of a command line, with its overrides.
+
+    The work folder is the option's, else the config's, else ``work_dirs/`` and the config's name.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    config = Config.fromfile(args.config)
+    config.merge_from_dict(args.cfg_options)
+    config.launcher = args.launcher
+    name = osp.splitext(osp.basename(args.config))[0]
+    config.work_dir = args.work_dir or config.get('work_dir') or osp.join('work_dirs', name)
+    return config
+
+
+def build_runner(config: Config) -> Runner:
+    """Builds the runner of a config, also for several processes without an accelerator.
+
+    MMEngine starts processes on CUDA devices and gives DistributedDataParallel a device for each.
+    On the CPU processes meet over gloo, and there is no device to give.
+    """
+    if config.launcher == 'pytorch' and get_device() == 'cpu':
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group('gloo')
+        config.setdefault(
+            'model_wrapper_cfg',
+            dict(
+                type='MMDistributedDataParallel',
+                broadcast_buffers=False,
+                find_unused_parameters=config.get('find_unused_parameters', False),
+            ),
+        )
+        config.model_wrapper_cfg.device_ids = None
+    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)

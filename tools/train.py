@@ -1,0 +1,54 @@
+"""Trains a detector or segmentor: ``python tools/train.py CONFIG [options]``."""
+
+import argparse
+
+from mmengine.device import get_device
+
+from mmkw.engine.command_line import (
+    add_common_arguments,
+    build_runner,
+    check_checkpoint,
+    load_config,
+)
+
+
+def main() -> None:
+    """Reads the command line and trains."""
+    parser = argparse.ArgumentParser(description='Train a detector or segmentor')
+    add_common_arguments(parser)
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size'
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='auto|PATH',
+        help='resume from a checkpoint; without a path from the latest in the work folder',
+    )
+    args = parser.parse_args()
+    if args.amp and get_device() == 'cpu':
+        parser.error('--amp needs an accelerator, and none was found; train without it')
+    if args.resume not in (None, 'auto'):
+        check_checkpoint(parser, args.resume)
+
+    config = load_config(args)
+    if args.amp:
+        config.optim_wrapper.type = 'AmpOptimWrapper'
+        config.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in config.get('auto_scale_lr', {}):
+            parser.error(
+                '--auto-scale-lr needs auto_scale_lr.base_batch_size in the config, '
+                f'which {args.config} lacks; add auto_scale_lr=dict(base_batch_size=16)'
+            )
+        config.auto_scale_lr.enable = True
+    if args.resume is not None:
+        config.resume = True
+        config.load_from = None if args.resume == 'auto' else args.resume
+    build_runner(config).train()
+
+
+if __name__ == '__main__':
+    main()
