@@ -26,13 +26,13 @@ model = dict(
         ),
     ),
     train_cfg=dict(
-        rpn_proposal=dict(nms_pre=500, max_per_img=200),
-        rcnn=dict(sampler=dict(num=64)),
+        rpn_proposal=dict(nms_pre=200, max_per_img=100),
+        rcnn=dict(sampler=dict(num=48)),
     ),
-    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100)),
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=50)),
 )
 
-max_epochs = 12
+max_epochs = 8
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
@@ -59,6 +59,6 @@ custom_hooks = [
     dict(type='mmkw.IterationSeedHook'),
 ]
 default_hooks = dict(
-    logger=dict(interval=25), checkpoint=dict(interval=1, max_keep_ckpts=2, save_last=True)
+    logger=dict(interval=50), checkpoint=dict(interval=1, max_keep_ckpts=2, save_last=True)
 )
 randomness = dict(seed=0)

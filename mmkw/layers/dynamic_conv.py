@@ -132,6 +132,10 @@ class DynamicLayer(nn.Module):
         """
         return mix_cells(self.attention(pooled), self.cells, self._grid)
 
+    def extra_repr(self) -> str:
+        """The static layer's."""
+        return self.static_class.extra_repr(self)
+
 
 class _KWConvNd(DynamicLayer):
     # What mmcv's ConvModule reads of a convolution beside torch.nn's own attributes.
@@ -166,15 +170,6 @@ class _KWConvNd(DynamicLayer):
             x = F.pad(x, self._explicit_padding, mode=self.padding_mode)
             padding = (0,) * dims
         return sample_conv(x, kernels, self.bias, self.stride, padding, self.dilation, self.groups)
-
-    def extra_repr(self) -> str:
-        """As torch.nn's."""
-        return (
-            f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '
-            f'stride={self.stride}, padding={self.padding}, dilation={self.dilation}, '
-            f'groups={self.groups}, bias={self.bias is not None}, '
-            f'padding_mode={self.padding_mode!r}'
-        )
 
 
 @MODELS.register_module()
@@ -226,13 +221,6 @@ class KWLinear(DynamicLayer):
             pooled = x.mean(tuple(range(1, x.dim() - 1)), dtype=_pooling_dtype(x))
         # Cells are stored as those of a convolution of size one.
         return sample_linear(x, self.mix_kernels(pooled).squeeze(-1), self.bias)
-
-    def extra_repr(self) -> str:
-        """As torch.nn's."""
-        return (
-            f'in_features={self.in_features}, out_features={self.out_features}, '
-            f'bias={self.bias is not None}'
-        )
 
 
 _CONV_SHAPE = 'Tensor[batch, in_channels, *size] to Tensor[batch, out_channels, *output_size].'

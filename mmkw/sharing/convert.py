@@ -52,7 +52,7 @@ def convert(
         for name, child in parent._modules.items():
             if child in twins:
                 parent._modules[name] = twins[child]
-    network.warehouse_manager = manager
+    network.warehouse_manager = manager.train(network.training)
     return network
 
 

@@ -45,9 +45,9 @@ PHOTOGRAPHS = {
     'val': ('coffee.png', 'rocket.jpg', 'coins.png', 'gravel.png', 'flower.jpg'),
 }
 CLASSES = tuple(f'digit {i}' for i in range(10))
-LONG_SIDE = 160
-DIGIT_SIZES = (24, 72)
-MAX_DIGITS = 6
+LONG_SIDE = 128
+DIGIT_SIZES = (24, 64)
+MAX_DIGITS = 5
 MAX_CLUTTER = 4
 # A digit that shows less of itself than this could not be told from others, and is left out.
 MIN_VISIBLE = 0.5

@@ -3,18 +3,13 @@
 dataset_type = 'CocoDataset'
 data_root = 'data/mini_coco/'
 metainfo = dict(classes=tuple(f'digit {i}' for i in range(10)))
-# Photographs of 120 to 160 pixels a side, shown at their own size.
-scale = (160, 160)
+# Photographs of 96 to 128 pixels a side, shown at their own size.
+scale = (128, 128)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True, poly2mask=True),
-    dict(
-        type='RandomResize',
-        scale=scale,
-        ratio_range=(0.8, 1.2),
-        keep_ratio=True,
-    ),
+    dict(type='Resize', scale=scale, keep_ratio=True),
     dict(type='PhotoMetricDistortion'),
     dict(type='PackDetInputs'),
 ]
@@ -29,7 +24,7 @@ test_pipeline = [
 ]
 
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(

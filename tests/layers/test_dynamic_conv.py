@@ -1,0 +1,139 @@
+"""A dynamic layer as its static namesake: arguments, mmcv, copies, state dict."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from mmcv.cnn import ConvModule, build_conv_layer
+from torch import nn
+
+from mmkw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, PlanError
+
+STATIC_CASES = [
+    (nn.Conv1d, KWConv1d, (4, 6, 3), dict(stride=2, padding=1), (2, 4, 9)),
+    (nn.Conv2d, KWConv2d, (4, 6, 3, 2, 1), dict(bias=False), (2, 4, 9, 8)),
+    (nn.Conv2d, KWConv2d, (4, 8, (1, 3)), dict(padding='same', dilation=2), (2, 4, 7, 8)),
+    (nn.Conv2d, KWConv2d, (4, 8, 3), dict(padding='valid', groups=2), (2, 4, 7, 8)),
+    (nn.Conv2d, KWConv2d, (4, 8, 3), dict(padding=1, padding_mode='circular'), (2, 4, 7, 8)),
+    (nn.Conv3d, KWConv3d, (4, 6, 2), dict(groups=2), (2, 4, 3, 4, 5)),
+    (nn.Linear, KWLinear, (4, 6), dict(), (2, 3, 4)),
+    (nn.Linear, KWLinear, (4, 6), dict(bias=False), (4,)),
+]
+
+
+@pytest.mark.parametrize('static, dynamic, args, kwargs, shape', STATIC_CASES)
+def test_takes_the_arguments_of_its_namesake(static, dynamic, args, kwargs, shape):
+    static_layer, dynamic_layer = static(*args, **kwargs), dynamic(*args, **kwargs)
+    x = torch.randn(shape)
+    assert dynamic_layer(x).shape == static_layer(x).shape
+    assert dynamic_layer.extra_repr() == static_layer.extra_repr()
+    assert (dynamic_layer.bias is None) == (static_layer.bias is None)
+
+
+def test_unbatched_input_is_one_image():
+    layer = KWConv2d(4, 6, 3)
+    x = torch.randn(4, 8, 8)
+    torch.testing.assert_close(layer(x), layer(x[None])[0])
+
+
+def test_budget_counts_the_cells():
+    static = nn.Conv2d(32, 64, 3)
+    for ratio in (1, 4):
+        layer = KWConv2d(32, 64, 3, cell_num_ratio=ratio)
+        cells = layer.warehouse_manager.weights[0]
+        assert cells.shape == (9 * ratio, 64, 32, 1, 1)
+        assert cells.numel() == ratio * static.weight.numel()
+
+
+def test_device_and_dtype():
+    layer = KWConv2d(4, 4, 3, dtype=torch.double, device='cpu')
+    assert {p.dtype for p in layer.parameters()} == {torch.double}
+    assert {p.device.type for p in KWConv2d(4, 4, 3, device='meta').parameters()} == {'meta'}
+
+
+@pytest.mark.parametrize('cell_num_ratio', [1, 4])
+def test_conv_cfg_of_mmcv(cell_num_ratio):
+    cfg = dict(type='mmkw.KWConv2d', cell_num_ratio=cell_num_ratio)
+    conv = build_conv_layer(cfg, 8, 16, 3, padding=1)
+    assert type(conv) is KWConv2d
+    assert len(conv.cells) == 9 * cell_num_ratio
+    module = ConvModule(
+        8, 16, 3, padding=1, conv_cfg=cfg, norm_cfg=dict(type='BN'), padding_mode='reflect'
+    )
+    module.init_weights()
+    assert module(torch.randn(2, 8, 6, 6)).shape == (2, 16, 6, 6)
+
+
+def test_state_dict_has_the_published_names():
+    layer = KWConv2d(4, 4, 3)
+    assert list(layer.state_dict()) == [
+        'bias',
+        'warehouse_manager.weights.0',
+        'attention.fc1.weight',
+        'attention.norm1.weight',
+        'attention.norm1.bias',
+        'attention.norm1.running_mean',
+        'attention.norm1.running_var',
+        'attention.norm1.num_batches_tracked',
+        'attention.fc2.weight',
+        'attention.fc2.bias',
+    ]
+    layer_norm = KWConv2d(4, 4, 3, attention_norm_cfg=dict(type='LN'))
+    assert 'attention.fc1.bias' in layer_norm.state_dict()
+
+
+@pytest.mark.parametrize('copier', ['deepcopy', 'pickle', 'torch.save', 'state_dict'])
+def test_copies_compute_the_same_and_share_nothing(copier):
+    layer = KWConv2d(4, 4, 3).eval()
+    if copier == 'deepcopy':
+        twin = copy.deepcopy(layer)
+    elif copier == 'pickle':
+        twin = pickle.loads(pickle.dumps(layer))
+    elif copier == 'torch.save':
+        buffer = io.BytesIO()
+        torch.save(layer, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    else:
+        twin = KWConv2d(4, 4, 3).eval()
+        twin.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(twin(x), layer(x), rtol=0, atol=0)
+    # The copy's forward pass uses the copy's cells.
+    with torch.no_grad():
+        twin.warehouse_manager.weights[0].mul_(2)
+    assert not torch.allclose(twin(x), layer(x))
+    assert len(list(twin.parameters())) == len(set(twin.parameters()))
+
+
+def test_weight_updates_are_seen():
+    layer = KWConv2d(4, 4, 3, bias=False).eval()
+    x = torch.randn(1, 4, 5, 5)
+    before = layer(x)
+    with torch.no_grad():
+        layer.cells.mul_(3)
+    torch.testing.assert_close(layer(x), 3 * before)
+
+
+@pytest.mark.parametrize(
+    'layer, shape, message',
+    [
+        (KWConv2d(4, 4, 3), (2, 3, 8, 8), r'batch, 4, 2 spatial sizes.*got \(2, 3, 8, 8\)'),
+        (KWConv2d(4, 4, 3), (2, 4, 8, 8, 8), r'got \(2, 4, 8, 8, 8\)'),
+        (KWLinear(4, 4), (2, 3), r'batch, ..., 4\), got \(2, 3\)'),
+    ],
+)
+def test_inputs_of_a_wrong_shape_are_refused(layer, shape, message):
+    with pytest.raises(ValueError, match=message):
+        layer(torch.randn(shape))
+
+
+def test_arguments_of_the_namesake_are_checked_by_it():
+    with pytest.raises(ValueError, match='in_channels must be divisible by groups'):
+        KWConv2d(3, 4, 3, groups=2)
+    with pytest.raises(TypeError, match='unexpected keyword'):
+        KWConv2d(4, 4, 3, cell_number_ratio=2)
+    with pytest.raises(PlanError, match='cell_num_ratio must be a number above 0, got 0'):
+        KWConv2d(4, 4, 3, cell_num_ratio=0)
