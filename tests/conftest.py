@@ -1,6 +1,7 @@
 """Shared by all tests: determinism and the helpers that several folders need."""
 
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,3 +24,15 @@ def _seed():
 def root() -> Path:
     """The top of the source tree."""
     return ROOT
+
+
+@pytest.fixture(scope='session')
+def mini_coco(tmp_path_factory) -> Path:
+    """A data set of the converter with four training and two validation images."""
+    pytest.importorskip('skimage', reason='the photographs are scikit-image data')
+    pytest.importorskip('sklearn', reason='the digits are scikit-learn data')
+    out = tmp_path_factory.mktemp('data') / 'mini_coco'
+    script = ROOT / 'tools/dataset_converters/make_mini_coco.py'
+    arguments = [str(out), '--train', '4', '--val', '2', '--seed', '1']
+    subprocess.run([sys.executable, str(script), *arguments], check=True)
+    return out

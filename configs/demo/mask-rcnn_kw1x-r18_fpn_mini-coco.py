@@ -4,25 +4,38 @@ _base_ = [
     'mmdet::_base_/default_runtime.py',
 ]
 
-# A Mask R-CNN that a laptop's CPU trains from scratch in minutes.
+# A Mask R-CNN that two cores train from scratch in minutes: three thin stages, norms everywhere.
 channels = 64
+norm_cfg = dict(type='BN')
 model = dict(
     backbone=dict(
         _delete_=True,
         type='mmkw.KWResNet',
         depth=18,
         base_channels=32,
-        cell_num_ratio=1,
+        num_stages=3,
+        strides=(1, 2, 2),
+        dilations=(1, 1, 1),
+        out_indices=(0, 1, 2),
         norm_eval=False,
+        cell_num_ratio=1,
     ),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=channels),
-    rpn_head=dict(in_channels=channels, feat_channels=channels, anchor_generator=dict(scales=[4])),
+    neck=dict(in_channels=[32, 64, 128], out_channels=channels, num_outs=4, norm_cfg=norm_cfg),
+    rpn_head=dict(
+        in_channels=channels,
+        feat_channels=channels,
+        anchor_generator=dict(scales=[4], strides=[4, 8, 16, 32]),
+    ),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=channels, finest_scale=28),
+        bbox_roi_extractor=dict(out_channels=channels, featmap_strides=[4, 8, 16], finest_scale=28),
         bbox_head=dict(in_channels=channels, fc_out_channels=256, num_classes=10),
-        mask_roi_extractor=dict(out_channels=channels, finest_scale=28),
+        mask_roi_extractor=dict(out_channels=channels, featmap_strides=[4, 8, 16], finest_scale=28),
         mask_head=dict(
-            num_convs=2, in_channels=channels, conv_out_channels=channels, num_classes=10
+            num_convs=2,
+            in_channels=channels,
+            conv_out_channels=channels,
+            num_classes=10,
+            norm_cfg=norm_cfg,
         ),
     ),
     train_cfg=dict(
@@ -46,7 +59,6 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(
         type='CosineAnnealingLR',
-        by_epoch=True,
         begin=0,
         end=max_epochs,
         T_max=max_epochs,
@@ -55,10 +67,8 @@ param_scheduler = [
 ]
 
 custom_hooks = [
-    dict(type='mmkw.TemperatureHook', length=2),
+    dict(type='mmkw.TemperatureHook', length=1),
     dict(type='mmkw.IterationSeedHook'),
 ]
-default_hooks = dict(
-    logger=dict(interval=50), checkpoint=dict(interval=1, max_keep_ckpts=2, save_last=True)
-)
+default_hooks = dict(logger=dict(interval=50), checkpoint=dict(max_keep_ckpts=2))
 randomness = dict(seed=0)

@@ -1,5 +1,5 @@
 """Backbones with KernelWarehouse: a static network of mmdet or mmseg plus the paper's rule."""
 
-from .resnet import KWResNet
+from .resnet import KWResNet, ResNet
 
-__all__ = ['KWResNet']
+__all__ = ['KWResNet', 'ResNet']

@@ -12,6 +12,28 @@ from .static import static_network
 
 
 @MODELS.register_module()
+def ResNet(depth: int, *, drop_path_rate: float = 0.0, **resnet: Any) -> nn.Module:
+    """Builds the library's own static ResNet, with stochastic depth: the paper's baseline.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        drop_path_rate: Stochastic depth of the last block, in [0, 1); earlier blocks have
+            proportionally less.
+        **resnet: The other arguments of the ``ResNet`` of mmdet or mmseg.
+
+    Returns:
+        The network, of the library's class.
+
+    Raises:
+        ValueError: If ``drop_path_rate`` is out of range.
+    """
+    network = static_network('ResNet')(depth=depth, **resnet)
+    blocks = [block for name in network.res_layers for block in getattr(network, name)]
+    add_drop_path(blocks, drop_path_rate)
+    return network
+
+
+@MODELS.register_module()
 def KWResNet(
     depth: int,
     *,
@@ -21,7 +43,6 @@ def KWResNet(
     reduction: float | Sequence[float] = 1 / 16,
     nonlocal_basis_ratio: float | Sequence[float] = 1.0,
     spatial_partition: bool | Sequence[bool] = True,
-    drop_path_rate: float = 0.0,
     **resnet: Any,
 ) -> nn.Module:
     """Builds the library's own ResNet with the paper's four warehouses, one per stage.
@@ -41,18 +62,17 @@ def KWResNet(
         reduction: Hidden width of the attention, relative to a layer's input channels.
         nonlocal_basis_ratio: Below 1, other layers' cells are attended to through a basis.
         spatial_partition: Cells are 1x1 in space.
-        drop_path_rate: Stochastic depth of the last block, in [0, 1); earlier blocks have
-            proportionally less.
-        **resnet: The arguments of the static ResNet.
+        **resnet: The arguments of the static network: those of the library's ``ResNet`` and
+            ``drop_path_rate``, see :func:`ResNet`.
 
     Returns:
-        The network, a ``ResNet``.
+        The network, of the library's class.
 
     Raises:
         PlanError: If the warehouse options do not fit the network.
         ValueError: If ``drop_path_rate`` is out of range.
     """
-    network = static_network('ResNet')(depth=depth, **resnet)
+    network = ResNet(depth, **resnet)
     plan = SharingPlan.make(
         resnet_rule(network),
         cell_num_ratio=cell_num_ratio,
@@ -62,7 +82,4 @@ def KWResNet(
         nonlocal_basis_ratio=nonlocal_basis_ratio,
         spatial_partition=spatial_partition,
     )
-    convert(network, plan)
-    blocks = [block for name in network.res_layers for block in getattr(network, name)]
-    add_drop_path(blocks, drop_path_rate)
-    return network
+    return convert(network, plan)

@@ -5,6 +5,7 @@ its ``HistoryBuffer`` beside the tensors and cannot be resumed that way. The loa
 what those files hold, and takes the place of MMEngine's for local files when mmkw is imported.
 """
 
+import argparse
 import os.path as osp
 import pickle
 from typing import Any
@@ -35,6 +36,8 @@ def _allowed_globals() -> list:
     dtypes = {type(np.dtype(kind)) for kind in ('?bhilqBHILQefd' + 'U')}
     return [
         HistoryBuffer,
+        # Classification checkpoints hold their command line.
+        argparse.Namespace,
         (_statistics_method, 'builtins.getattr'),
         np.ndarray,
         np.dtype,
@@ -52,7 +55,7 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
         map_location: As in ``torch.load``.
 
     Returns:
-        The checkpoint.
+        The checkpoint; a state dict under ``model`` is moved to ``state_dict``.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -64,7 +67,7 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
         raise FileNotFoundError(f'Checkpoint {filename} does not exist.')
     with torch.serialization.safe_globals(_allowed_globals()):
         try:
-            return torch.load(path, map_location=map_location, weights_only=True)
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
             raise UnsafeCheckpointError(
                 f'Checkpoint {filename} holds {_foreign_globals(path)}, which could run code when '
@@ -72,6 +75,10 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
                 "torch.save(dict(state_dict=torch.load(FILE, weights_only=False)['state_dict']), "
                 'NEW_FILE), then use NEW_FILE.'
             ) from error
+    # MMEngine looks for ``state_dict``; the published ImageNet files say ``model``.
+    if 'model' in checkpoint and 'state_dict' not in checkpoint:
+        checkpoint['state_dict'] = checkpoint.pop('model')
+    return checkpoint
 
 
 def _foreign_globals(path: str) -> str:

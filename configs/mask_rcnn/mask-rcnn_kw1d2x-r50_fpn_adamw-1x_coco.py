@@ -1,0 +1,12 @@
+_base_ = './mask-rcnn_r50_fpn_adamw-1x_coco.py'
+
+model = dict(
+    backbone=dict(
+        type='mmkw.KWResNet',
+        cell_num_ratio=1 / 2,
+        cell_inplane_ratio=1 / 2,
+        cell_outplane_ratio=1 / 2,
+        nonlocal_basis_ratio=1 / 16,
+        init_cfg=dict(checkpoint='checkpoints/kw1d2x_resnet50.pth'),
+    )
+)

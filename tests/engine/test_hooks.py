@@ -1,0 +1,151 @@
+"""The temperature and seed hooks, in real MMEngine runners."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch import nn
+
+from mmkw.engine.hooks import IterationSeedHook, TemperatureHook
+from mmkw.layers import KWConv2d
+
+
+class Model(BaseModel):
+    """Records the temperature and a random draw of every training step."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = KWConv2d(3, 4, 3)
+        self.seen = []
+        self.draws = []
+
+    def forward(self, inputs, mode):
+        if mode == 'loss':
+            self.seen.append(self.conv.attention.temperature)
+            self.draws.append((torch.rand(()).item(), np.random.rand(), random.random()))
+            return dict(loss=self.conv(torch.stack(inputs)).square().mean())
+        return []
+
+
+def make_runner(work_dir, hooks, epochs=4, by_epoch=True, model=None, **kwargs):
+    train_cfg = dict(by_epoch=True, max_epochs=epochs)
+    if not by_epoch:
+        train_cfg = dict(by_epoch=False, max_iters=epochs * 3)
+    return Runner(
+        model or Model(),
+        work_dir=str(work_dir),
+        train_dataloader=dict(
+            dataset=[torch.randn(3, 5, 5) for _ in range(6)],
+            sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
+            batch_size=2,
+            num_workers=0,
+            collate_fn=dict(type='pseudo_collate'),
+        ),
+        train_cfg=train_cfg,
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+        default_hooks=dict(
+            logger=dict(type='LoggerHook', interval=1),
+            checkpoint=dict(
+                type='CheckpointHook', interval=1 if by_epoch else 3, by_epoch=by_epoch
+            ),
+        ),
+        custom_hooks=hooks,
+        randomness=dict(seed=3),
+        experiment_name=f'{Path(work_dir).name}-{random.random()}',
+        visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
+        log_processor=dict(by_epoch=by_epoch),
+        **kwargs,
+    )
+
+
+def logged_temperatures(work_dir):
+    lines = []
+    for file in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
+        lines += [json.loads(line) for line in file.read_text().splitlines()]
+    return [line['temperature'] for line in lines]
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_temperature_falls_linearly_and_is_logged(tmp_path, by_epoch):
+    hook = dict(type='mmkw.TemperatureHook', length=2 if by_epoch else 6, by_epoch=by_epoch)
+    runner = make_runner(tmp_path, [hook], by_epoch=by_epoch)
+    runner.train()
+    # tau = max(0, (T - (i + 1)) / T) with T = 6 of 12 iterations.
+    expected = [max(0, (6 - (i + 1)) / 6) for i in range(12)]
+    assert runner.model.seen == pytest.approx(expected)
+    assert logged_temperatures(tmp_path) == pytest.approx(expected, abs=1e-4)
+
+
+def test_temperature_between_other_ends(tmp_path):
+    runner = make_runner(
+        tmp_path, [dict(type='mmkw.TemperatureHook', length=4, begin=0.2, end=0.6)]
+    )
+    runner.train()
+    assert runner.model.seen[0] == pytest.approx(0.2 + 0.4 / 12)
+    assert runner.model.seen[-1] == pytest.approx(0.6)
+
+
+def test_resuming_restores_temperature_and_random_numbers(tmp_path):
+    hooks = [dict(type='mmkw.TemperatureHook', length=3), dict(type='mmkw.IterationSeedHook')]
+    whole = make_runner(tmp_path / 'whole', hooks)
+    whole.train()
+    make_runner(tmp_path / 'parts', hooks, epochs=2).train()
+    rest = make_runner(tmp_path / 'parts', hooks, resume=True)
+    rest.train()
+    assert len(rest.model.seen) == 6
+    assert rest.model.seen == whole.model.seen[6:]
+    assert rest.model.draws == whole.model.draws[6:]
+    assert logged_temperatures(tmp_path / 'parts') == pytest.approx(whole.model.seen, abs=1e-4)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, rest.model.state_dict()[name]), name
+
+
+def test_without_the_hook_the_temperature_is_zero(tmp_path):
+    runner = make_runner(tmp_path, [], epochs=1)
+    runner.train()
+    assert runner.model.seen == [0, 0, 0]
+
+
+def test_a_checkpoint_is_tested_at_the_temperature_it_was_saved_at(tmp_path):
+    hooks = [dict(type='mmkw.TemperatureHook', length=4)]
+    make_runner(tmp_path, hooks, epochs=1).train()
+    runner = make_runner(tmp_path / 'test', hooks)
+    runner.load_checkpoint(str(tmp_path / 'epoch_1.pth'))
+    assert runner.model.conv.attention.temperature == pytest.approx(0.75)
+    # Training starts its own schedule from the loaded weights.
+    runner.train()
+    assert runner.model.seen[0] == pytest.approx(11 / 12)
+
+
+def test_a_model_without_dynamic_layers_is_refused_before_training(tmp_path):
+    model = Model()
+    model.conv = nn.Conv2d(3, 4, 3)
+    runner = make_runner(tmp_path, [dict(type='mmkw.TemperatureHook', length=1)], model=model)
+    with pytest.raises(ValueError, match='Model has no KernelWarehouse layer'):
+        runner.train()
+    assert model.seen == []
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (dict(length=0), 'length must be an integer of at least 1, got 0'),
+        (dict(length=2.5), 'length must be an integer of at least 1, got 2.5'),
+        (dict(length=1, begin=1.5), r'begin must be in \[0, 1\], got 1.5'),
+        (dict(length=1, end=-1), r'end must be in \[0, 1\], got -1'),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=f'TemperatureHook: {message}'):
+        TemperatureHook(**arguments)
+
+
+def test_draws_differ_between_iterations(tmp_path):
+    runner = make_runner(tmp_path, [IterationSeedHook()], epochs=2)
+    runner.train()
+    assert len(set(runner.model.draws)) == 6

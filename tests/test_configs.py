@@ -1,0 +1,103 @@
+"""Every config builds, trains a step and infers; new configs are found by themselves."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from configs_util import build_detector, detection_batch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+
+from mmkw.layers.dynamic_conv import DynamicLayer
+
+pytest.importorskip('mmdet', reason='the configs inherit from MMDetection')
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+LEAVES = sorted(
+    str(path.relative_to(CONFIGS))
+    for path in CONFIGS.rglob('*.py')
+    if '_base_' not in path.relative_to(CONFIGS).parts
+)
+
+
+def load(name):
+    return Config.fromfile(CONFIGS / name)
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_config_trains_a_step_and_infers(name):
+    config = load(name)
+    model = build_detector(config)
+    assert any(isinstance(m, DynamicLayer) for m in model.modules()) == ('kw' in name)
+    optim_wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.train()
+    losses = model.train_step(detection_batch(), optim_wrapper)
+    assert losses['loss'].isfinite()
+    unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unused
+    changed = [n for n, p in model.named_parameters() if p.requires_grad and not p.equal(before[n])]
+    assert len(changed) > 0.8 * len(before)
+
+    model.eval()
+    with torch.no_grad():
+        results = model.test_step(detection_batch())
+    assert all(sample.pred_instances.bboxes.shape[1] == 4 for sample in results)
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_config_names_its_hooks_and_datasets(name):
+    from mmengine.registry import HOOKS, init_default_scope
+
+    config = load(name)
+    init_default_scope(config.default_scope)
+    for hook in config.get('custom_hooks', []):
+        HOOKS.build(hook)
+    assert config.train_cfg.max_epochs > 0
+    assert config.train_dataloader.dataset.pipeline
+
+
+def test_recipe_of_the_paper():
+    config = load('mask_rcnn/mask-rcnn_kw4x-r50_fpn_adamw-1x_coco.py')
+    assert config.model.backbone.frozen_stages == 1
+    assert config.model.backbone.norm_eval is True
+    assert config.model.backbone.drop_path_rate == 0.1
+    assert config.model.backbone.cell_num_ratio == 4
+    optimizer = config.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-4, 0.05)
+    assert tuple(optimizer.betas) == (0.9, 0.999)
+    assert config.train_cfg.max_epochs == 12
+    assert config.param_scheduler[1].milestones == [8, 11]
+    assert config.auto_scale_lr.base_batch_size == 16
+    choices = config.train_pipeline[3].transforms
+    assert choices[0][0].scales == [(side, 1333) for side in range(480, 801, 32)]
+    assert choices[1][1].crop_size == (384, 600)
+    assert 'custom_hooks' not in config
+
+
+def test_norms_have_no_weight_decay():
+    config = load('mask_rcnn/mask-rcnn_kw1x-r50_fpn_adamw-1x_coco.py')
+    model = build_detector(config)
+    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+    decay = {id(p): group['weight_decay'] for group in groups for p in group['params']}
+    names = {n: decay[id(p)] for n, p in model.named_parameters() if id(p) in decay}
+    norms = [n for n in names if 'norm' in n or '.bn' in n or 'downsample.1' in n]
+    assert norms and all(names[n] == 0 for n in norms)
+    assert all(names[n] == 0.05 for n in names if n not in norms)
+    assert len(names) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_loss_of_the_demo_falls():
+    """Twenty steps on one batch."""
+    config = load('demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py')
+    model = build_detector(config)
+    model.train()
+    optim_wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    batch = detection_batch(size=64)
+    for sample in batch['data_samples']:
+        sample.gt_instances.bboxes.clamp_(max=60)
+    losses = [
+        model.train_step(batch, optim_wrapper)['loss'].item() for _ in itertools.repeat(None, 20)
+    ]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])

@@ -1,0 +1,121 @@
+"""Training as users run it: interruptions, several processes, moving averages."""
+
+import socket
+
+import pytest
+import torch
+from distributed_worker import gradients, images, loss_of, make_network, work
+from mmengine.config import Config
+from mmengine.hooks import Hook
+
+pytest.importorskip('mmdet', reason="trains MMDetection's detectors")
+
+
+class Interrupt(Hook):
+    """Stops the training in the middle of an epoch."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def demo(root, mini_coco, tmp_path):
+    def make(name, *hooks, **options):
+        config = Config.fromfile(root / 'configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py')
+        config.merge_from_dict(
+            {
+                'train_cfg.max_epochs': 2,
+                'train_dataloader.dataset.data_root': f'{mini_coco}/',
+                'train_dataloader.batch_size': 2,
+                # Weights are compared; the evaluation has a test of its own.
+                'val_cfg': None,
+                'val_dataloader': None,
+                'val_evaluator': None,
+                'model.backbone.base_channels': 8,
+                'model.backbone.drop_path_rate': 0.3,
+                'model.neck.in_channels': [8, 16, 32],
+                **options,
+            }
+        )
+        from mmkw.engine.command_line import build_runner
+
+        config.launcher = 'none'
+        config.work_dir = str(tmp_path / name)
+        config.experiment_name = f'{tmp_path.name}-{name}-{len(hooks)}-{config.get("resume")}'
+        runner = build_runner(config)
+        for hook in hooks:
+            runner.register_hook(hook)
+        return runner
+
+    return make
+
+
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(demo):
+    whole = demo('whole')
+    whole.train()
+    interrupted = demo('parts', Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    rest = demo('parts', resume=True, load_from=None)
+    rest.train()
+    assert whole.iter == rest.iter == 4
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, rest.model.state_dict()[name]), name
+    optimizers = [r.optim_wrapper.optimizer.state_dict()['state'] for r in (whole, rest)]
+    for states in zip(*(o.values() for o in optimizers)):
+        assert torch.equal(states[0]['exp_avg'], states[1]['exp_avg'])
+
+
+def test_moving_average_of_the_weights(demo):
+    runner = demo('ema')
+    runner.register_hook(dict(type='EMAHook', momentum=0.5))
+    runner.train()
+    hook = next(h for h in runner._hooks if type(h).__name__ == 'EMAHook')
+    network, average = runner.model.backbone, hook.ema_model.module.backbone
+    cells = average.layer1[0].conv1.cells
+    assert cells is average.warehouse_manager.weights[0]
+    assert not torch.equal(cells, network.warehouse_manager.weights[0])
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(average.eval()(x)[0].shape, network.eval()(x)[0].shape)
+    hook._swap_ema_parameters()
+    assert torch.equal(cells, average.warehouse_manager.weights[0])
+    before = network(x)[-1]
+    with torch.no_grad():
+        network.warehouse_manager.weights[0].mul_(0.5)
+    assert not torch.equal(network(x)[-1], before)
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize('tau', [0, 1])
+def test_averaged_gradients_of_two_processes_equal_those_of_the_joined_batch(
+    tmp_path, with_cp, tau
+):
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    path = tmp_path / 'gradients.pth'
+    torch.multiprocessing.spawn(work, (port, str(path), with_cp, tau), nprocs=2)
+    averaged = torch.load(path)
+
+    network = make_network(with_cp=False, tau=tau)
+    loss_of(network, images()).backward()
+    expected = gradients(network)
+    assert set(averaged) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(averaged[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_amp_step_in_bfloat16(root):
+    from configs_util import build_detector, detection_batch
+
+    config = Config.fromfile(root / 'configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py')
+    model = build_detector(config)
+    model.train()
+    data = model.data_preprocessor(detection_batch(size=64), True)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        features = model.backbone(data['inputs'])
+    assert features[0].dtype == torch.bfloat16
+    sum(f.float().square().mean() for f in features).backward()
+    used = dict(model.backbone.named_parameters())
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in used.values())

@@ -1,0 +1,100 @@
+"""The data set is exact, deterministic and readable by everyone it is for."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+
+def make(root, out, *arguments):
+    script = root / 'tools/dataset_converters/make_mini_coco.py'
+    return subprocess.run(
+        [sys.executable, str(script), str(out), *arguments], capture_output=True, text=True
+    )
+
+
+def digest(folder):
+    files = sorted(p for p in folder.rglob('*') if p.is_file() and p.name != 'recipe.json')
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_same_seed_same_bytes(root, mini_coco, tmp_path):
+    first = digest(mini_coco)
+    assert make(root, tmp_path / 'a', '--train', '4', '--val', '2', '--seed', '1').returncode == 0
+    assert digest(tmp_path / 'a') == first
+    # More images leave the earlier ones as they were; another seed gives others.
+    assert make(root, tmp_path / 'b', '--train', '5', '--val', '2', '--seed', '1').returncode == 0
+    assert digest(tmp_path / 'b')['train/000003.png'] == first['train/000003.png']
+    assert make(root, tmp_path / 'c', '--train', '4', '--val', '2', '--seed', '2').returncode == 0
+    assert digest(tmp_path / 'c')['train/000000.png'] != first['train/000000.png']
+    assert first['train/000000.png'] != first['val/000000.png']
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_pycocotools_reads_exact_masks(mini_coco, split):
+    from pycocotools.coco import COCO
+
+    coco = COCO(str(mini_coco / f'annotations/instances_{split}.json'))
+    assert len(coco.getAnnIds()) > 0
+    for image in coco.loadImgs(coco.getImgIds()):
+        pixels = cv2.imread(str(mini_coco / split / image['file_name']))
+        assert pixels.shape == (image['height'], image['width'], 3)
+        semantic = cv2.imread(str(mini_coco / 'semantic' / split / image['file_name']), -1)
+        assert semantic.dtype == np.uint8
+        union = np.zeros(semantic.shape, np.uint8)
+        for annotation in coco.loadAnns(coco.getAnnIds(image['id'])):
+            mask = coco.annToMask(annotation)
+            assert mask.sum() == annotation['area'] > 0
+            assert annotation['bbox'] == list(cv2.boundingRect(mask))
+            # Instances occlude each other: no pixel belongs to two.
+            assert not (union[mask > 0]).any()
+            union[mask > 0] = annotation['category_id']
+        np.testing.assert_array_equal(semantic, union)
+
+
+def test_mmdet_reads_it(mini_coco):
+    pytest.importorskip('mmdet')
+    from mmdet.datasets import CocoDataset
+
+    dataset = CocoDataset(
+        data_root=f'{mini_coco}/',
+        ann_file='annotations/instances_train.json',
+        data_prefix=dict(img='train/'),
+        metainfo=dict(classes=tuple(f'digit {i}' for i in range(10))),
+        pipeline=[
+            dict(type='mmdet.LoadImageFromFile'),
+            dict(type='mmdet.LoadAnnotations', with_bbox=True, with_mask=True),
+        ],
+    )
+    categories = json.loads((mini_coco / 'annotations/instances_train.json').read_text())
+    names = {c['id']: c['name'] for c in categories['categories']}
+    assert list(names.values()) == list(dataset.metainfo['classes'])
+    assert len(dataset) == 4
+    for item in (dataset[i] for i in range(4)):
+        assert len(item['gt_masks']) == len(item['gt_bboxes_labels']) > 0
+        areas = item['gt_masks'].areas
+        boxes = item['gt_bboxes'].tensor
+        assert all(0 < a <= (b[2] - b[0]) * (b[3] - b[1]) for a, b in zip(areas, boxes))
+
+
+def test_made_twice_is_made_once(root, mini_coco):
+    result = make(root, mini_coco, '--train', '4', '--val', '2', '--seed', '1')
+    assert result.returncode == 0 and 'is there already' in result.stdout
+
+
+def test_other_data_is_not_overwritten(root, mini_coco, tmp_path):
+    result = make(root, mini_coco, '--train', '5', '--val', '2', '--seed', '1')
+    assert result.returncode != 0 and 'holds something else' in result.stderr
+    (tmp_path / 'mine').mkdir()
+    assert make(root, tmp_path / 'mine').returncode != 0
+
+
+@pytest.mark.parametrize('option, value', [('--train', '0'), ('--val', '-1'), ('--seed', '-1')])
+def test_arguments_out_of_range_are_refused(root, tmp_path, option, value):
+    result = make(root, tmp_path / 'x', option, value)
+    assert result.returncode == 2 and f'{option} must be at least' in result.stderr
+    assert f'got {value}' in result.stderr

@@ -1,0 +1,248 @@
+"""tools/train.py, tools/test.py and the scripts around them, as subprocesses."""
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip('mmdet', reason="runs MMDetection's configs")
+DEMO = 'configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py'
+SEGMENTATION = """
+_base_ = ['mmseg::_base_/models/fpn_r50.py', 'mmseg::_base_/default_runtime.py']
+crop_size = (64, 64)
+model = dict(
+    pretrained=None,
+    data_preprocessor=dict(size=crop_size),
+    backbone=dict(
+        _delete_=True, type='mmkw.KWResNet', depth=18, base_channels=8, norm_eval=False
+    ),
+    neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
+    decode_head=dict(
+        in_channels=[16] * 4, channels=16, num_classes=11, norm_cfg=dict(type='BN')
+    ),
+)
+classes = ['background', *(f'digit {{i}}' for i in range(10))]
+dataset = dict(
+    type='BaseSegDataset',
+    metainfo=dict(classes=classes, palette=[[20 * i] * 3 for i in range(11)]),
+    data_root='{data}',
+    img_suffix='.png',
+    reduce_zero_label=False,
+)
+train_dataloader = dict(
+    batch_size=2,
+    num_workers=0,
+    sampler=dict(type='InfiniteSampler'),
+    dataset=dict(
+        **dataset,
+        data_prefix=dict(img_path='train', seg_map_path='semantic/train'),
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations'),
+            dict(type='RandomCrop', crop_size=crop_size),
+            dict(type='PackSegInputs'),
+        ],
+    ),
+)
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs'),
+]
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        **dataset,
+        data_prefix=dict(img_path='val', seg_map_path='semantic/val'),
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=2, val_interval=2)
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
+default_hooks = dict(
+    logger=dict(type='LoggerHook', interval=1),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1),
+)
+custom_hooks = [dict(type='mmkw.TemperatureHook', length=4, by_epoch=False)]
+tta_model = dict(type='SegTTAModel')
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
+            [dict(type='LoadAnnotations')],
+            [dict(type='PackSegInputs')],
+        ],
+    ),
+]
+"""
+
+
+def run(root, *command, **environment):
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}',
+            **environment,
+        },
+    )
+    return result, result.stdout + result.stderr
+
+
+def tiny(data):
+    """Overrides that shrink the demo to seconds."""
+    options = ['model.backbone.base_channels=8', 'model.neck.in_channels=[8,16,32]']
+    options += ['train_dataloader.batch_size=2', 'default_hooks.logger.interval=1']
+    for loader in ('train', 'val', 'test'):
+        options.append(f'{loader}_dataloader.dataset.data_root={data}/')
+    for evaluator in ('val', 'test'):
+        options.append(f'{evaluator}_evaluator.ann_file={data}/annotations/instances_val.json')
+    return options
+
+
+@pytest.fixture(scope='module')
+def trained(root, mini_coco, tmp_path_factory):
+    """A work folder after one of two epochs."""
+    work_dir = tmp_path_factory.mktemp('train')
+    command = [sys.executable, 'tools/train.py', DEMO, '--work-dir', work_dir, '--cfg-options']
+    result, output = run(root, *command, *tiny(mini_coco), 'train_cfg.max_epochs=1')
+    assert result.returncode == 0, output
+    assert 'eta:' in output and 'temperature: 0.5000' in output and 'coco/segm_mAP' in output
+    return work_dir
+
+
+def scalars(work_dir):
+    lines = []
+    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        lines += [json.loads(line) for line in path.read_text().splitlines()]
+    return lines
+
+
+def test_resume(root, mini_coco, trained, tmp_path):
+    """From the latest checkpoint, and from a named one into another folder."""
+    command = [sys.executable, 'tools/train.py', DEMO]
+    options = ['--cfg-options', *tiny(mini_coco), 'train_cfg.max_epochs=2']
+    options += ['custom_hooks.0.length=2']
+    result, output = run(root, *command, '--work-dir', trained, '--resume', *options)
+    assert result.returncode == 0, output
+    assert 'resumed epoch: 1, iter: 2' in output
+    steps = [line for line in scalars(trained) if 'temperature' in line]
+    assert [line['step'] for line in steps] == [1, 2, 3, 4]
+    # One epoch at a length of one, then the third and fourth iteration at a length of two.
+    assert [line['temperature'] for line in steps] == pytest.approx([0.5, 0, 0.25, 0])
+
+    path = trained / 'epoch_1.pth'
+    result, output = run(root, *command, '--work-dir', tmp_path, '--resume', path, *options)
+    assert result.returncode == 0, output
+    assert 'resumed epoch: 1, iter: 2' in output
+    again = torch.load(tmp_path / 'epoch_2.pth', weights_only=False)['state_dict']
+    first = torch.load(trained / 'epoch_2.pth', weights_only=False)['state_dict']
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_test(root, mini_coco, trained, tmp_path):
+    out, pictures = tmp_path / 'results.pkl', tmp_path / 'pictures'
+    command = [sys.executable, 'tools/test.py', DEMO, trained / 'epoch_1.pth']
+    options = ['--work-dir', tmp_path, '--out', out, '--show-dir', pictures]
+    result, output = run(root, *command, *options, '--cfg-options', *tiny(mini_coco))
+    assert result.returncode == 0, output
+    assert 'coco/bbox_mAP' in output and 'coco/segm_mAP' in output
+    assert len(pickle.loads(out.read_bytes())) == 2
+    assert len(list(pictures.glob('*.png'))) == 2
+
+    options = ['--work-dir', tmp_path, '--tta', '--cfg-options', 'test_evaluator.metric=bbox']
+    result, output = run(root, *command, *options, *tiny(mini_coco))
+    assert result.returncode == 0, output
+    assert 'coco/bbox_mAP' in output
+
+
+def test_configs_of_mmseg(root, mini_coco, tmp_path):
+    pytest.importorskip('mmseg')
+    config = tmp_path / 'fpn_kw1x-r18.py'
+    config.write_text(SEGMENTATION.format(data=mini_coco))
+    command = [sys.executable, 'tools/train.py', config, '--work-dir', tmp_path / 'work']
+    result, output = run(root, *command)
+    assert result.returncode == 0, output
+    temperatures = [s['temperature'] for s in scalars(tmp_path / 'work') if 'temperature' in s]
+    assert temperatures == [0.75, 0.5] and 'mIoU' in output
+    command = [sys.executable, 'tools/test.py', config, tmp_path / 'work/iter_2.pth']
+    options = ['--work-dir', tmp_path / 'test', '--out', tmp_path / 'out', '--show-dir']
+    result, output = run(root, *command, *options, tmp_path / 'pictures', '--tta')
+    assert result.returncode == 0, output
+    assert 'mIoU' in output
+    assert len(list((tmp_path / 'out').glob('*.png'))) == 2
+    assert len(list((tmp_path / 'pictures').rglob('*.png'))) == 2
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return str(probe.getsockname()[1])
+
+
+def test_two_processes(root, mini_coco, tmp_path):
+    options = ['--work-dir', tmp_path, '--auto-scale-lr', '--cfg-options', *tiny(mini_coco)]
+    options += ['train_cfg.max_epochs=1', 'train_dataloader.batch_size=1']
+    options += ['auto_scale_lr.base_batch_size=4']
+    environment = dict(PORT=free_port(), OMP_NUM_THREADS='1')
+    result, output = run(root, 'tools/dist_train.sh', DEMO, 2, *options, **environment)
+    assert result.returncode == 0, output
+    assert "'find_unused_parameters': True" not in output
+    assert 'from 0.001 to 0.0005' in output
+    options = ['--work-dir', tmp_path / 'test', '--cfg-options', *tiny(mini_coco)]
+    checkpoint = tmp_path / 'epoch_1.pth'
+    environment = dict(PORT=free_port(), OMP_NUM_THREADS='1')
+    result, output = run(root, 'tools/dist_test.sh', DEMO, checkpoint, 2, *options, **environment)
+    assert result.returncode == 0, output
+    assert 'coco/segm_mAP' in output
+
+
+def test_slurm_scripts_pass_their_arguments_on(root, tmp_path):
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/bin/sh\necho "$@"\n')
+    srun.chmod(0o755)
+    environment = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', GPUS='16', SRUN_ARGS='--qos high')
+    arguments = ['part', 'job', DEMO, 'work', '--amp', '--resume']
+    _, output = run(root, 'tools/slurm_train.sh', *arguments, **environment)
+    assert '-p part --job-name=job --gres=gpu:8 --ntasks=16' in output and '--qos high' in output
+    assert f'tools/train.py {DEMO} --work-dir=work --launcher=slurm --amp --resume' in output
+    arguments = ['part', 'job', DEMO, 'a.pth', '--out', 'b.pkl']
+    _, output = run(root, 'tools/slurm_test.sh', *arguments, **environment)
+    assert f'tools/test.py {DEMO} a.pth --launcher=slurm --out b.pkl' in output
+
+
+@pytest.mark.parametrize(
+    'script, arguments, message',
+    [
+        ('train.py', ['--resume', 'no.pth'], 'checkpoint no.pth does not exist'),
+        ('train.py', ['--amp'], '--amp needs an accelerator'),
+        ('train.py', ['--auto-scale-lr'], '--auto-scale-lr needs auto_scale_lr.base_batch_size'),
+        ('test.py', ['no.pth'], 'checkpoint no.pth does not exist'),
+        (
+            'test.py',
+            ['README.md', '--out', 'a.json'],
+            '--out must end in .pkl or .pickle, got a.json',
+        ),
+    ],
+)
+def test_mistakes_end_with_a_usage_error(root, script, arguments, message):
+    if '--amp' in arguments and torch.cuda.is_available():
+        pytest.skip('there is an accelerator')
+    result, output = run(root, sys.executable, f'tools/{script}', DEMO, *arguments)
+    assert result.returncode == 2 and message in output

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Makes the virtual environment .venv with everything that the tests and the demo need, in the
+# versions the project is tested with. Safe to repeat: done once, it does nothing; interrupted, it
+# starts over (downloads and what was compiled are kept by pip's cache).
+#   [PYTHON=python3] [VENV=.venv] tools/setup_env.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+VENV=${VENV:-.venv}
+
+# Prebuilt wheels beside the checkout spare the compilation of mmcv.
+if [ -d ../shared/wheels ]; then
+    export PIP_FIND_LINKS="${PIP_FIND_LINKS:-} $(cd ../shared/wheels && pwd)"
+fi
+
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "mmkw needs Python 3.10 or newer; name one with PYTHON=..., this is: $("$PYTHON" -V)" >&2
+    exit 1
+fi
+stamp="$VENV/.complete-$(cat setup.py mmkw/requirements.py "$0" | cksum | cut -d ' ' -f 1)"
+if [ -e "$stamp" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
+    exit 0
+fi
+
+echo "Setting up $VENV"
+"$PYTHON" -m venv --clear "$VENV"
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+tested() {
+    "$VENV/bin/python" -c "import runpy, sys
+supported = runpy.run_path('mmkw/requirements.py')['SUPPORTED']
+print('\n'.join(f'{n}=={v[2]}' for n, v in supported.items() if n in sys.argv[1:] or not sys.argv[1:]))" "$@"
+}
+tested > "$VENV/constraints.txt"
+# mmcv is compiled against the installed torch where there is no wheel of it: 10 to 20 minutes on
+# two cores. ninja compiles on all of them.
+pip install 'setuptools>=64,<81' wheel ninja "$(tested torch)"
+pip install --no-build-isolation "$(tested mmcv)"
+pip install --no-build-isolation -c "$VENV/constraints.txt" -e '.[det,seg,dev]'
+touch "$stamp"
