@@ -5,20 +5,23 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.drop_path import add_drop_path
+from ..layers.residual import add_drop_path, checkpoint_blocks
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, resnet_rule
 from .static import static_network
 
 
 @MODELS.register_module()
-def ResNet(depth: int, *, drop_path_rate: float = 0.0, **resnet: Any) -> nn.Module:
+def ResNet(
+    depth: int, *, drop_path_rate: float = 0.0, with_cp: bool = False, **resnet: Any
+) -> nn.Module:
     """Builds the library's own static ResNet, with stochastic depth: the paper's baseline.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
         drop_path_rate: Stochastic depth of the last block, in [0, 1); earlier blocks have
             proportionally less.
+        with_cp: Recompute the blocks' activations in the backward pass, to save memory.
         **resnet: The other arguments of the ``ResNet`` of mmdet or mmseg.
 
     Returns:
@@ -30,6 +33,8 @@ def ResNet(depth: int, *, drop_path_rate: float = 0.0, **resnet: Any) -> nn.Modu
     network = static_network('ResNet')(depth=depth, **resnet)
     blocks = [block for name in network.res_layers for block in getattr(network, name)]
     add_drop_path(blocks, drop_path_rate)
+    if with_cp:
+        checkpoint_blocks(blocks)
     return network
 
 
@@ -63,7 +68,7 @@ def KWResNet(
         nonlocal_basis_ratio: Below 1, other layers' cells are attended to through a basis.
         spatial_partition: Cells are 1x1 in space.
         **resnet: The arguments of the static network: those of the library's ``ResNet`` and
-            ``drop_path_rate``, see :func:`ResNet`.
+            ``drop_path_rate``; see :func:`ResNet`.
 
     Returns:
         The network, of the library's class.

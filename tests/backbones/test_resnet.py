@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 
 import numpy as np
 import plain_reference as plain
@@ -177,18 +178,21 @@ def test_norm_eval_covers_the_norms_of_the_attentions():
 
 
 @pytest.mark.parametrize('drop_path_rate', [0, 0.5])
-def test_with_cp_changes_memory_only(drop_path_rate):
-    plain_net = KWResNet(**THIN, drop_path_rate=drop_path_rate)
-    plain_net.train()
-    saving = copy.deepcopy(plain_net)
-    for block in itertools.chain.from_iterable(getattr(saving, n) for n in saving.res_layers):
-        block.with_cp = True
+@pytest.mark.parametrize(
+    'copier', [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))]
+)
+def test_with_cp_changes_memory_only(drop_path_rate, copier):
     x = torch.randn(2, 3, 32, 32)
-    gradients = []
-    for network in (plain_net, saving):
+    gradients, calls = [], []
+    for with_cp in (False, True):
+        torch.manual_seed(1)
+        network = copier(KWResNet(**THIN, drop_path_rate=drop_path_rate, with_cp=with_cp))
+        network.train()
+        network.layer4[1].conv1.register_forward_hook(lambda *_, on=with_cp: calls.append(on))
         torch.manual_seed(1)
         sum(o.square().mean() for o in network(x)).backward()
         gradients.append({n: p.grad for n, p in network.named_parameters()})
+    assert calls == [False, True, True]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 

@@ -1,10 +1,12 @@
-"""Stochastic depth for residual blocks that were written without it."""
+"""What residual blocks need that were written for static layers: drop path and checkpointing."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class BranchDropPath(DropPath):
@@ -37,3 +39,24 @@ def add_drop_path(blocks: Sequence[nn.Module], rate: float) -> None:
         # A submodule of the block, so that train() and eval() reach it.
         block.drop_path = BranchDropPath(probability)
         branch_end.register_forward_hook(block.drop_path)
+
+
+def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Recomputes the activations of blocks in the backward pass.
+
+    The blocks' own ``with_cp`` runs a backward pass of its own for every block. That would mark a
+    warehouse ready once a block, and DistributedDataParallel refuses; here the recomputation is
+    part of the one backward pass.
+
+    Args:
+        blocks: Modules that take and give one tensor.
+    """
+    for block in blocks:
+        block.forward = partial(_checkpointed_forward, block)
+
+
+def _checkpointed_forward(block: nn.Module, x: Tensor) -> Tensor:
+    forward = type(block).forward
+    if not x.requires_grad:
+        return forward(block, x)
+    return checkpoint(forward, block, x, use_reentrant=False)
