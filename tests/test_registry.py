@@ -34,7 +34,6 @@ BUILD = """
     from mmcv.cnn import ConvModule
     conv = ConvModule(8, 8, 3, conv_cfg=dict(type='mmkw.KWConv2d', cell_num_ratio=2))
     print(type(conv.conv).__name__, type(hook).__name__)
-    assert '{other}' not in sys.modules or sys.modules['{other}'] is None
 """
 
 
@@ -44,7 +43,7 @@ def test_types_resolve_in_configs_of_both_libraries(scope, other, other_missing)
     if importlib.util.find_spec(scope) is None:
         pytest.skip(f'{scope} is not installed')
     missing = [other] if other_missing else []
-    output = check(BUILD.format(scope=scope, other=other), *missing)
+    output = check(BUILD.format(scope=scope), *missing)
     assert output.split() == [f'{scope}.models.backbones.resnet', 'KWConv2d', 'TemperatureHook']
 
 

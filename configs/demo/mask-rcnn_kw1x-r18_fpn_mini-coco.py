@@ -28,7 +28,16 @@ model = dict(
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=channels, featmap_strides=[4, 8, 16], finest_scale=28),
-        bbox_head=dict(in_channels=channels, fc_out_channels=256, num_classes=10),
+        bbox_head=dict(
+            type='ConvFCBBoxHead',
+            num_shared_convs=2,
+            num_shared_fcs=1,
+            in_channels=channels,
+            conv_out_channels=channels,
+            fc_out_channels=256,
+            num_classes=10,
+            norm_cfg=norm_cfg,
+        ),
         mask_roi_extractor=dict(out_channels=channels, featmap_strides=[4, 8, 16], finest_scale=28),
         mask_head=dict(
             num_convs=2,
@@ -40,12 +49,12 @@ model = dict(
     ),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=200, max_per_img=100),
-        rcnn=dict(sampler=dict(num=48)),
+        rcnn=dict(sampler=dict(num=40)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=50)),
 )
 
-max_epochs = 8
+max_epochs = 6
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

@@ -40,6 +40,7 @@ def _allowed_globals() -> list:
         argparse.Namespace,
         (_statistics_method, 'builtins.getattr'),
         np.ndarray,
+        bytes,  # an empty array
         np.dtype,
         *dtypes,
         *((reconstruct, f'{module}._reconstruct') for module in renamed),

@@ -33,6 +33,7 @@ class Model(BaseModel):
 
 
 def make_runner(work_dir, hooks, epochs=4, by_epoch=True, model=None, **kwargs):
+    torch.manual_seed(0)
     train_cfg = dict(by_epoch=True, max_epochs=epochs)
     if not by_epoch:
         train_cfg = dict(by_epoch=False, max_iters=epochs * 3)
@@ -40,7 +41,7 @@ def make_runner(work_dir, hooks, epochs=4, by_epoch=True, model=None, **kwargs):
         model or Model(),
         work_dir=str(work_dir),
         train_dataloader=dict(
-            dataset=[torch.randn(3, 5, 5) for _ in range(6)],
+            dataset=[dict(inputs=torch.randn(3, 5, 5)) for _ in range(6)],
             sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
             batch_size=2,
             num_workers=0,
