@@ -15,11 +15,11 @@ from mmkw.engine.command_line import (
 
 def show_predictions(config: Config, args: argparse.Namespace) -> None:
     """Has the visualization hook draw the predictions."""
-    hook = config.default_hooks.setdefault('visualization', {})
-    if not hook:
-        kind = 'Seg' if config.default_scope == 'mmseg' else 'Det'
-        hook.type = f'{kind}VisualizationHook'
+    kind = 'Seg' if config.default_scope == 'mmseg' else 'Det'
+    drawing = ConfigDict(type=f'{kind}VisualizationHook')
+    hook = config.default_hooks.setdefault('visualization', drawing)
     hook.draw = True
+    hook.interval = 1
     hook.show, hook.wait_time = args.show, args.wait_time
     if args.show_dir and config.default_scope == 'mmseg':
         config.visualizer.save_dir = args.show_dir

@@ -178,9 +178,7 @@ def test_norm_eval_covers_the_norms_of_the_attentions():
 
 
 @pytest.mark.parametrize('drop_path_rate', [0, 0.5])
-@pytest.mark.parametrize(
-    'copier', [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))]
-)
+@pytest.mark.parametrize('copier', [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
 def test_with_cp_changes_memory_only(drop_path_rate, copier):
     x = torch.randn(2, 3, 32, 32)
     gradients, calls = [], []
