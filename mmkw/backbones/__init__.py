@@ -1,5 +1,7 @@
-"""Backbones with KernelWarehouse: a static network of mmdet or mmseg plus the paper's rule."""
+"""Backbones with KernelWarehouse: a static network plus the paper's rule."""
 
+from .convnext import ConvNeXt, KWConvNeXt
+from .mobilenet_v2 import KWMobileNetV2
 from .resnet import KWResNet, ResNet
 
-__all__ = ['KWResNet', 'ResNet']
+__all__ = ['ConvNeXt', 'KWConvNeXt', 'KWMobileNetV2', 'KWResNet', 'ResNet']

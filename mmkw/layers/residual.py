@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +16,21 @@ class BranchDropPath(DropPath):
         return self.forward(output)
 
 
+def drop_path_rates(rate: float, blocks: int) -> list[float]:
+    """Rates that grow linearly from 0 at the first block to ``rate`` at the last.
+
+    Args:
+        rate: In [0, 1).
+        blocks: Number of blocks.
+
+    Raises:
+        ValueError: If ``rate`` is out of range.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f'drop_path_rate must be in [0, 1), got {rate!r}.')
+    return [rate * index / max(blocks - 1, 1) for index in range(blocks)]
+
+
 def add_drop_path(blocks: Sequence[nn.Module], rate: float) -> None:
     """Drops the residual branches of blocks, from rate 0 at the first to ``rate`` at the last.
 
@@ -28,11 +42,10 @@ def add_drop_path(blocks: Sequence[nn.Module], rate: float) -> None:
     Raises:
         ValueError: If ``rate`` is out of range.
     """
-    if not 0 <= rate < 1:
-        raise ValueError(f'drop_path_rate must be in [0, 1), got {rate!r}.')
+    rates = drop_path_rates(rate, len(blocks))
     if rate == 0:
         return
-    for block, probability in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist()):
+    for block, probability in zip(blocks, rates):
         plugins = getattr(block, 'after_conv3_plugin_names', None)
         norm = 'norm3' if hasattr(block, 'norm3') else 'norm2'
         branch_end = getattr(block, plugins[-1] if plugins else norm)

@@ -2,6 +2,6 @@
 
 from .convert import convert
 from .plan import SharingPlan
-from .rules import resnet_rule
+from .rules import convnext_rule, mobilenet_v2_rule, resnet_rule
 
-__all__ = ['SharingPlan', 'convert', 'resnet_rule']
+__all__ = ['SharingPlan', 'convert', 'convnext_rule', 'mobilenet_v2_rule', 'resnet_rule']

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from ..checkpoints import check_warehouses
 from ..layers import DYNAMIC_LAYERS, PlanError, WarehouseManager, kernel_shape
 from ..layers.dynamic_conv import DEFAULT_NORM_CFG
 from .plan import SharingPlan
@@ -12,7 +13,8 @@ def convert(
 ) -> nn.Module:
     """Replaces the planned layers of a network by dynamic ones with shared warehouses.
 
-    The network gains a submodule ``warehouse_manager``; every other name stays. Layers that do not
+    The network gains a submodule ``warehouse_manager`` and refuses state dicts with other
+    warehouses; every other name stays. Layers that do not
     require gradients (a frozen stage) give frozen attentions; a warehouse is frozen only if all its
     layers are. The static kernels are dropped, the biases kept. Checked before anything changes.
 
@@ -53,6 +55,7 @@ def convert(
             if child in twins:
                 parent._modules[name] = twins[child]
     network.warehouse_manager = manager.train(network.training)
+    network._register_load_state_dict_pre_hook(check_warehouses, with_module=True)
     return network
 
 

@@ -35,3 +35,91 @@ def resnet_rule(network: nn.Module) -> list[tuple[str, str]]:
             stage = max(stage - 1, 0)
         pairs.append((name, f'stage{stage}'))
     return pairs
+
+
+_CONVNEXT_BLOCK = re.compile(r'stages\.(\d+)\.\d+\.(dwconv|pwconv1|pwconv2)')
+_CONVNEXT_DOWNSAMPLE = re.compile(r'downsample_layers\.(\d+)\.\d+')
+
+
+def convnext_rule(network: nn.Module) -> list[tuple[str, str]]:
+    """All convolutions of a ConvNeXt are dynamic (paper, section 4.1).
+
+    The stem and every downsampling convolution have a warehouse each; a stage has one for its
+    depthwise convolutions and one for its pointwise ones.
+
+    Args:
+        network: A ConvNeXt with the module names of the original release.
+
+    Returns:
+        Pairs of layer and warehouse in module order.
+    """
+    pairs = []
+    for name, module in network.named_modules():
+        if type(module) not in DYNAMIC_LAYERS:
+            continue
+        if match := _CONVNEXT_DOWNSAMPLE.fullmatch(name):
+            pairs.append((name, f'downsample{match[1]}' if match[1] != '0' else 'stem'))
+        elif match := _CONVNEXT_BLOCK.fullmatch(name):
+            kind = 'depthwise' if match[2] == 'dwconv' else 'pointwise'
+            pairs.append((name, f'stage{match[1]}_{kind}'))
+    return pairs
+
+
+# The warehouse stages of the seven groups of blocks.
+_MOBILENET_STAGES = (1, 2, 3, 4, 5, 6, 6)
+_MOBILENET_LAYER = re.compile(r'layer(\d+)\.(\d+)\.(?:conv\.\d+|\w+_conv)\.conv')
+
+
+def mobilenet_v2_rule(network: nn.Module, pointwise: str) -> list[tuple[str, str]]:
+    """The paper's sharing for a MobileNetV2 (paper, section 4.1).
+
+    The stem has a warehouse of its own. The groups of blocks belong to warehouse stages 1 to 6, the
+    last two to one; the first block of a new warehouse stage belongs to the stage before. A stage
+    has one warehouse for its depthwise convolutions. The last 1x1 convolution, where the network
+    has it, belongs to the projections of the last stage.
+
+    Args:
+        network: The MobileNetV2 of mmdet or mmseg.
+        pointwise: How pointwise convolutions share: ``joint``, a stage's expansions and projections
+            in one warehouse (the paper's 1x); ``separate``, in a warehouse each (4x);
+            ``last_stage``, as separate but static before the last stage (1/2x).
+
+    Returns:
+        Pairs of layer and warehouse in module order.
+
+    Raises:
+        ValueError: If ``pointwise`` is none of these.
+    """
+    if pointwise not in ('joint', 'separate', 'last_stage'):
+        raise ValueError(
+            f"pointwise must be 'joint', 'separate' or 'last_stage', got {pointwise!r}."
+        )
+    last = _MOBILENET_STAGES[-1]
+
+    def warehouse(stage: int, kind: str) -> str | None:
+        if kind == 'depthwise':
+            return f'stage{stage}_depthwise'
+        if pointwise == 'joint':
+            return f'stage{stage}_pointwise'
+        return f'stage{stage}_{kind}' if pointwise == 'separate' or stage == last else None
+
+    pairs = []
+    for name, module in network.named_modules():
+        if type(module) not in DYNAMIC_LAYERS:
+            continue
+        if name == 'conv1.conv':
+            pairs.append((name, 'stem'))
+        elif name == 'conv2.conv':
+            pairs.append((name, warehouse(last, 'projection')))
+        elif match := _MOBILENET_LAYER.fullmatch(name):
+            group, block = int(match[1]) - 1, int(match[2])
+            stage = _MOBILENET_STAGES[group]
+            if block == 0 and group > 0:
+                stage = _MOBILENET_STAGES[group - 1]
+            kind = 'depthwise' if module.groups > 1 else 'expansion'
+            # A projection is linear: its ConvModule has no activation.
+            parent = network.get_submodule(name.rpartition('.')[0])
+            if kind == 'expansion' and not parent.with_activation:
+                kind = 'projection'
+            pairs.append((name, warehouse(stage, kind)))
+    return [(layer, home) for layer, home in pairs if home is not None]

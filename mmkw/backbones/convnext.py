@@ -1,0 +1,222 @@
+"""ConvNeXt, static and with KernelWarehouse.
+
+The static network is written here because neither mmdet nor mmseg has one. Its module names are
+those of the published KernelWarehouse checkpoints.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from ..checkpoints.names import convnext_names
+from ..layers.residual import checkpoint_blocks, drop_path_rates
+from ..registry import MODELS
+from ..sharing import SharingPlan, convert, convnext_rule
+
+EPS = 1e-6
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of Tensor[batch, channels, height, width]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor of the same shape."""
+        x = x.permute(0, 2, 3, 1)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(
+            0, 3, 1, 2
+        )
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise 7x7, LayerNorm, pointwise expansion, GELU, pointwise projection, layer scale.
+
+    Args:
+        channels: Channels in and out.
+        drop_path_rate: Stochastic depth, in [0, 1).
+        layer_scale_init_value: Start of the layer scale ``gamma``; 0 for none.
+    """
+
+    def __init__(self, channels: int, drop_path_rate: float, layer_scale_init_value: float) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = LayerNorm2d(channels, eps=EPS)
+        self.pwconv1 = nn.Conv2d(channels, 4 * channels, 1)
+        self.act = nn.GELU()
+        self.pwconv2 = nn.Conv2d(4 * channels, channels, 1)
+        self.gamma = None
+        if layer_scale_init_value > 0:
+            self.gamma = nn.Parameter(torch.full((1, channels, 1, 1), layer_scale_init_value))
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor[batch, channels, height, width] to the same shape."""
+        y = self.pwconv2(self.act(self.pwconv1(self.norm(self.dwconv(x)))))
+        if self.gamma is not None:
+            y = self.gamma * y
+        return x + self.drop_path(y)
+
+
+@MODELS.register_module()
+class ConvNeXt(BaseModule):
+    """`ConvNeXt <https://arxiv.org/abs/2201.03545>`_ as a backbone.
+
+    Reads the checkpoints of the original release and of mmpretrain: their names are translated, and
+    pointwise weights may be linear or 1x1 convolutions.
+
+    Args:
+        arch: ``tiny``, ``small``, ``base`` or ``large``, or
+            ``dict(depths=[...], channels=[...])`` with one value per stage.
+        in_channels: Channels of the image.
+        out_indices: Stages whose output is returned, each through a norm of its own.
+        drop_path_rate: Stochastic depth of the last block, in [0, 1); earlier blocks have
+            proportionally less.
+        layer_scale_init_value: Start of the layer scale; 0 for none.
+        frozen_stages: -1 freezes nothing, 0 the stem, i the stem and the first i stages.
+        with_cp: Recompute the blocks' activations in the backward pass, to save memory.
+        init_cfg: As in MMEngine; by default truncated normal of 0.02 for convolutions.
+
+    Raises:
+        ValueError: If an argument is unknown or out of its range.
+    """
+
+    arch_settings = {
+        'tiny': dict(depths=[3, 3, 9, 3], channels=[96, 192, 384, 768]),
+        'small': dict(depths=[3, 3, 27, 3], channels=[96, 192, 384, 768]),
+        'base': dict(depths=[3, 3, 27, 3], channels=[128, 256, 512, 1024]),
+        'large': dict(depths=[3, 3, 27, 3], channels=[192, 384, 768, 1536]),
+    }
+
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        init_cfg: dict | list | None = None,
+    ) -> None:
+        if init_cfg is None:
+            init_cfg = dict(type='TruncNormal', layer='Conv2d', std=0.02, bias=0.0)
+        super().__init__(init_cfg)
+        depths, channels = self._arch(arch)
+        stages = len(depths)
+        if not set(out_indices) <= set(range(stages)):
+            raise ValueError(f'out_indices must be in 0 to {stages - 1}, got {out_indices}.')
+        if not -1 <= frozen_stages <= stages:
+            raise ValueError(f'frozen_stages must be in -1 to {stages}, got {frozen_stages}.')
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+
+        stem = nn.Conv2d(in_channels, channels[0], 4, stride=4)
+        self.downsample_layers = nn.ModuleList(
+            [nn.Sequential(stem, LayerNorm2d(channels[0], eps=EPS))]
+        )
+        for before, after in pairwise(channels):
+            self.downsample_layers.append(
+                nn.Sequential(LayerNorm2d(before, eps=EPS), nn.Conv2d(before, after, 2, stride=2))
+            )
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                *(ConvNeXtBlock(width, next(rates), layer_scale_init_value) for _ in range(depth))
+            )
+            for depth, width in zip(depths, channels)
+        )
+        for index in self.out_indices:
+            self.add_module(f'norm{index}', LayerNorm2d(channels[index], eps=EPS))
+        if with_cp:
+            checkpoint_blocks([block for stage in self.stages for block in stage])
+        self._freeze_stages()
+
+    def _arch(self, arch: str | dict) -> tuple[list[int], list[int]]:
+        if isinstance(arch, str):
+            if arch not in self.arch_settings:
+                raise ValueError(f'arch must be one of {list(self.arch_settings)}, got {arch!r}.')
+            arch = self.arch_settings[arch]
+        if set(arch) != {'depths', 'channels'} or len(arch['depths']) != len(arch['channels']):
+            raise ValueError(
+                f'arch must be dict(depths=[...], channels=[...]) of one length, got {arch}.'
+            )
+        return list(arch['depths']), list(arch['channels'])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Tensor[batch, in_channels, height, width] to the outputs of ``out_indices``."""
+        outs = []
+        for index, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
+            x = stage(downsample(x))
+            if index in self.out_indices:
+                outs.append(getattr(self, f'norm{index}')(x))
+        return tuple(outs)
+
+    def train(self, mode: bool = True) -> 'ConvNeXt':
+        """Keeps frozen stages in evaluation mode."""
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        convnext_names(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        frozen = [self.downsample_layers[0]]
+        for index in range(self.frozen_stages):
+            frozen += [self.downsample_layers[index], self.stages[index]]
+        for module in frozen:
+            module.eval()
+            module.requires_grad_(False)
+
+
+@MODELS.register_module()
+def KWConvNeXt(
+    arch: str | dict = 'tiny',
+    *,
+    cell_num_ratio: float | Sequence[float] = 1.0,
+    cell_inplane_ratio: float | Sequence[float] = 1.0,
+    cell_outplane_ratio: float | Sequence[float] = 1.0,
+    reduction: float | Sequence[float] = 1 / 16,
+    nonlocal_basis_ratio: float | Sequence[float] = 1.0,
+    spatial_partition: bool | Sequence[bool] = True,
+    **convnext: Any,
+) -> ConvNeXt:
+    """Builds a ConvNeXt whose convolutions are all dynamic, with the paper's twelve warehouses.
+
+    Args:
+        arch: As in :class:`ConvNeXt`.
+        cell_num_ratio: The parameter budget b. This and the next five: one value, or one per
+            warehouse; see :class:`~mmkw.layers.WarehouseOptions`.
+        cell_inplane_ratio: Input channels of a cell, relative to the largest possible.
+        cell_outplane_ratio: Output channels of a cell, relative to the largest possible.
+        reduction: Hidden width of the attention, relative to a layer's input channels.
+        nonlocal_basis_ratio: Below 1, other layers' cells are attended to through a basis.
+        spatial_partition: Cells are 1x1 in space.
+        **convnext: The other arguments of :class:`ConvNeXt`.
+
+    Returns:
+        The network. Its attentions use LayerNorm.
+
+    Raises:
+        PlanError: If the warehouse options do not fit the network.
+        ValueError: If an argument of ConvNeXt is out of its range.
+    """
+    network = ConvNeXt(arch, **convnext)
+    plan = SharingPlan.make(
+        convnext_rule(network),
+        cell_num_ratio=cell_num_ratio,
+        cell_inplane_ratio=cell_inplane_ratio,
+        cell_outplane_ratio=cell_outplane_ratio,
+        reduction=reduction,
+        nonlocal_basis_ratio=nonlocal_basis_ratio,
+        spatial_partition=spatial_partition,
+    )
+    return convert(network, plan, attention_norm_cfg=dict(type='LN'))
