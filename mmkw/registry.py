@@ -6,9 +6,16 @@ MMEngine imports ``<scope>.registry`` when it meets a type such as ``mmkw.KWResN
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import Registry
 
 MODELS = Registry(
     'model', parent=MMENGINE_MODELS, scope='mmkw', locations=['mmkw.layers', 'mmkw.backbones']
 )
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmkw', locations=['mmkw.engine.hooks'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='mmkw',
+    locations=['mmkw.engine.optimizers'],
+)

@@ -15,34 +15,28 @@ from .warehouse import WarehouseManager
 
 DEFAULT_NORM_CFG = dict(type='BN1d')
 
-_OPTIONS_DOC = """
-    The layer owns its warehouse, ``warehouse_manager.weights[0]`` of shape ``(cells, cell_out,
-    cell_in, *cell_kernel)``; ``mmkw.sharing.convert`` makes layers that share one.
-
-    Args:
-        *args: The arguments of ``torch.nn.{namesake}``, in its order.
-        attention_norm_cfg: Norm of the attention, for ``mmcv.cnn.build_norm_layer``: ``BN1d``,
-            ``SyncBN`` or ``LN``. Default: ``dict(type='BN1d')``.
-        **kwargs: The arguments of ``torch.nn.{namesake}`` and the warehouse options
-            ``cell_num_ratio``, ``cell_inplane_ratio``, ``cell_outplane_ratio``, ``reduction``,
-            ``nonlocal_basis_ratio`` and ``spatial_partition`` of
-            :class:`~mmkw.layers.partition.WarehouseOptions`.
-
-    Raises:
-        PlanError: If a warehouse option is out of range or the budget does not come out.
-
-    Shape:
-        {shape}
-"""
-
 
 class DynamicLayer(nn.Module):
     """A layer whose kernel is a mixture of kernel cells, one mixture per image.
 
-    What the dynamic layers have in common: built from a static layer, whose every setting they
-    keep, and a place in a warehouse. The warehouse is reached through a tuple: ``nn.Module`` does
-    not register what is in it, so a shared warehouse stays owned by its network alone, while
-    copying and pickling a network keep the reference intact.
+    Made by its constructor it owns its warehouse, ``warehouse_manager.weights[0]`` of shape
+    ``(cells, cell_out, cell_in, *cell_kernel)``; ``mmkw.convert`` makes layers that share one. The
+    warehouse is reached through a tuple: ``nn.Module`` does not register what is in it, so a shared
+    warehouse stays owned by its network alone, while copying and pickling a network keep the
+    reference intact.
+
+    Args:
+        *args: The arguments of the layer's namesake in ``torch.nn``, in its order.
+        attention_norm_cfg: Norm of the attention, for ``mmcv.cnn.build_norm_layer``: ``BN1d``,
+            ``SyncBN`` or ``LN``.
+        **kwargs: More arguments of the namesake, and the warehouse options ``cell_num_ratio``,
+            ``cell_inplane_ratio``, ``cell_outplane_ratio``, ``reduction``, ``nonlocal_basis_ratio``
+            and ``spatial_partition`` of :class:`~mmkw.layers.WarehouseOptions` (paper, sections 3.1
+            to 3.4). A layer alone has no cells of other layers: the basis has no effect on it.
+
+    Raises:
+        PlanError: If a warehouse option is out of range or the budget does not come out.
+        ValueError: If the namesake refuses its arguments.
     """
 
     static_class: type[nn.Module]
@@ -174,28 +168,32 @@ class _KWConvNd(DynamicLayer):
 
 @MODELS.register_module()
 class KWConv1d(_KWConvNd):
-    """KernelWarehouse twin of ``torch.nn.Conv1d``."""
+    """Dynamic ``torch.nn.Conv1d``: Tensor[batch, channels, length]; see :class:`DynamicLayer`."""
 
     static_class = nn.Conv1d
 
 
 @MODELS.register_module()
 class KWConv2d(_KWConvNd):
-    """KernelWarehouse twin of ``torch.nn.Conv2d``; as ``conv_cfg`` also in mmcv's modules."""
+    """Dynamic ``torch.nn.Conv2d``: Tensor[batch, channels, height, width].
+
+    As ``conv_cfg=dict(type='mmkw.KWConv2d', ...)`` it serves in any module that builds its
+    convolutions through mmcv. See :class:`DynamicLayer`.
+    """
 
     static_class = nn.Conv2d
 
 
 @MODELS.register_module()
 class KWConv3d(_KWConvNd):
-    """KernelWarehouse twin of ``torch.nn.Conv3d``."""
+    """Dynamic ``torch.nn.Conv3d``: Tensor[batch, channels, *size]; see :class:`DynamicLayer`."""
 
     static_class = nn.Conv3d
 
 
 @MODELS.register_module()
 class KWLinear(DynamicLayer):
-    """KernelWarehouse twin of ``torch.nn.Linear``.
+    """Dynamic ``torch.nn.Linear``: Tensor[batch, ..., in_features]; see :class:`DynamicLayer`.
 
     The first dimension counts the images; the attention averages over those between it and the
     features. A single vector is one image.
@@ -222,14 +220,6 @@ class KWLinear(DynamicLayer):
         # Cells are stored as those of a convolution of size one.
         return sample_linear(x, self.mix_kernels(pooled).squeeze(-1), self.bias)
 
-
-_CONV_SHAPE = 'Tensor[batch, in_channels, *size] to Tensor[batch, out_channels, *output_size].'
-_LINEAR_SHAPE = 'Tensor[batch, ..., in_features] to Tensor[batch, ..., out_features].'
-for _layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear):
-    _layer.__doc__ += _OPTIONS_DOC.format(
-        namesake=_layer.static_class.__name__,
-        shape=_LINEAR_SHAPE if _layer is KWLinear else _CONV_SHAPE,
-    )
 
 # The dynamic twin of every static layer that has one.
 DYNAMIC_LAYERS = {layer.static_class: layer for layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear)}

@@ -1,0 +1,10 @@
+_base_ = './mask-rcnn_mobilenet-v2_fpn_adamw-1x_coco.py'
+
+model = dict(
+    backbone=dict(
+        type='mmkw.KWMobileNetV2',
+        pointwise='separate',
+        cell_num_ratio=4,
+        init_cfg=dict(checkpoint='checkpoints/kw4x_mobilenet_v2.pth'),
+    )
+)
