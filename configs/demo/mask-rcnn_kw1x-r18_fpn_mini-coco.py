@@ -54,7 +54,7 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=50)),
 )
 
-max_epochs = 5
+max_epochs = 6
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

@@ -59,6 +59,9 @@ def test_pycocotools_reads_exact_masks(mini_coco, split):
 def test_mmdet_reads_it(mini_coco):
     pytest.importorskip('mmdet')
     from mmdet.datasets import CocoDataset
+    from mmengine.registry import init_default_scope
+
+    init_default_scope('mmdet')
 
     dataset = CocoDataset(
         data_root=f'{mini_coco}/',
@@ -66,8 +69,8 @@ def test_mmdet_reads_it(mini_coco):
         data_prefix=dict(img='train/'),
         metainfo=dict(classes=tuple(f'digit {i}' for i in range(10))),
         pipeline=[
-            dict(type='mmdet.LoadImageFromFile'),
-            dict(type='mmdet.LoadAnnotations', with_bbox=True, with_mask=True),
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
         ],
     )
     categories = json.loads((mini_coco / 'annotations/instances_train.json').read_text())
