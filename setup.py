@@ -14,7 +14,6 @@ setup(
     description='KernelWarehouse dynamic convolution for MMDetection and MMSegmentation',
     long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
-    license='Apache-2.0',
     packages=find_packages(include=['mmkw', 'mmkw.*']),
     python_requires='>=3.10',
     install_requires=[
@@ -32,7 +31,7 @@ setup(
         'dev': [
             'pytest>=8,<10',
             'hypothesis>=6,<7',
-            'ruff>=0.6,<1',
+            'ruff>=0.17,<0.18',
             'scikit-image>=0.22,<1',
             'scikit-learn>=1.3,<2',
         ],

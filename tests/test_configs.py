@@ -66,6 +66,13 @@ def test_config_names_its_hooks_and_datasets(name):
     assert config.train_dataloader.dataset.pipeline
 
 
+def test_config_of_the_readme_builds(tmp_path):
+    readme = (CONFIGS.parent / 'README.md').read_text()
+    (tmp_path / 'my_config.py').write_text(readme.split('```python')[1].split('```')[0])
+    model = build_detector(Config.fromfile(tmp_path / 'my_config.py'))
+    assert len(model.backbone.warehouse_manager.weights[0]) == 348
+
+
 def test_recipe_of_the_paper():
     config = load('mask_rcnn/mask-rcnn_kw4x-r50_fpn_adamw-1x_coco.py')
     assert config.model.backbone.frozen_stages == 1
