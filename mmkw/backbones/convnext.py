@@ -15,6 +15,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..checkpoints.names import convnext_names
+from ..layers import split_options
 from ..layers.residual import checkpoint_blocks, drop_path_rates
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, convnext_rule
@@ -180,27 +181,14 @@ class ConvNeXt(BaseModule):
 @MODELS.register_module()
 def KWConvNeXt(
     arch: str | dict = 'tiny',
-    *,
-    cell_num_ratio: float | Sequence[float] = 1.0,
-    cell_inplane_ratio: float | Sequence[float] = 1.0,
-    cell_outplane_ratio: float | Sequence[float] = 1.0,
-    reduction: float | Sequence[float] = 1 / 16,
-    nonlocal_basis_ratio: float | Sequence[float] = 1.0,
-    spatial_partition: bool | Sequence[bool] = True,
-    **convnext: Any,
+    **arguments: Any,
 ) -> ConvNeXt:
     """Builds a ConvNeXt whose convolutions are all dynamic, with the paper's twelve warehouses.
 
     Args:
         arch: As in :class:`ConvNeXt`.
-        cell_num_ratio: The parameter budget b. This and the next five: one value, or one per
-            warehouse; see :class:`~mmkw.layers.WarehouseOptions`.
-        cell_inplane_ratio: Input channels of a cell, relative to the largest possible.
-        cell_outplane_ratio: Output channels of a cell, relative to the largest possible.
-        reduction: Hidden width of the attention, relative to a layer's input channels.
-        nonlocal_basis_ratio: Below 1, other layers' cells are attended to through a basis.
-        spatial_partition: Cells are 1x1 in space.
-        **convnext: The other arguments of :class:`ConvNeXt`.
+        **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
+            or one per warehouse; and the other arguments of :class:`ConvNeXt`.
 
     Returns:
         The network. Its attentions use LayerNorm.
@@ -209,14 +197,7 @@ def KWConvNeXt(
         PlanError: If the warehouse options do not fit the network.
         ValueError: If an argument of ConvNeXt is out of its range.
     """
-    network = ConvNeXt(arch, **convnext)
-    plan = SharingPlan.make(
-        convnext_rule(network),
-        cell_num_ratio=cell_num_ratio,
-        cell_inplane_ratio=cell_inplane_ratio,
-        cell_outplane_ratio=cell_outplane_ratio,
-        reduction=reduction,
-        nonlocal_basis_ratio=nonlocal_basis_ratio,
-        spatial_partition=spatial_partition,
-    )
+    options, static = split_options(arguments)
+    network = ConvNeXt(arch, **static)
+    plan = SharingPlan.make(convnext_rule(network), **options)
     return convert(network, plan, attention_norm_cfg=dict(type='LN'))

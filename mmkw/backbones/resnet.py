@@ -1,10 +1,10 @@
 """ResNet with KernelWarehouse."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from ..layers import split_options
 from ..layers.residual import add_drop_path, checkpoint_blocks
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, resnet_rule
@@ -39,17 +39,7 @@ def ResNet(
 
 
 @MODELS.register_module()
-def KWResNet(
-    depth: int,
-    *,
-    cell_num_ratio: float | Sequence[float] = 1.0,
-    cell_inplane_ratio: float | Sequence[float] = 1.0,
-    cell_outplane_ratio: float | Sequence[float] = 1.0,
-    reduction: float | Sequence[float] = 1 / 16,
-    nonlocal_basis_ratio: float | Sequence[float] = 1.0,
-    spatial_partition: bool | Sequence[bool] = True,
-    **resnet: Any,
-) -> nn.Module:
+def KWResNet(depth: int, **arguments: Any) -> nn.Module:
     """Builds the library's own ResNet with the paper's four warehouses, one per stage.
 
     The result is the ``ResNet`` of mmdet or mmseg, whichever the config belongs to: every argument
@@ -59,16 +49,9 @@ def KWResNet(
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        cell_num_ratio: The parameter budget b: 1 as many as the static network, 4 four times.
-            This and the next five: one value, or one per warehouse; see
-            :class:`~mmkw.layers.WarehouseOptions`.
-        cell_inplane_ratio: Input channels of a cell, relative to the largest possible.
-        cell_outplane_ratio: Output channels of a cell, relative to the largest possible.
-        reduction: Hidden width of the attention, relative to a layer's input channels.
-        nonlocal_basis_ratio: Below 1, other layers' cells are attended to through a basis.
-        spatial_partition: Cells are 1x1 in space.
-        **resnet: The arguments of the static network: those of the library's ``ResNet`` and
-            ``drop_path_rate``; see :func:`ResNet`.
+        **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
+            or one per warehouse; and the arguments of :func:`ResNet`, those of the library's own
+            among them.
 
     Returns:
         The network, of the library's class.
@@ -77,14 +60,6 @@ def KWResNet(
         PlanError: If the warehouse options do not fit the network.
         ValueError: If ``drop_path_rate`` is out of range.
     """
-    network = ResNet(depth, **resnet)
-    plan = SharingPlan.make(
-        resnet_rule(network),
-        cell_num_ratio=cell_num_ratio,
-        cell_inplane_ratio=cell_inplane_ratio,
-        cell_outplane_ratio=cell_outplane_ratio,
-        reduction=reduction,
-        nonlocal_basis_ratio=nonlocal_basis_ratio,
-        spatial_partition=spatial_partition,
-    )
-    return convert(network, plan)
+    options, static = split_options(arguments)
+    network = ResNet(depth, **static)
+    return convert(network, SharingPlan.make(resnet_rule(network), **options))

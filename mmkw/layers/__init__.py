@@ -9,6 +9,7 @@ from .partition import (
     WarehouseOptions,
     WarehousePartition,
     partition_warehouse,
+    split_options,
 )
 from .warehouse import WarehouseManager
 
@@ -28,4 +29,5 @@ __all__ = [
     'kernel_shape',
     'partition_warehouse',
     'set_temperature',
+    'split_options',
 ]

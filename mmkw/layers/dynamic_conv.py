@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..ops import mix_cells, sample_conv, sample_linear
 from ..registry import MODELS
 from .attention import Attention
-from .partition import KernelShape, WarehouseOptions, partition_warehouse
+from .partition import KernelShape, WarehouseOptions, partition_warehouse, split_options
 from .warehouse import WarehouseManager
 
 DEFAULT_NORM_CFG = dict(type='BN1d')
@@ -45,12 +45,13 @@ class DynamicLayer(nn.Module):
         self, *args: Any, attention_norm_cfg: dict = DEFAULT_NORM_CFG, **kwargs: Any
     ) -> None:
         super().__init__()
-        names = WarehouseOptions.__dataclass_fields__
-        options = WarehouseOptions(**{k: kwargs.pop(k) for k in list(kwargs) if k in names})
+        options, kwargs = split_options(kwargs)
         device, dtype = kwargs.pop('device', None), kwargs.pop('dtype', None)
         # torch.nn checks and normalises the arguments; on the meta device that costs no memory.
         static = self.static_class(*args, **kwargs, device='meta')
-        partition = partition_warehouse('its own', [kernel_shape('layer', static)], options)
+        partition = partition_warehouse(
+            'its own', [kernel_shape('layer', static)], WarehouseOptions(**options)
+        )
         self.warehouse_manager = WarehouseManager([partition])
         self._setup(static, self.warehouse_manager, 0, 0, attention_norm_cfg)
         if static.bias is not None:

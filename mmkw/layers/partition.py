@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 
 class PlanError(ValueError):
@@ -48,6 +49,20 @@ class WarehouseOptions:
                 valid = valid and 0 < value < math.inf and (unbounded or value <= 1)
             if not valid:
                 raise PlanError(f'{field.name} must be {expected}, got {value!r}.')
+
+
+def split_options(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Separates warehouse options from the other arguments of a layer or network.
+
+    Args:
+        arguments: Keyword arguments of both kinds.
+
+    Returns:
+        The fields of :class:`WarehouseOptions` among them, and the rest.
+    """
+    names = {field.name for field in fields(WarehouseOptions)}
+    options = {name: value for name, value in arguments.items() if name in names}
+    return options, {k: v for k, v in arguments.items() if k not in names}
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class TemperatureHook(Hook):
         self.by_epoch = by_epoch
         self.begin = begin
         self.end = end
+        self._current = begin
 
     def temperature_at(self, iteration: int, epoch_length: int) -> float:
         """The temperature of an iteration, in [0, 1].
