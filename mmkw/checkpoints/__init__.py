@@ -1,11 +1,12 @@
 """Reading checkpoint files, published and static ones too."""
 
-from .guard import CheckpointMismatchError, check_warehouses
-from .loading import UnsafeCheckpointError, load_from_local
+from .guard import CheckpointMismatchError, check_checkpoint
+from .loading import DamagedCheckpointError, UnsafeCheckpointError, load_from_local
 
 __all__ = [
     'CheckpointMismatchError',
+    'DamagedCheckpointError',
     'UnsafeCheckpointError',
-    'check_warehouses',
+    'check_checkpoint',
     'load_from_local',
 ]

@@ -4,44 +4,97 @@ import math
 import re
 from typing import Any
 
+from mmengine.logging import print_log
 from torch import Tensor, nn
+
+# What the published ImageNet files hold beside the backbone.
+_CLASSIFIER = ('fc', 'head', 'norm', 'classifier')
 
 
 class CheckpointMismatchError(RuntimeError):
-    """A checkpoint for another network or budget; names the warehouse and the options that fit."""
+    """A checkpoint for another network or budget; names what differs and what would fit."""
 
 
-def check_warehouses(
+def check_checkpoint(
     network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
-    """Compares a state dict's warehouses with the network's, as a hook of ``load_state_dict``.
+    """Compares a state dict with the network, as a hook of ``load_state_dict``.
 
-    Warehouses beyond the network's, such as a classifier's, are left to be listed as unused.
+    Every warehouse and every tensor of a dynamic layer must be there in its shape. The rest is left
+    to ``load_state_dict`` and to MMEngine, which lists what is missing and what is not expected;
+    only the classifier of an ImageNet file is taken out, and a line in the log lists it.
 
     Args:
         network: A converted network.
-        state_dict: What is being loaded.
-        prefix: The network's place in it. A state dict with nothing there is let through.
+        state_dict: What is being loaded. The classifier is removed in place.
+        prefix: The network's place in it.
         *_: What ``load_state_dict`` passes to a hook beyond that.
 
     Raises:
-        CheckpointMismatchError: If a warehouse is missing or has another shape, or if the state
-            dict is that of the static network.
+        CheckpointMismatchError: If there is no warehouse for the network, or if a warehouse or a
+            tensor of a dynamic layer is missing or has another shape.
     """
-    manager = network.warehouse_manager
     pattern = re.compile(re.escape(prefix) + r'warehouse_manager\.weights\.(\d+)')
     stored = {int(m[1]): state_dict[m[0]] for m in map(pattern.fullmatch, state_dict) if m}
-    kind = type(network).__name__
     if not stored:
-        layers = [share.kernel.layer for p in manager.partitions for share in p.layers]
-        static = [layer for layer in layers if f'{prefix}{layer}.weight' in state_dict]
-        if static:
-            raise CheckpointMismatchError(
-                f'The checkpoint holds static kernels for {len(static)} of the {len(layers)} '
-                f'dynamic layers of this {kind}, such as {static[0]}.weight, and no warehouse. '
-                'Load it into the static network, or load a KernelWarehouse checkpoint.'
-            )
-        return
+        raise CheckpointMismatchError(_no_warehouse(network, state_dict, prefix))
+    unused = _classifier(network, state_dict, prefix, stored)
+    _check_warehouses(network, stored)
+    _check_layers(network, state_dict, prefix)
+    if unused:
+        for key in unused:
+            del state_dict[key]
+        print_log(
+            f'{type(network).__name__}: deliberately not loaded, of the ImageNet classifier: '
+            f'{", ".join(unused)}',
+            logger='current',
+        )
+
+
+def _no_warehouse(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> str:
+    kind, place = type(network).__name__, f' under {prefix!r}' if prefix else ''
+    partitions = network.warehouse_manager.partitions
+    layers = [share.kernel.layer for partition in partitions for share in partition.layers]
+    static = [layer for layer in layers if f'{prefix}{layer}.weight' in state_dict]
+    if static:
+        return (
+            f'The checkpoint holds static kernels for {len(static)} of the {len(layers)} '
+            f'dynamic layers of this {kind}, such as {static[0]}.weight, and no warehouse. '
+            'Load it into the static network, or load a KernelWarehouse checkpoint.'
+        )
+    elsewhere = [key for key in state_dict if key.endswith('warehouse_manager.weights.0')]
+    if elsewhere:
+        found = elsewhere[0].removesuffix('warehouse_manager.weights.0')
+        return (
+            f'The checkpoint has the warehouses of a network under {found!r}. To load them into '
+            f"this {kind} alone, use init_cfg=dict(type='Pretrained', prefix={found!r}, ...)."
+        )
+    names = ', '.join(list(state_dict)[:3]) or 'nothing'
+    return (
+        f'The checkpoint has no warehouse for this {kind}{place}, where it holds {names}. An '
+        "ImageNet file goes into the backbone's init_cfg=dict(type='Pretrained', checkpoint=FILE), "
+        'the file of a whole detector or segmentor into load_from.'
+    )
+
+
+def _classifier(
+    network: nn.Module, state_dict: dict[str, Tensor], prefix: str, stored: dict[int, Tensor]
+) -> list[str]:
+    """The names of an ImageNet classifier, with its warehouse where it is dynamic."""
+    names = []
+    for key in state_dict:
+        part = key[len(prefix) :].partition('.')[0]
+        if key.startswith(prefix) and part in _CLASSIFIER and not hasattr(network, part):
+            names.append(key)
+    if any('.attention.' in name for name in names):
+        last = len(network.warehouse_manager.weights)
+        names.append(f'{prefix}warehouse_manager.weights.{last}')
+        stored.pop(last, None)
+    return [name for name in names if name in state_dict]
+
+
+def _check_warehouses(network: nn.Module, stored: dict[int, Tensor]) -> None:
+    manager, kind = network.warehouse_manager, type(network).__name__
     for index, (partition, weight) in enumerate(zip(manager.partitions, manager.weights)):
         found = stored.get(index)
         if found is None:
@@ -56,6 +109,29 @@ def check_warehouses(
                 f'{tuple(weight.shape[1:])}, the checkpoint has {len(found)} of '
                 f'{tuple(found.shape[1:])}. {_advice(partition, found)}'
             )
+    if len(stored) > len(manager.weights):
+        raise CheckpointMismatchError(
+            f'The checkpoint has {len(stored)} warehouses, this {kind} {len(manager.weights)}. It '
+            'was made for another architecture or sharing plan.'
+        )
+
+
+def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    for partition in network.warehouse_manager.partitions:
+        for share in partition.layers:
+            name = share.kernel.layer
+            for part, tensor in network.get_submodule(name).state_dict().items():
+                found = state_dict.get(f'{prefix}{name}.{part}')
+                # torch counts from 0 where an old file lacks the counter.
+                if part.endswith('num_batches_tracked') and found is None:
+                    continue
+                if found is None or found.shape != tensor.shape:
+                    shape = 'lacks it' if found is None else f'has {tuple(found.shape)}'
+                    raise CheckpointMismatchError(
+                        f'{name}.{part} of this {type(network).__name__} has the shape '
+                        f'{tuple(tensor.shape)}, the checkpoint {shape}. Its warehouses fit, its '
+                        'attentions do not: check reduction, nonlocal_basis_ratio and the norm.'
+                    )
 
 
 def _advice(partition: Any, found: Tensor) -> str:

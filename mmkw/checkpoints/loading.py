@@ -8,6 +8,7 @@ what those files hold, and takes the place of MMEngine's for local files when mm
 import argparse
 import os.path as osp
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,17 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from mmengine.utils import digit_version
 
+# Zip archives, and the pickles of torch before 1.6.
+_STARTS = (b'PK', b'\x80')
+_CUT_SHORT = re.compile('PytorchStreamReader|unexpected EOF')
+
 
 class UnsafeCheckpointError(RuntimeError):
     """A checkpoint that holds pickled objects beyond tensors and MMEngine's records."""
+
+
+class DamagedCheckpointError(RuntimeError):
+    """A file that is truncated, or no checkpoint at all."""
 
 
 def _statistics_method(owner: type, name: str) -> Any:
@@ -60,12 +69,20 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
 
     Raises:
         FileNotFoundError: If there is no such file.
+        DamagedCheckpointError: If the file is truncated or no checkpoint.
         UnsafeCheckpointError: If the file holds pickled objects other than tensors, plain
             containers, NumPy arrays and MMEngine's ``HistoryBuffer``.
     """
     path = osp.expanduser(filename)
     if not osp.isfile(path):
         raise FileNotFoundError(f'Checkpoint {filename} does not exist.')
+    with open(path, 'rb') as file:
+        start = file.read(16)
+    if not start.startswith(_STARTS):
+        raise DamagedCheckpointError(
+            f'{filename} is no checkpoint: it begins with {start!r}. A web page or a Git LFS '
+            'pointer saved in its place? Download the file again.'
+        )
     with torch.serialization.safe_globals(_allowed_globals()):
         try:
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
@@ -76,6 +93,17 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
                 "torch.save(dict(state_dict=torch.load(FILE, weights_only=False)['state_dict']), "
                 'NEW_FILE), then use NEW_FILE.'
             ) from error
+        except (RuntimeError, EOFError, OSError) as error:
+            if isinstance(error, RuntimeError) and not _CUT_SHORT.search(str(error)):
+                raise
+            raise DamagedCheckpointError(
+                f'Checkpoint {filename} is damaged: it ends early, after '
+                f'{osp.getsize(path)} bytes. Download or copy it again.'
+            ) from error
+    if not isinstance(checkpoint, dict):
+        raise DamagedCheckpointError(
+            f'Checkpoint {filename} holds a {type(checkpoint).__name__}, not a state dict.'
+        )
     # MMEngine looks for ``state_dict``; the published ImageNet files say ``model``.
     if 'model' in checkpoint and 'state_dict' not in checkpoint:
         checkpoint['state_dict'] = checkpoint.pop('model')

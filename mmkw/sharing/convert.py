@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..checkpoints import check_warehouses
+from ..checkpoints import check_checkpoint
 from ..layers import DYNAMIC_LAYERS, PlanError, WarehouseManager, kernel_shape
 from ..layers.dynamic_conv import DEFAULT_NORM_CFG
 from .plan import SharingPlan
@@ -55,7 +55,7 @@ def convert(
             if child in twins:
                 parent._modules[name] = twins[child]
     network.warehouse_manager = manager.train(network.training)
-    network._register_load_state_dict_pre_hook(check_warehouses, with_module=True)
+    network._register_load_state_dict_pre_hook(check_checkpoint, with_module=True)
     return network
 
 
