@@ -63,12 +63,12 @@ class Network:
         gain, shift = self.p(f'{name}.weight', c, scale=0.2, offset=1), self.p(f'{name}.bias', c)
         return F.layer_norm(x, (c,), gain, shift, eps)
 
-    def static(self, name, x, out, k, stride=1, padding=0, groups=1):
+    def static(self, name, x, out, k, stride=1, padding=0, groups=1, dilation=1):
         fan = x.shape[1] // groups * k * k
         weight = self.p(f'{name}.weight', out, x.shape[1] // groups, k, k, scale=fan**-0.5)
-        return F.conv2d(x, weight, None, stride, padding, 1, groups)
+        return F.conv2d(x, weight, None, stride, padding, dilation, groups)
 
-    def dynamic(self, name, w, x, out, k, stride=1, padding=0, groups=1, bias=False):
+    def dynamic(self, name, w, x, out, k, stride=1, padding=0, groups=1, bias=False, dilation=1):
         """A dynamic convolution of warehouse ``w``; every image by itself."""
         n, co, ci = self.cells[w]
         budget = self.budgets[w]
@@ -98,7 +98,7 @@ class Network:
                 out_block = slice(row * co, (row + 1) * co)
                 in_block = slice(col * ci, (col + 1) * ci)
                 kernel[out_block, in_block, y, z] = next(mixed)
-            images.append(F.conv2d(image[None], kernel, offset, stride, padding, 1, groups))
+            images.append(F.conv2d(image[None], kernel, offset, stride, padding, dilation, groups))
         return torch.cat(images)
 
     def attention(self, name, pooled, mixtures, n, start, budget):
@@ -128,42 +128,72 @@ class Network:
         return z / (z.abs().sum(-1, keepdim=True) + 1e-3)
 
 
-def resnet(depth):
-    """Forward pass of a ResNet of 18 or 50 layers."""
+def resnet(
+    depth,
+    base=64,
+    strides=(1, 2, 2, 2),
+    dilations=(1, 1, 1, 1),
+    contract=False,
+    groups=1,
+    group_width=None,
+    deep=False,
+    pool=False,
+):
+    """Forward pass of a ResNet of 18 or 50 layers.
+
+    Dilated for segmentation, with groups of ``group_width`` channels at the first stage, with three
+    convolutions for a stem (``deep``) or pooling before the downsampling convolutions (``pool``).
+    """
     counts = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}[depth]
     bottleneck = depth >= 50
 
+    def stem(net, x):
+        if not deep:
+            return net.batch_norm('bn1', net.static('conv1', x, base, 7, 2, 3)).relu()
+        for place, (out, stride) in enumerate(((base // 2, 2), (base // 2, 1), (base, 1))):
+            x = net.static(f'stem.{3 * place}', x, out, 3, stride, 1)
+            x = net.batch_norm(f'stem.{3 * place + 1}', x).relu()
+        return x
+
     def forward(net, x):
-        x = net.static('conv1', x, 64, 7, 2, 3)
-        x = F.max_pool2d(net.batch_norm('bn1', x).relu(), 3, 2, 1)
+        x = F.max_pool2d(stem(net, x), 3, 2, 1)
         outputs = []
         for stage, count in enumerate(counts):
-            width = 64 * 2**stage
+            width = base * 2**stage
+            inner = width if group_width is None else groups * group_width * 2**stage
             for block in range(count):
                 name = f'layer{stage + 1}.{block}'
                 first = block == 0
-                stride = 2 if first and stage else 1
+                stride = strides[stage] if first else 1
+                spread = dilations[stage]
+                if first and contract and spread > 1:
+                    spread //= 2
                 home = stage - 1 if first and stage else stage
 
-                def conv(part, x, out, k, stride=1, padding=0, w=stage, name=name, first=first):
-                    handed = first and part in ('conv1', 'downsample.0')
-                    if handed and bottleneck and w == 0 and name == 'layer1.0':
-                        return net.static(f'{name}.{part}', x, out, k, stride, padding)
-                    return net.dynamic(f'{name}.{part}', w, x, out, k, stride, padding)
+                def conv(part, x, out, k, stride=1, w=stage, name=name, first=first, **other):
+                    handed = first and part.startswith(('conv1', 'downsample'))
+                    padding = k // 2 * other.get('dilation', 1)
+                    if handed and bottleneck and name == 'layer1.0':
+                        return net.static(f'{name}.{part}', x, out, k, stride, padding, **other)
+                    return net.dynamic(f'{name}.{part}', w, x, out, k, stride, padding, **other)
 
                 y, out = x, width * (4 if bottleneck else 1)
                 if bottleneck:
-                    y = net.batch_norm(f'{name}.bn1', conv('conv1', y, width, 1, w=home)).relu()
-                    y = conv('conv2', y, width, 3, stride, 1)
+                    y = net.batch_norm(f'{name}.bn1', conv('conv1', y, inner, 1, w=home)).relu()
+                    y = conv('conv2', y, inner, 3, stride, groups=groups, dilation=spread)
                     y = net.batch_norm(f'{name}.bn2', y).relu()
                     y = net.batch_norm(f'{name}.bn3', conv('conv3', y, out, 1))
                 else:
-                    y = conv('conv1', y, width, 3, stride, 1, w=home)
+                    y = conv('conv1', y, width, 3, stride, w=home, dilation=spread)
                     y = net.batch_norm(f'{name}.bn1', y).relu()
-                    y = net.batch_norm(f'{name}.bn2', conv('conv2', y, width, 3, 1, 1))
-                if first and (stage or bottleneck):
-                    x = conv('downsample.0', x, out, 1, stride, w=home)
-                    x = net.batch_norm(f'{name}.downsample.1', x)
+                    y = net.batch_norm(f'{name}.bn2', conv('conv2', y, width, 3))
+                if first and (stride > 1 or x.shape[1] != out):
+                    part = 'downsample.0'
+                    if pool:
+                        part, step = 'downsample.1', stride
+                        x = F.avg_pool2d(x, step, step, ceil_mode=True, count_include_pad=False)
+                    x = conv(part, x, out, 1, 1 if pool else stride, w=home)
+                    x = net.batch_norm(f'{name}.downsample.{int(part[-1]) + 1}', x)
                 x = (x + y).relu()
             outputs.append(x)
         net.p('fc.weight', 1000, x.shape[1])

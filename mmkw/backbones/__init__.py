@@ -2,6 +2,14 @@
 
 from .convnext import ConvNeXt, KWConvNeXt
 from .mobilenet_v2 import KWMobileNetV2
-from .resnet import KWResNet, ResNet
+from .resnet import KWResNet, KWResNetV1c, KWResNetV1d, ResNet
 
-__all__ = ['ConvNeXt', 'KWConvNeXt', 'KWMobileNetV2', 'KWResNet', 'ResNet']
+__all__ = [
+    'ConvNeXt',
+    'KWConvNeXt',
+    'KWMobileNetV2',
+    'KWResNet',
+    'KWResNetV1c',
+    'KWResNetV1d',
+    'ResNet',
+]

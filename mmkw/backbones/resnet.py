@@ -17,12 +17,14 @@ def ResNet(
 ) -> nn.Module:
     """Builds the library's own static ResNet, with stochastic depth: the paper's baseline.
 
+    With ``groups`` among the arguments it is the library's ``ResNeXt``.
+
     Args:
         depth: 18, 34, 50, 101 or 152.
         drop_path_rate: Stochastic depth of the last block, in [0, 1); earlier blocks have
             proportionally less.
         with_cp: Recompute the blocks' activations in the backward pass, to save memory.
-        **resnet: The other arguments of the ``ResNet`` of mmdet or mmseg.
+        **resnet: The other arguments of the ``ResNet`` or ``ResNeXt`` of mmdet or mmseg.
 
     Returns:
         The network, of the library's class.
@@ -30,7 +32,8 @@ def ResNet(
     Raises:
         ValueError: If ``drop_path_rate`` is out of range.
     """
-    network = static_network('ResNet')(depth=depth, **resnet)
+    kind = 'ResNeXt' if 'groups' in resnet else 'ResNet'
+    network = static_network(kind)(depth=depth, **resnet)
     blocks = [block for name in network.res_layers for block in getattr(network, name)]
     add_drop_path(blocks, drop_path_rate)
     if with_cp:
@@ -42,8 +45,9 @@ def ResNet(
 def KWResNet(depth: int, **arguments: Any) -> nn.Module:
     """Builds the library's own ResNet with the paper's four warehouses, one per stage.
 
-    The result is the ``ResNet`` of mmdet or mmseg, whichever the config belongs to: every argument
-    of theirs keeps its meaning and every module its name. A warehouse is frozen by
+    The result is the ``ResNet`` of mmdet or mmseg, whichever the config belongs to, or their
+    ``ResNeXt`` where ``groups`` is given: every argument of theirs keeps its meaning and every
+    module its name. A warehouse is frozen by
     ``frozen_stages`` only when no trainable layer uses it, and ``norm_eval`` covers the norms of
     the attentions.
 
@@ -63,3 +67,25 @@ def KWResNet(depth: int, **arguments: Any) -> nn.Module:
     options, static = split_options(arguments)
     network = ResNet(depth, **static)
     return convert(network, SharingPlan.make(resnet_rule(network), **options))
+
+
+@MODELS.register_module()
+def KWResNetV1c(depth: int, **arguments: Any) -> nn.Module:
+    """Builds a :func:`KWResNet` with a stem of three convolutions, as mmseg's ``ResNetV1c``.
+
+    Args:
+        depth: As in :func:`KWResNet`.
+        **arguments: The other arguments of :func:`KWResNet`.
+    """
+    return KWResNet(depth, deep_stem=True, avg_down=False, **arguments)
+
+
+@MODELS.register_module()
+def KWResNetV1d(depth: int, **arguments: Any) -> nn.Module:
+    """Builds a :func:`KWResNetV1c` that pools before its downsampling convolutions.
+
+    Args:
+        depth: As in :func:`KWResNet`.
+        **arguments: The other arguments of :func:`KWResNet`.
+    """
+    return KWResNet(depth, deep_stem=True, avg_down=True, **arguments)
