@@ -9,9 +9,10 @@ from mmengine.structures import InstanceData
 
 
 def without_weights(cfg):
-    """Removes every ``init_cfg``: weights to download or to be put in place by the user."""
+    """Removes weights to download or to be put in place by the user."""
     if isinstance(cfg, dict):
-        cfg.pop('init_cfg', None)
+        if isinstance(cfg.get('init_cfg'), dict) and cfg['init_cfg'].get('type') == 'Pretrained':
+            cfg.pop('init_cfg')
         for value in cfg.values():
             without_weights(value)
     elif isinstance(cfg, (list, tuple)):
@@ -20,15 +21,34 @@ def without_weights(cfg):
     return cfg
 
 
+def with_few_regions(cfg):
+    """Lowers every number of proposals and queries, so that a step takes seconds."""
+    if isinstance(cfg, dict):
+        if cfg.get('type') == 'RandomSampler':
+            cfg.num = min(cfg.num, 16)
+        if 'nms_pre' in cfg and 'max_per_img' in cfg:
+            cfg.max_per_img = 16
+        if 'num_queries' in cfg:
+            cfg.num_queries = 16
+        for value in cfg.values():
+            with_few_regions(value)
+    elif isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            with_few_regions(value)
+    return cfg
+
+
 def build_detector(config: Config):
     """Builds the detector of a config with random weights."""
     from mmdet.registry import MODELS
 
     init_default_scope(config.get('default_scope', 'mmdet'))
-    return MODELS.build(without_weights(copy.deepcopy(config.model)))
+    model = MODELS.build(without_weights(copy.deepcopy(config.model)))
+    model.init_weights()
+    return model
 
 
-def detection_batch(batch=2, size=128, classes=10):
+def detection_batch(batch=2, size=64, classes=10, masks=True):
     """Images with two boxes and masks each, as the dataloader would give them."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
@@ -37,10 +57,7 @@ def detection_batch(batch=2, size=128, classes=10):
     inputs, samples = [], []
     for index in range(batch):
         inputs.append(torch.randint(0, 255, (3, size, size), generator=generator).to(torch.uint8))
-        boxes = torch.tensor([[8.0, 8.0, 72.0, 56.0], [40.0, 24.0, 120.0, 120.0]])
-        masks = torch.zeros(2, size, size, dtype=torch.uint8)
-        for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist()):
-            mask[y1:y2, x1:x2] = 1
+        boxes = torch.tensor([[4.0, 4.0, 36.0, 28.0], [20.0, 12.0, 60.0, 60.0]])
         sample = DetDataSample(
             metainfo=dict(
                 img_id=index,
@@ -52,9 +69,12 @@ def detection_batch(batch=2, size=128, classes=10):
             )
         )
         sample.gt_instances = InstanceData(
-            bboxes=boxes,
-            labels=torch.randint(0, classes, (2,), generator=generator),
-            masks=BitmapMasks(masks.numpy(), size, size),
+            bboxes=boxes, labels=torch.randint(0, classes, (2,), generator=generator)
         )
+        if masks:
+            bitmaps = torch.zeros(2, size, size, dtype=torch.uint8)
+            for bitmap, (x1, y1, x2, y2) in zip(bitmaps, boxes.int().tolist()):
+                bitmap[y1:y2, x1:x2] = 1
+            sample.gt_instances.masks = BitmapMasks(bitmaps.numpy(), size, size)
         samples.append(sample)
     return dict(inputs=inputs, data_samples=samples)

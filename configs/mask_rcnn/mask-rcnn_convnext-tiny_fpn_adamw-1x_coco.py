@@ -7,7 +7,12 @@ model = dict(
         arch='tiny',
         drop_path_rate=0.4,
         layer_scale_init_value=1.0,
-        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/convnext_tiny.pth'),
+        init_cfg=dict(
+            type='Pretrained',
+            prefix='backbone.',
+            checkpoint='https://download.openmmlab.com/mmclassification/v0/convnext/downstream/'
+            'convnext-tiny_3rdparty_32xb128-noema_in1k_20220301-795e9634.pth',
+        ),
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )

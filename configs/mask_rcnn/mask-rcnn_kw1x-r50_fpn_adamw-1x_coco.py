@@ -1,9 +1,3 @@
-_base_ = './mask-rcnn_r50_fpn_adamw-1x_coco.py'
+_base_ = ['./mask-rcnn_r50_fpn_adamw-1x_coco.py', '../_base_/backbones/kw1x-r50.py']
 
-model = dict(
-    backbone=dict(
-        type='mmkw.KWResNet',
-        cell_num_ratio=1,
-        init_cfg=dict(checkpoint='checkpoints/kw1x_resnet50.pth'),
-    )
-)
+model = dict(backbone=_base_.backbone)

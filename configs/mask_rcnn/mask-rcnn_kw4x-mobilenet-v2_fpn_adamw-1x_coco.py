@@ -1,10 +1,6 @@
-_base_ = './mask-rcnn_mobilenet-v2_fpn_adamw-1x_coco.py'
+_base_ = [
+    './mask-rcnn_mobilenet-v2_fpn_adamw-1x_coco.py',
+    '../_base_/backbones/kw4x-mobilenet-v2.py',
+]
 
-model = dict(
-    backbone=dict(
-        type='mmkw.KWMobileNetV2',
-        pointwise='separate',
-        cell_num_ratio=4,
-        init_cfg=dict(checkpoint='checkpoints/kw4x_mobilenet_v2.pth'),
-    )
-)
+model = dict(backbone=_base_.backbone)

@@ -1,0 +1,15 @@
+"""KernelWarehouse 4x MobileNetV2 in place of a config's backbone."""
+
+# ImageNet weights of the paper's authors (top-1 75.92): download, save under this name.
+weights = dict(type='Pretrained', checkpoint='checkpoints/kw4x_mobilenet_v2.pth')
+backbone = dict(
+    _delete_=True,
+    type='mmkw.KWMobileNetV2',
+    pointwise='separate',
+    cell_num_ratio=4,
+    out_indices=(1, 2, 4, 7),
+    frozen_stages=1,
+    norm_eval=True,
+    init_cfg=weights,
+)
+channels = [24, 32, 96, 1280]
