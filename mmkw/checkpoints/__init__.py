@@ -2,6 +2,7 @@
 
 from .guard import CheckpointMismatchError, check_checkpoint
 from .loading import DamagedCheckpointError, UnsafeCheckpointError, load_from_local
+from .published import rewrite_published
 
 __all__ = [
     'CheckpointMismatchError',
@@ -9,4 +10,5 @@ __all__ = [
     'UnsafeCheckpointError',
     'check_checkpoint',
     'load_from_local',
+    'rewrite_published',
 ]

@@ -34,16 +34,19 @@ def check_checkpoint(
         CheckpointMismatchError: If there is no warehouse for the network, or if a warehouse or a
             tensor of a dynamic layer is missing or has another shape.
     """
+    unused = []
+    # A network with layers of these names is no bare backbone.
+    if not any(hasattr(network, name) for name in _CLASSIFIER):
+        unused = classifier_names(state_dict, prefix, len(network.warehouse_manager.weights))
+    for key in unused:
+        del state_dict[key]
     pattern = re.compile(re.escape(prefix) + r'warehouse_manager\.weights\.(\d+)')
     stored = {int(m[1]): state_dict[m[0]] for m in map(pattern.fullmatch, state_dict) if m}
     if not stored:
         raise CheckpointMismatchError(_no_warehouse(network, state_dict, prefix))
-    unused = _classifier(network, state_dict, prefix, stored)
     _check_warehouses(network, stored)
     _check_layers(network, state_dict, prefix)
     if unused:
-        for key in unused:
-            del state_dict[key]
         print_log(
             f'{type(network).__name__}: deliberately not loaded, of the ImageNet classifier: '
             f'{", ".join(unused)}',
@@ -77,19 +80,21 @@ def _no_warehouse(network: nn.Module, state_dict: dict[str, Tensor], prefix: str
     )
 
 
-def _classifier(
-    network: nn.Module, state_dict: dict[str, Tensor], prefix: str, stored: dict[int, Tensor]
-) -> list[str]:
-    """The names of an ImageNet classifier, with its warehouse where it is dynamic."""
-    names = []
-    for key in state_dict:
-        part = key[len(prefix) :].partition('.')[0]
-        if key.startswith(prefix) and part in _CLASSIFIER and not hasattr(network, part):
-            names.append(key)
+def classifier_names(state_dict: dict[str, Tensor], prefix: str, warehouse: int) -> list[str]:
+    """The names of an ImageNet classifier in a backbone's state dict.
+
+    Args:
+        state_dict: With the tensors of a backbone and perhaps its classifier.
+        prefix: The backbone's place in it.
+        warehouse: The index that the classifier's warehouse has, where the classifier is dynamic.
+    """
+    names = [
+        key
+        for key in state_dict
+        if key.startswith(prefix) and key[len(prefix) :].partition('.')[0] in _CLASSIFIER
+    ]
     if any('.attention.' in name for name in names):
-        last = len(network.warehouse_manager.weights)
-        names.append(f'{prefix}warehouse_manager.weights.{last}')
-        stored.pop(last, None)
+        names.append(f'{prefix}warehouse_manager.weights.{warehouse}')
     return [name for name in names if name in state_dict]
 
 

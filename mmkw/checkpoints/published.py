@@ -1,0 +1,58 @@
+"""The authors' checkpoints, rewritten under the names of the networks here."""
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+from .guard import CheckpointMismatchError, classifier_names
+from .names import convnext_names, mobilenet_v2_names
+
+# Blocks in the groups of a MobileNetV2.
+_BLOCKS = [1, 2, 3, 4, 3, 3, 1]
+_KNOWN = re.compile(
+    r'warehouse_manager\.weights\.\d+'
+    r'|(conv1|bn1|stem|layer\d|conv2|downsample_layers\.\d|stages\.\d|norm\d)\..+'
+)
+
+
+def rewrite_published(
+    checkpoint: dict[str, Any], library: str = 'mmdet'
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Translates a published checkpoint, of ImageNet or of a detector.
+
+    Args:
+        checkpoint: As :func:`load_from_local` gives it; not changed.
+        library: ``mmdet`` or ``mmseg``: whose MobileNetV2 the names are for. Other backbones have
+            the same names in both.
+
+    Returns:
+        The state dict, and the names of the tensors left out on purpose: the ImageNet classifier.
+
+    Raises:
+        CheckpointMismatchError: If the checkpoint has no warehouses, or tensors of a backbone that
+            no network here has.
+    """
+    state = dict(checkpoint.get('state_dict', checkpoint))
+    prefix = 'backbone.' if any(key.startswith('backbone.') for key in state) else ''
+    pattern = re.compile(re.escape(prefix) + r'warehouse_manager\.weights\.(\d+)')
+    warehouses = [int(match[1]) for match in map(pattern.fullmatch, state) if match]
+    if not warehouses:
+        raise CheckpointMismatchError(
+            f'The checkpoint has no {prefix}warehouse_manager.weights: it is not of '
+            f'KernelWarehouse. Its first names are {", ".join(list(state)[:3])}.'
+        )
+    unused = classifier_names(state, prefix, max(warehouses))
+    for key in unused:
+        del state[key]
+    if any(key.startswith(f'{prefix}features.') for key in state):
+        mobilenet_v2_names(_BLOCKS, library == 'mmseg', state, prefix)
+    elif any(key.startswith(f'{prefix}stages.') for key in state):
+        convnext_names(state, prefix)
+    names = [key[len(prefix) :] for key in state if key.startswith(prefix)]
+    unknown = [name for name in names if not _KNOWN.fullmatch(name)]
+    if unknown:
+        raise CheckpointMismatchError(
+            f'No backbone here has {len(unknown)} of the tensors, such as {prefix}{unknown[0]}.'
+        )
+    return state, unused

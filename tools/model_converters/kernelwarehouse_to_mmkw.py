@@ -1,0 +1,43 @@
+"""Rewrites a checkpoint of the paper's authors: ``kernelwarehouse_to_mmkw.py SRC DST``.
+
+The networks of mmkw load these checkpoints as they are; rewritten ones hold nothing else than what
+is loaded, under MMDetection's or MMSegmentation's names.
+"""
+
+import argparse
+import os.path as osp
+
+import torch
+
+from mmkw.checkpoints import load_from_local, rewrite_published
+
+
+def main() -> None:
+    """Reads the command line and converts."""
+    parser = argparse.ArgumentParser(description='Rewrite a published KernelWarehouse checkpoint')
+    parser.add_argument('src', help='checkpoint as downloaded, of ImageNet or of a detector')
+    parser.add_argument('dst', help='file to write')
+    parser.add_argument(
+        '--library',
+        choices=['mmdet', 'mmseg'],
+        default='mmdet',
+        help='whose MobileNetV2 the names are for; other backbones have the same names in both',
+    )
+    args = parser.parse_args()
+    if osp.exists(args.dst):
+        parser.error(f'dst {args.dst} exists; remove it or give another name')
+    try:
+        checkpoint = load_from_local(args.src, map_location='cpu')
+        state_dict, unused = rewrite_published(checkpoint, args.library)
+    except (RuntimeError, FileNotFoundError) as error:
+        parser.error(str(error))
+    meta = dict(source=osp.basename(args.src))
+    if classes := checkpoint.get('meta', {}).get('CLASSES'):
+        meta['dataset_meta'] = dict(classes=classes)
+    torch.save(dict(meta=meta, state_dict=state_dict), args.dst)
+    print(f'{len(state_dict)} tensors written to {args.dst}.')
+    print(f'Left out, of the ImageNet classifier: {", ".join(unused) or "nothing"}.')
+
+
+if __name__ == '__main__':
+    main()
