@@ -8,6 +8,7 @@ from mmkw.engine.command_line import (
     add_common_arguments,
     build_runner,
     check_checkpoint,
+    check_weights,
     load_config,
 )
 
@@ -47,6 +48,9 @@ def main() -> None:
     if args.resume is not None:
         config.resume = True
         config.load_from = None if args.resume == 'auto' else args.resume
+    check_weights(parser, config)
+    if config.get('load_from'):
+        check_checkpoint(parser, config.load_from)
     build_runner(config).train()
 
 

@@ -1,5 +1,9 @@
 _base_ = './mask-rcnn_r50_fpn_adamw-1x_coco.py'
 
+# Weights to download, and the name to save them under.
+weights_source = (
+    'KernelWarehouse 1/2x ResNet50, ImageNet top-1 79.30, github.com/OSVAI/KernelWarehouse'
+)
 model = dict(
     backbone=dict(
         type='mmkw.KWResNet',

@@ -3,6 +3,8 @@
 import argparse
 import os
 import os.path as osp
+from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed
 from mmengine.config import Config, DictAction
@@ -71,3 +73,26 @@ def build_runner(config: Config) -> Runner:
         )
         config.model_wrapper_cfg.device_ids = None
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+
+
+def check_weights(parser: argparse.ArgumentParser, config: Config) -> None:
+    """Stops with a usage error if pretrained weights that training starts from are not in place."""
+    for place, path in _pretrained_files('model', config.model):
+        if '://' not in path and not osp.isfile(osp.expanduser(path)):
+            source = config.get('weights_source')
+            download = f' Download the weights ({source}) and save them there.' if source else ''
+            parser.error(
+                f'{place}.checkpoint: {path} does not exist.{download} For another place use '
+                f'--cfg-options {place}.checkpoint=PATH, to train from scratch {place}=None'
+            )
+
+
+def _pretrained_files(place: str, cfg: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(cfg, dict):
+        if cfg.get('type') == 'Pretrained' and isinstance(cfg.get('checkpoint'), str):
+            yield place, cfg['checkpoint']
+        for name, value in cfg.items():
+            yield from _pretrained_files(f'{place}.{name}', value)
+    elif isinstance(cfg, (list, tuple)):
+        for index, value in enumerate(cfg):
+            yield from _pretrained_files(f'{place}.{index}', value)

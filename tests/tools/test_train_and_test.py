@@ -236,6 +236,7 @@ def test_slurm_scripts_pass_their_arguments_on(root, tmp_path):
         ('train.py', ['--resume', 'no.pth'], 'checkpoint no.pth does not exist'),
         ('train.py', ['--amp'], '--amp needs an accelerator'),
         ('train.py', ['--auto-scale-lr'], '--auto-scale-lr needs auto_scale_lr.base_batch_size'),
+        ('train.py', ['--cfg-options', 'load_from=no.pth'], 'checkpoint no.pth does not exist'),
         ('test.py', ['no.pth'], 'checkpoint no.pth does not exist'),
         (
             'test.py',
@@ -249,3 +250,18 @@ def test_mistakes_end_with_a_usage_error(root, script, arguments, message):
         pytest.skip('there is an accelerator')
     result, output = run(root, sys.executable, f'tools/{script}', DEMO, *arguments)
     assert result.returncode == 2 and message in output
+
+
+def test_missing_imagenet_weights_are_named_before_anything_starts(root, tmp_path):
+    config = 'configs/faster_rcnn/faster-rcnn_kw4x-r50_fpn_1x_coco.py'
+    command = [sys.executable, 'tools/train.py', config, '--work-dir', tmp_path / 'work']
+    result, output = run(root, *command)
+    assert result.returncode == 2 and not (tmp_path / 'work').exists()
+    message = (
+        'model.backbone.init_cfg.checkpoint: checkpoints/kw4x_resnet50.pth does not exist. '
+        'Download the weights (KernelWarehouse 4x ResNet50, ImageNet top-1 81.05, '
+    )
+    assert message in output
+    # The way out that the message gives: the next thing that is missing is COCO.
+    result, output = run(root, *command, '--cfg-options', 'model.backbone.init_cfg=None')
+    assert "No such file or directory: 'data/coco/annotations" in output

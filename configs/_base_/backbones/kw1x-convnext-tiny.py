@@ -1,6 +1,9 @@
 """KernelWarehouse 1x ConvNeXt-Tiny in place of a config's backbone, and its optimizer."""
 
-# ImageNet weights of the paper's authors (top-1 82.51): download, save under this name.
+# Weights to download, and the name to save them under.
+weights_source = (
+    'KernelWarehouse 1x ConvNeXt-Tiny, ImageNet top-1 82.51, github.com/OSVAI/KernelWarehouse'
+)
 weights = dict(type='Pretrained', checkpoint='checkpoints/kw1x_convnext_tiny.pth')
 backbone = dict(
     _delete_=True,

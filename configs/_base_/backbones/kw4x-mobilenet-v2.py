@@ -1,6 +1,9 @@
 """KernelWarehouse 4x MobileNetV2 in place of a config's backbone."""
 
-# ImageNet weights of the paper's authors (top-1 75.92): download, save under this name.
+# Weights to download, and the name to save them under.
+weights_source = (
+    'KernelWarehouse 4x MobileNetV2, ImageNet top-1 75.92, github.com/OSVAI/KernelWarehouse'
+)
 weights = dict(type='Pretrained', checkpoint='checkpoints/kw4x_mobilenet_v2.pth')
 backbone = dict(
     _delete_=True,
