@@ -1,5 +1,7 @@
 """The contrasting-driven attention function (paper, section 3.4) and its temperature."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
@@ -98,7 +100,9 @@ class Attention(nn.Module):
         Returns:
             Tensor[batch, mixtures, cells], the zero cell dropped.
         """
-        with torch.autocast(pooled.device.type, enabled=False):
+        # torch has no autocast for the meta device.
+        device = pooled.device.type
+        with nullcontext() if pooled.is_meta else torch.autocast(device, enabled=False):
             hidden = self.relu(self._norm(self.fc1(pooled.to(self.fc1.weight.dtype))))
             logits = self._logits(hidden)
             alpha = logits / (logits.abs().sum(-1, keepdim=True) + DENOMINATOR_EPS)

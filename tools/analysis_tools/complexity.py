@@ -1,0 +1,72 @@
+"""Counts parameters and FLOPs of configs: ``complexity.py CONFIG... [--shape HEIGHT WIDTH]``."""
+
+import argparse
+import copy
+from typing import NamedTuple
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class Complexity(NamedTuple):
+    """Size and cost of a model.
+
+    Args:
+        parameters: Of the whole model.
+        backbone_parameters: Of its backbone.
+        backbone_flops: Multiply-adds of the backbone for one image, attentions and mixing included.
+        shape: Height and width of that image.
+    """
+
+    parameters: int
+    backbone_parameters: int
+    backbone_flops: int
+    shape: tuple[int, int]
+
+
+def count(config: Config, shape: tuple[int, int] | None = None) -> Complexity:
+    """Builds the model of a config without memory for its tensors, and counts.
+
+    Args:
+        config: Of a detector or segmentor.
+        shape: Height and width of the image; by default the crop of a segmentor, and 800 x 1280
+            for a detector.
+    """
+    size = config.model.data_preprocessor.get('size') or (800, 1280)
+    height, width = shape or size
+    init_default_scope(config.default_scope)
+    cfg = copy.deepcopy(config.model)
+    cfg.backbone.init_cfg = None
+    with torch.device('meta'):
+        model = MODELS.build(cfg)
+    model.eval()
+    image = torch.empty(1, 3, height, width, device='meta')
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.backbone(image)
+    return Complexity(
+        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in model.backbone.parameters()),
+        # The counter counts a multiply-add as two.
+        counter.get_total_flops() // 2,
+        (height, width),
+    )
+
+
+def main() -> None:
+    """Reads the command line and prints one line a config."""
+    parser = argparse.ArgumentParser(description='Count parameters and FLOPs')
+    parser.add_argument('configs', nargs='+', help='config files')
+    parser.add_argument('--shape', nargs=2, type=int, help='height and width of the image')
+    args = parser.parse_args()
+    for path in args.configs:
+        total, backbone, flops, (height, width) = count(Config.fromfile(path), args.shape)
+        print(
+            f'{path}: {total:,} parameters; backbone {backbone:,} parameters, '
+            f'{flops / 1e9:.2f} GFLOPs at {height} x {width}'
+        )
+
+
+if __name__ == '__main__':
+    main()

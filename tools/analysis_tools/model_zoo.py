@@ -1,0 +1,156 @@
+"""Writes docs/model_zoo.md, model-index.yml and the figures in every metafile.yml from the configs.
+
+What the configs do not say (the collection with its paper, published results) is kept from the
+metafiles. ``--check`` writes nothing and fails if a file would change.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from complexity import count
+from mmengine.config import Config
+
+ROOT = Path(__file__).parents[2]
+HEADER = """# Model zoo
+
+Made by `python tools/analysis_tools/model_zoo.py` from the configs and their `metafile.yml`.
+
+AP is that of the paper ([KernelWarehouse](https://arxiv.org/abs/2406.07879), ICML 2024), not
+measured here; where there is none, the paper has none. Parameters (of the whole model) and FLOPs
+(multiply-adds of the backbone for one image of the given size, attentions and mixing included) are
+measured: `python tools/analysis_tools/complexity.py CONFIG`.
+
+## ImageNet weights
+
+Download the file and save it under this name; other weights in the tables below are downloaded by
+themselves.
+
+| save as | weights |
+|---|---|
+"""
+
+DATA = dict(
+    CocoDataset='COCO',
+    CocoPanopticDataset='COCO panoptic',
+    COCOStuffDataset='COCO-Stuff',
+    ADE20KDataset='ADE20K',
+    CityscapesDataset='Cityscapes',
+)
+
+
+def leaf_configs() -> dict[str, list[Path]]:
+    """The configs of every folder in the zoo."""
+    folders = sorted(path for path in (ROOT / 'configs').iterdir() if path.is_dir())
+    folders = [folder for folder in folders if folder.name not in ('_base_', 'demo')]
+    return {folder.name: sorted(folder.glob('*.py')) for folder in folders}
+
+
+def entry(path: Path, old: dict[str, Any], collection: str) -> dict[str, Any]:
+    """The metafile's entry for a config; results are kept."""
+    config = Config.fromfile(path)
+    complexity = count(config)
+    backbone = config.model.backbone
+    checkpoint = (backbone.get('init_cfg') or {}).get('checkpoint') or config.model.get(
+        'pretrained'
+    )
+    height, width = complexity.shape
+    metadata = {
+        'Training Data': DATA[config.train_dataloader.dataset.type],
+        'Backbone': backbone.type.removeprefix('mmkw.'),
+        'Backbone Weights': checkpoint,
+        'Parameters': complexity.parameters,
+        'Backbone Parameters': complexity.backbone_parameters,
+        'Backbone FLOPs': complexity.backbone_flops,
+        'FLOPs Input': f'{height} x {width}',
+    }
+    if 'weights_source' in config:
+        metadata['Backbone Weights Source'] = config.weights_source
+    for unit, name in (('max_epochs', 'Epochs'), ('max_iters', 'Iterations')):
+        if unit in config.train_cfg:
+            metadata[name] = config.train_cfg[unit]
+    new = {
+        'Name': path.stem,
+        'In Collection': collection,
+        'Config': str(path.relative_to(ROOT)),
+        'Metadata': metadata,
+    }
+    if 'Results' in old:
+        new['Results'] = old['Results']
+    return new
+
+
+def table(models: list[dict[str, Any]]) -> list[str]:
+    """Lines of markdown."""
+    metrics = dict.fromkeys(
+        metric
+        for model in models
+        for result in model.get('Results', [])
+        for metric in result['Metrics']
+    )
+    columns = ['config', 'parameters', 'backbone FLOPs', 'at', *metrics, 'backbone weights']
+    lines = ['| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|']
+    for model in models:
+        metadata = model['Metadata']
+        found = {k: v for result in model.get('Results', []) for k, v in result['Metrics'].items()}
+        weights = metadata['Backbone Weights']
+        cells = [
+            f'[{model["Name"]}](../{model["Config"]})',
+            f'{metadata["Parameters"] / 1e6:.2f} M',
+            f'{metadata["Backbone FLOPs"] / 1e9:.2f} G',
+            metadata['FLOPs Input'],
+            *(str(found.get(metric, '')) for metric in metrics),
+            f'`{weights.rpartition("/")[2] if weights.startswith("http") else weights}`',
+        ]
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return lines
+
+
+def zoo() -> dict[Path, str]:
+    """Every file that follows from the configs and the facts in the metafiles, with its text.
+
+    Raises:
+        SystemExit: If a folder of configs has no metafile with a collection.
+    """
+    files, sections, sources = {}, [], {}
+    for folder, paths in leaf_configs().items():
+        metafile = ROOT / 'configs' / folder / 'metafile.yml'
+        if not metafile.exists():
+            sys.exit(f'{metafile} is missing. Write one with the collection: name, paper.')
+        content = yaml.safe_load(metafile.read_text())
+        (collection,) = content['Collections']
+        old = {model['Name']: model for model in content.get('Models') or []}
+        models = [entry(path, old.get(path.stem, {}), collection['Name']) for path in paths]
+        content['Models'] = models
+        files[metafile] = yaml.safe_dump(content, sort_keys=False, width=100)
+        title, url = collection['Paper']['Title'], collection['Paper']['URL']
+        sections += ['', f'## {collection["Name"]}', '', f'[{title}]({url})', '', *table(models)]
+        for metadata in (model['Metadata'] for model in models):
+            if 'Backbone Weights Source' in metadata:
+                sources[metadata['Backbone Weights']] = metadata['Backbone Weights Source']
+    rows = [f'| `{path}` | {source} |' for path, source in sorted(sources.items())]
+    files[ROOT / 'docs/model_zoo.md'] = HEADER + '\n'.join([*rows, *sections, ''])
+    imports = [str(path.relative_to(ROOT)) for path in files if path.name == 'metafile.yml']
+    files[ROOT / 'model-index.yml'] = yaml.safe_dump(dict(Import=imports))
+    return files
+
+
+def main() -> None:
+    """Reads the command line; writes or checks."""
+    parser = argparse.ArgumentParser(description='Write or check the model zoo')
+    parser.add_argument('--check', action='store_true', help='only see whether a file would change')
+    args = parser.parse_args()
+    files = zoo()
+    stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
+    names = ', '.join(str(path.relative_to(ROOT)) for path in stale)
+    if args.check and stale:
+        sys.exit(f'Out of date: {names}. Run python tools/analysis_tools/model_zoo.py.')
+    for path in stale:
+        path.write_text(files[path])
+    print(f'Written: {names}.' if stale else 'Everything is up to date.')
+
+
+if __name__ == '__main__':
+    main()
