@@ -4,8 +4,11 @@ import copy
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
-from mmengine.structures import InstanceData
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import InstanceData, PixelData
+
+SIZE = 64
 
 
 def without_weights(cfg):
@@ -13,6 +16,7 @@ def without_weights(cfg):
     if isinstance(cfg, dict):
         if isinstance(cfg.get('init_cfg'), dict) and cfg['init_cfg'].get('type') == 'Pretrained':
             cfg.pop('init_cfg')
+        cfg.pop('pretrained', None)
         for value in cfg.values():
             without_weights(value)
     elif isinstance(cfg, (list, tuple)):
@@ -21,8 +25,8 @@ def without_weights(cfg):
     return cfg
 
 
-def with_few_regions(cfg):
-    """Lowers every number of proposals and queries, so that a step takes seconds."""
+def made_small(cfg):
+    """Lowers numbers of proposals and queries, and crops, so that a step takes seconds."""
     if isinstance(cfg, dict):
         if cfg.get('type') == 'RandomSampler':
             cfg.num = min(cfg.num, 16)
@@ -30,26 +34,28 @@ def with_few_regions(cfg):
             cfg.max_per_img = 16
         if 'num_queries' in cfg:
             cfg.num_queries = 16
+        if cfg.get('type') == 'SegDataPreProcessor':
+            cfg.size = (SIZE, SIZE)
+        if cfg.get('mode') == 'slide':
+            cfg.crop_size, cfg.stride = (SIZE, SIZE), (SIZE // 2, SIZE // 2)
         for value in cfg.values():
-            with_few_regions(value)
+            made_small(value)
     elif isinstance(cfg, (list, tuple)):
         for value in cfg:
-            with_few_regions(value)
+            made_small(value)
     return cfg
 
 
-def build_detector(config: Config):
-    """Builds the detector of a config with random weights."""
-    from mmdet.registry import MODELS
-
-    init_default_scope(config.get('default_scope', 'mmdet'))
+def build_model(config: Config):
+    """Builds the detector or segmentor of a config with random weights, for one process."""
+    init_default_scope(config.default_scope)
     model = MODELS.build(without_weights(copy.deepcopy(config.model)))
     model.init_weights()
-    return model
+    return revert_sync_batchnorm(model)
 
 
-def detection_batch(batch=2, size=64, classes=10, masks=True):
-    """Images with two boxes and masks each, as the dataloader would give them."""
+def detection_batch(batch=2, size=SIZE, classes=10, masks=True, stuff=False):
+    """Images with two boxes (masks, a semantic map) each, as the dataloader would give them."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
@@ -76,5 +82,25 @@ def detection_batch(batch=2, size=64, classes=10, masks=True):
             for bitmap, (x1, y1, x2, y2) in zip(bitmaps, boxes.int().tolist()):
                 bitmap[y1:y2, x1:x2] = 1
             sample.gt_instances.masks = BitmapMasks(bitmaps.numpy(), size, size)
+        if stuff:
+            semantic = torch.randint(0, 53, (1, size, size), generator=generator)
+            sample.gt_sem_seg = PixelData(sem_seg=semantic)
+        samples.append(sample)
+    return dict(inputs=inputs, data_samples=samples)
+
+
+def segmentation_batch(batch=2, size=SIZE, classes=10):
+    """Images with a semantic map each, as the dataloader would give them."""
+    from mmseg.structures import SegDataSample
+
+    generator = torch.Generator().manual_seed(0)
+    inputs, samples = [], []
+    for _ in range(batch):
+        inputs.append(torch.randint(0, 255, (3, size, size), generator=generator).to(torch.uint8))
+        shape = dict(img_shape=(size, size), ori_shape=(size, size), pad_shape=(size, size))
+        sample = SegDataSample(metainfo=shape)
+        blocks = torch.randint(0, classes, (1, 4, 4), generator=generator)
+        semantic = blocks.repeat_interleave(size // 4, 1).repeat_interleave(size // 4, 2)
+        sample.gt_sem_seg = PixelData(data=semantic)
         samples.append(sample)
     return dict(inputs=inputs, data_samples=samples)

@@ -19,13 +19,29 @@ class Interrupt(Hook):
             raise KeyboardInterrupt
 
 
+DETECTION = {
+    'train_cfg.max_epochs': 2,
+    'model.neck.in_channels': [8, 16, 32],
+}
+SEGMENTATION = {
+    'train_cfg.max_iters': 4,
+    'default_hooks.checkpoint.interval': 2,
+    'model.neck.in_channels': [8, 16, 32, 64],
+}
+
+
 @pytest.fixture
 def demo(root, mini_coco, tmp_path):
-    def make(name, *hooks, **options):
-        config = Config.fromfile(root / 'configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py')
+    def make(name, *hooks, segmentation=False, **options):
+        kind = (
+            'fpn_kw1x-r18_mini-coco-semantic'
+            if segmentation
+            else 'mask-rcnn_kw1x-r18_fpn_mini-coco'
+        )
+        config = Config.fromfile(root / f'configs/demo/{kind}.py')
+        config.merge_from_dict(SEGMENTATION if segmentation else DETECTION)
         config.merge_from_dict(
             {
-                'train_cfg.max_epochs': 2,
                 'train_dataloader.dataset.data_root': f'{mini_coco}/',
                 'train_dataloader.batch_size': 2,
                 # Weights are compared; the evaluation has a test of its own.
@@ -34,7 +50,6 @@ def demo(root, mini_coco, tmp_path):
                 'val_evaluator': None,
                 'model.backbone.base_channels': 8,
                 'model.backbone.drop_path_rate': 0.3,
-                'model.neck.in_channels': [8, 16, 32],
                 **options,
             }
         )
@@ -51,13 +66,16 @@ def demo(root, mini_coco, tmp_path):
     return make
 
 
-def test_resumed_training_equals_uninterrupted_training_bit_for_bit(demo):
-    whole = demo('whole')
+@pytest.mark.parametrize('segmentation', [False, True])
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(demo, segmentation):
+    if segmentation:
+        pytest.importorskip('mmseg', reason='trains a segmentor')
+    whole = demo('whole', segmentation=segmentation)
     whole.train()
-    interrupted = demo('parts', Interrupt())
+    interrupted = demo('parts', Interrupt(), segmentation=segmentation)
     with pytest.raises(KeyboardInterrupt):
         interrupted.train()
-    rest = demo('parts', resume=True, load_from=None)
+    rest = demo('parts', segmentation=segmentation, resume=True, load_from=None)
     rest.train()
     assert whole.iter == rest.iter == 4
     for name, value in whole.model.state_dict().items():
@@ -107,10 +125,10 @@ def test_averaged_gradients_of_two_processes_equal_those_of_the_joined_batch(
 
 
 def test_amp_step_in_bfloat16(root):
-    from configs_util import build_detector, detection_batch
+    from configs_util import build_model, detection_batch
 
     config = Config.fromfile(root / 'configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py')
-    model = build_detector(config)
+    model = build_model(config)
     model.train()
     data = model.data_preprocessor(detection_batch(size=64), True)
     with torch.autocast('cpu', dtype=torch.bfloat16):

@@ -1,6 +1,4 @@
-_base_ = [
-    './mask-rcnn_convnext-tiny_fpn_adamw-1x_coco.py',
-    '../_base_/backbones/kw1x-convnext-tiny.py',
-]
+_base_ = './mask-rcnn_convnext-tiny_fpn_adamw-1x_coco.py'
 
-model = dict(backbone=_base_.backbone)
+weights_source = _base_.kw1x_source
+model = dict(backbone=_base_.kw1x)

@@ -19,6 +19,7 @@ from ..layers import split_options
 from ..layers.residual import checkpoint_blocks, drop_path_rates
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, convnext_rule
+from .static import refuse_small_images
 
 EPS = 1e-6
 
@@ -135,6 +136,7 @@ class ConvNeXt(BaseModule):
             self.add_module(f'norm{index}', LayerNorm2d(channels[index], eps=EPS))
         if with_cp:
             checkpoint_blocks([block for stage in self.stages for block in stage])
+        refuse_small_images(self)
         self._freeze_stages()
 
     def _arch(self, arch: str | dict) -> tuple[list[int], list[int]]:

@@ -6,10 +6,11 @@ from typing import Any
 from torch import nn
 
 from ..checkpoints.names import mobilenet_v2_names
-from ..layers import split_options
+from ..layers import KernelShape, split_options
+from ..layers.residual import checkpoint_blocks
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, mobilenet_v2_rule
-from .static import static_network
+from .static import attention_norm, refuse_small_images, static_network
 
 
 @MODELS.register_module()
@@ -17,6 +18,7 @@ def KWMobileNetV2(
     widen_factor: float = 1.0,
     *,
     pointwise: str = 'joint',
+    with_cp: bool = False,
     **arguments: Any,
 ) -> nn.Module:
     """Builds the library's own MobileNetV2 with the paper's sharing.
@@ -31,6 +33,7 @@ def KWMobileNetV2(
         widen_factor: Width of the network, relative to its channels at 1.
         pointwise: How pointwise convolutions share: ``joint`` (the paper's 1x), ``separate`` (4x)
             or ``last_stage`` (1/2x); see :func:`~mmkw.sharing.mobilenet_v2_rule`.
+        with_cp: Recompute the blocks' activations in the backward pass, to save memory.
         **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
             or one per warehouse; and the other arguments of the static network.
 
@@ -43,10 +46,21 @@ def KWMobileNetV2(
     """
     options, static = split_options(arguments)
     network = static_network('MobileNetV2')(widen_factor=widen_factor, **static)
+    groups = [getattr(network, f'layer{group}') for group in range(1, 8)]
+    if with_cp:
+        checkpoint_blocks([block for group in groups for block in group])
     # This network freezes its stages in train() only; the conversion looks at what is frozen.
     network.train()
     plan = SharingPlan.make(mobilenet_v2_rule(network, pointwise), **options)
-    blocks = [len(getattr(network, f'layer{group}')) for group in range(1, 8)]
+    blocks = [len(group) for group in groups]
     nested = hasattr(network.layer1[0], 'conv')
     network._register_load_state_dict_pre_hook(partial(mobilenet_v2_names, blocks, nested))
-    return convert(network, plan)
+    absent = [] if hasattr(network, 'conv2') else [_conv2(network)]
+    return convert(refuse_small_images(network), plan, attention_norm(network), absent)
+
+
+def _conv2(network: nn.Module) -> KernelShape:
+    """The last convolution, which mmseg leaves out and the published warehouses have cells for."""
+    convolutions = [m for m in network.layer7.modules() if isinstance(m, nn.Conv2d)]
+    out_channels = int(1280 * max(1.0, network.widen_factor))
+    return KernelShape('conv2.conv', out_channels, convolutions[-1].out_channels, (1, 1))

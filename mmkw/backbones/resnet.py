@@ -8,7 +8,7 @@ from ..layers import split_options
 from ..layers.residual import add_drop_path, checkpoint_blocks
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, resnet_rule
-from .static import static_network
+from .static import attention_norm, refuse_small_images, static_network
 
 
 @MODELS.register_module()
@@ -38,7 +38,7 @@ def ResNet(
     add_drop_path(blocks, drop_path_rate)
     if with_cp:
         checkpoint_blocks(blocks)
-    return network
+    return refuse_small_images(network)
 
 
 @MODELS.register_module()
@@ -47,9 +47,10 @@ def KWResNet(depth: int, **arguments: Any) -> nn.Module:
 
     The result is the ``ResNet`` of mmdet or mmseg, whichever the config belongs to, or their
     ``ResNeXt`` where ``groups`` is given: every argument of theirs keeps its meaning and every
-    module its name. A warehouse is frozen by
-    ``frozen_stages`` only when no trainable layer uses it, and ``norm_eval`` covers the norms of
-    the attentions.
+    module its name. A warehouse is frozen by ``frozen_stages`` only when no trainable layer uses
+    it.
+    The norms of the attentions are synchronised where ``norm_cfg`` is SyncBN, and ``norm_eval``
+    covers them.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
@@ -66,7 +67,8 @@ def KWResNet(depth: int, **arguments: Any) -> nn.Module:
     """
     options, static = split_options(arguments)
     network = ResNet(depth, **static)
-    return convert(network, SharingPlan.make(resnet_rule(network), **options))
+    plan = SharingPlan.make(resnet_rule(network), **options)
+    return convert(network, plan, attention_norm(network))
 
 
 @MODELS.register_module()

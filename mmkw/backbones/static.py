@@ -1,4 +1,6 @@
-"""Finds the static network that a KernelWarehouse backbone is made from."""
+"""The static network that a KernelWarehouse backbone is made from, and what both must observe."""
+
+from typing import Any
 
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
@@ -33,3 +35,39 @@ def static_network(name: str) -> type[nn.Module]:
         f'No static {name} found in {scopes}. Install a library that has it: '
         "pip install 'mmkw[det]' or pip install 'mmkw[seg]'."
     )
+
+
+# The stems of ResNet and ConvNeXt together take four pixels a side to one.
+SMALLEST_SIDE = 4
+
+
+def refuse_small_images(network: nn.Module) -> nn.Module:
+    """Makes a backbone refuse images with a side of fewer pixels than its stem takes together.
+
+    Args:
+        network: Backbone of Tensor[batch, channels, height, width]; it gains a forward hook.
+
+    Returns:
+        The same network. Its forward pass raises ValueError for such an image.
+    """
+    network.register_forward_pre_hook(_check_size)
+    return network
+
+
+def _check_size(network: nn.Module, inputs: tuple[Any, ...]) -> None:
+    height, width = inputs[0].shape[-2:]
+    if height < SMALLEST_SIDE or width < SMALLEST_SIDE:
+        raise ValueError(
+            f'{type(network).__name__} got an image of {height} x {width} pixels; a side must have '
+            f"at least {SMALLEST_SIDE}. Resize it, or pad it with the data preprocessor's "
+            'size_divisor (MMSegmentation, in its test_cfg) or pad_size_divisor (MMDetection).'
+        )
+
+
+def attention_norm(network: nn.Module) -> dict:
+    """The norm of the attentions: over all processes where the network's own is, else BatchNorm.
+
+    Args:
+        network: ResNet or MobileNetV2 of mmdet or mmseg.
+    """
+    return dict(type='SyncBN' if network.norm_cfg['type'] == 'SyncBN' else 'BN1d')

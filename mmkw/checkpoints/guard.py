@@ -2,13 +2,15 @@
 
 import math
 import re
+from collections.abc import Collection
 from typing import Any
 
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-# What the published ImageNet files hold beside the backbone.
-_CLASSIFIER = ('fc', 'head', 'norm', 'classifier')
+# What the published files hold beyond some backbone: the ImageNet classifier, and the last
+# convolution of MobileNetV2, which MMSegmentation leaves out.
+_BEYOND = ('fc', 'head', 'norm', 'classifier', 'conv2')
 
 
 class CheckpointMismatchError(RuntimeError):
@@ -22,11 +24,11 @@ def check_checkpoint(
 
     Every warehouse and every tensor of a dynamic layer must be there in its shape. The rest is left
     to ``load_state_dict`` and to MMEngine, which lists what is missing and what is not expected;
-    only the classifier of an ImageNet file is taken out, and a line in the log lists it.
+    only the ImageNet classifier and the like are taken out, and a line in the log lists them.
 
     Args:
         network: A converted network.
-        state_dict: What is being loaded. The classifier is removed in place.
+        state_dict: What is being loaded. What lies beyond the backbone is removed in place.
         prefix: The network's place in it.
         *_: What ``load_state_dict`` passes to a hook beyond that.
 
@@ -34,10 +36,9 @@ def check_checkpoint(
         CheckpointMismatchError: If there is no warehouse for the network, or if a warehouse or a
             tensor of a dynamic layer is missing or has another shape.
     """
-    unused = []
-    # A network with layers of these names is no bare backbone.
-    if not any(hasattr(network, name) for name in _CLASSIFIER):
-        unused = classifier_names(state_dict, prefix, len(network.warehouse_manager.weights))
+    own = {name for name in _BEYOND if hasattr(network, name)}
+    warehouses = len(network.warehouse_manager.weights)
+    unused = beyond_backbone(state_dict, prefix, warehouses, own)
     for key in unused:
         del state_dict[key]
     pattern = re.compile(re.escape(prefix) + r'warehouse_manager\.weights\.(\d+)')
@@ -48,7 +49,7 @@ def check_checkpoint(
     _check_layers(network, state_dict, prefix)
     if unused:
         print_log(
-            f'{type(network).__name__}: deliberately not loaded, of the ImageNet classifier: '
+            f'{type(network).__name__}: deliberately not loaded, beyond the backbone: '
             f'{", ".join(unused)}',
             logger='current',
         )
@@ -80,21 +81,25 @@ def _no_warehouse(network: nn.Module, state_dict: dict[str, Tensor], prefix: str
     )
 
 
-def classifier_names(state_dict: dict[str, Tensor], prefix: str, warehouse: int) -> list[str]:
-    """The names of an ImageNet classifier in a backbone's state dict.
+def beyond_backbone(
+    state_dict: dict[str, Tensor], prefix: str, warehouses: int, own: Collection[str] = ()
+) -> list[str]:
+    """The names of an ImageNet classifier, or what else a published file has beyond a backbone.
 
     Args:
-        state_dict: With the tensors of a backbone and perhaps its classifier.
+        state_dict: Of a backbone with more.
         prefix: The backbone's place in it.
-        warehouse: The index that the classifier's warehouse has, where the classifier is dynamic.
+        warehouses: How many the backbone has; a dynamic classifier's own is the next.
+        own: Names that do belong to the backbone.
     """
+    parts = set(_BEYOND) - set(own)
     names = [
         key
         for key in state_dict
-        if key.startswith(prefix) and key[len(prefix) :].partition('.')[0] in _CLASSIFIER
+        if key.startswith(prefix) and key[len(prefix) :].partition('.')[0] in parts
     ]
-    if any('.attention.' in name for name in names):
-        names.append(f'{prefix}warehouse_manager.weights.{warehouse}')
+    if any(key.startswith(f'{prefix}classifier.') and '.attention.' in key for key in names):
+        names.append(f'{prefix}warehouse_manager.weights.{warehouses}')
     return [name for name in names if name in state_dict]
 
 
@@ -122,10 +127,12 @@ def _check_warehouses(network: nn.Module, stored: dict[int, Tensor]) -> None:
 
 
 def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    layers = dict(network.named_modules())
     for partition in network.warehouse_manager.partitions:
-        for share in partition.layers:
-            name = share.kernel.layer
-            for part, tensor in network.get_submodule(name).state_dict().items():
+        for name in [share.kernel.layer for share in partition.layers]:
+            if name not in layers:
+                continue  # An absent layer of the plan.
+            for part, tensor in layers[name].state_dict().items():
                 found = state_dict.get(f'{prefix}{name}.{part}')
                 # torch counts from 0 where an old file lacks the counter.
                 if part.endswith('num_batches_tracked') and found is None:

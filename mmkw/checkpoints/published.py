@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .guard import CheckpointMismatchError, classifier_names
+from .guard import CheckpointMismatchError, beyond_backbone
 from .names import convnext_names, mobilenet_v2_names
 
 # Blocks in the groups of a MobileNetV2.
@@ -27,7 +27,8 @@ def rewrite_published(
             the same names in both.
 
     Returns:
-        The state dict, and the names of the tensors left out on purpose: the ImageNet classifier.
+        The state dict, and the names of the tensors left out on purpose: the ImageNet classifier,
+        and MobileNetV2's last convolution where the library leaves it out.
 
     Raises:
         CheckpointMismatchError: If the checkpoint has no warehouses, or tensors of a backbone that
@@ -42,13 +43,14 @@ def rewrite_published(
             f'The checkpoint has no {prefix}warehouse_manager.weights: it is not of '
             f'KernelWarehouse. Its first names are {", ".join(list(state)[:3])}.'
         )
-    unused = classifier_names(state, prefix, max(warehouses))
-    for key in unused:
-        del state[key]
     if any(key.startswith(f'{prefix}features.') for key in state):
         mobilenet_v2_names(_BLOCKS, library == 'mmseg', state, prefix)
     elif any(key.startswith(f'{prefix}stages.') for key in state):
         convnext_names(state, prefix)
+    own = () if library == 'mmseg' else ('conv2',)
+    unused = beyond_backbone(state, prefix, max(warehouses), own)
+    for key in unused:
+        del state[key]
     names = [key[len(prefix) :] for key in state if key.startswith(prefix)]
     unknown = [name for name in names if not _KNOWN.fullmatch(name)]
     if unknown:

@@ -1,15 +1,20 @@
 """Turns a built static network into a KernelWarehouse network, in place, by a plan."""
 
+from collections.abc import Collection, Sequence
+
 from torch import nn
 
 from ..checkpoints import check_checkpoint
-from ..layers import DYNAMIC_LAYERS, PlanError, WarehouseManager, kernel_shape
+from ..layers import DYNAMIC_LAYERS, KernelShape, PlanError, WarehouseManager, kernel_shape
 from ..layers.dynamic_conv import DEFAULT_NORM_CFG
 from .plan import SharingPlan
 
 
 def convert(
-    network: nn.Module, plan: SharingPlan, attention_norm_cfg: dict = DEFAULT_NORM_CFG
+    network: nn.Module,
+    plan: SharingPlan,
+    attention_norm_cfg: dict = DEFAULT_NORM_CFG,
+    absent: Sequence[KernelShape] = (),
 ) -> nn.Module:
     """Replaces the planned layers of a network by dynamic ones with shared warehouses.
 
@@ -23,6 +28,8 @@ def convert(
             linear layers, with their own weight.
         plan: Which layer belongs to which warehouse.
         attention_norm_cfg: Norm of the attentions, for ``mmcv.cnn.build_norm_layer``.
+        absent: Kernels of planned layers that the network lacks. Their cells stay in the warehouses
+            for the others to mix, so that checkpoints of the whole network fit.
 
     Returns:
         The same network.
@@ -33,19 +40,25 @@ def convert(
     """
     if hasattr(network, 'warehouse_manager'):
         raise PlanError(f'{type(network).__name__} has a warehouse_manager: it is converted.')
-    static_layers = _find_layers(network, plan)
-    partitions = plan.partition(
-        {name: kernel_shape(name, layer) for name, layer in static_layers.items()}
-    )
+    kernels = {kernel.layer: kernel for kernel in absent}
+    static_layers = _find_layers(network, plan, kernels)
+    kernels |= {name: kernel_shape(name, layer) for name, layer in static_layers.items()}
+    partitions = plan.partition(kernels)
 
     manager = WarehouseManager(partitions)
     twins: dict[nn.Module, nn.Module] = {}
     for index, partition in enumerate(partitions):
-        layers = [static_layers[share.kernel.layer] for share in partition.layers]
-        weight = manager.weights[index]
-        weight.data = weight.data.to(layers[0].weight)
-        weight.requires_grad_(any(layer.weight.requires_grad for layer in layers))
-        for position, layer in enumerate(layers):
+        layers = {
+            position: static_layers[share.kernel.layer]
+            for position, share in enumerate(partition.layers)
+            if share.kernel.layer in static_layers
+        }
+        if not layers:
+            raise PlanError(f'All layers of warehouse {partition.name!r} are absent.')
+        weights = [layer.weight for layer in layers.values()]
+        manager.weights[index].data = manager.weights[index].data.to(weights[0])
+        manager.weights[index].requires_grad_(any(weight.requires_grad for weight in weights))
+        for position, layer in layers.items():
             twins[layer] = DYNAMIC_LAYERS[type(layer)].from_static(
                 layer, manager, index, position, attention_norm_cfg
             )
@@ -59,10 +72,14 @@ def convert(
     return network
 
 
-def _find_layers(network: nn.Module, plan: SharingPlan) -> dict[str, nn.Module]:
+def _find_layers(
+    network: nn.Module, plan: SharingPlan, absent: Collection[str]
+) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     name_of: dict[nn.Module, str] = {}
     for name, warehouse in plan.layers:
+        if name in absent:
+            continue
         where = f'Warehouse {warehouse!r}, layer {name!r}'
         try:
             layer = network.get_submodule(name)

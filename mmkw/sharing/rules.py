@@ -75,8 +75,9 @@ def mobilenet_v2_rule(network: nn.Module, pointwise: str) -> list[tuple[str, str
 
     The stem has a warehouse of its own. The groups of blocks belong to warehouse stages 1 to 6, the
     last two to one; the first block of a new warehouse stage belongs to the stage before. A stage
-    has one warehouse for its depthwise convolutions. The last 1x1 convolution, where the network
-    has it, belongs to the projections of the last stage.
+    has one warehouse for its depthwise convolutions. The last 1x1 convolution belongs to the
+    projections of the last stage. It is named also where the network lacks it (mmseg's), since its
+    cells are in the published warehouses: see ``absent`` in :func:`~mmkw.sharing.convert`.
 
     Args:
         network: The MobileNetV2 of mmdet or mmseg.
@@ -109,8 +110,6 @@ def mobilenet_v2_rule(network: nn.Module, pointwise: str) -> list[tuple[str, str
             continue
         if name == 'conv1.conv':
             pairs.append((name, 'stem'))
-        elif name == 'conv2.conv':
-            pairs.append((name, warehouse(last, 'projection')))
         elif match := _MOBILENET_LAYER.fullmatch(name):
             group, block = int(match[1]) - 1, int(match[2])
             stage = _MOBILENET_STAGES[group]
@@ -122,4 +121,5 @@ def mobilenet_v2_rule(network: nn.Module, pointwise: str) -> list[tuple[str, str
             if kind == 'expansion' and not parent.with_activation:
                 kind = 'projection'
             pairs.append((name, warehouse(stage, kind)))
+    pairs.append(('conv2.conv', warehouse(last, 'projection')))
     return [(layer, home) for layer, home in pairs if home is not None]

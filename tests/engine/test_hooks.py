@@ -10,6 +10,7 @@ import torch
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import Dataset
 
 from mmkw.engine.hooks import IterationSeedHook, TemperatureHook
 from mmkw.layers import KWConv2d
@@ -32,6 +33,16 @@ class Model(BaseModel):
         return []
 
 
+class Noise(Dataset):
+    """Images drawn anew whenever they are asked for, as by an augmentation."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return dict(inputs=torch.randn(3, 5, 5) + np.random.rand() + random.random())
+
+
 def make_runner(work_dir, hooks, epochs=4, by_epoch=True, model=None, **kwargs):
     torch.manual_seed(0)
     train_cfg = dict(by_epoch=True, max_epochs=epochs)
@@ -41,7 +52,7 @@ def make_runner(work_dir, hooks, epochs=4, by_epoch=True, model=None, **kwargs):
         model or Model(),
         work_dir=str(work_dir),
         train_dataloader=dict(
-            dataset=[dict(inputs=torch.randn(3, 5, 5)) for _ in range(6)],
+            dataset=Noise(),
             sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
             batch_size=2,
             num_workers=0,
@@ -57,7 +68,7 @@ def make_runner(work_dir, hooks, epochs=4, by_epoch=True, model=None, **kwargs):
         ),
         custom_hooks=hooks,
         randomness=dict(seed=3),
-        experiment_name=f'{Path(work_dir).name}-{random.random()}',
+        experiment_name=f'{work_dir}-{random.random()}',
         visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
         log_processor=dict(by_epoch=by_epoch),
         **kwargs,
@@ -91,12 +102,17 @@ def test_temperature_between_other_ends(tmp_path):
     assert runner.model.seen[-1] == pytest.approx(0.6)
 
 
-def test_resuming_restores_temperature_and_random_numbers(tmp_path):
-    hooks = [dict(type='mmkw.TemperatureHook', length=3), dict(type='mmkw.IterationSeedHook')]
-    whole = make_runner(tmp_path / 'whole', hooks)
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_resuming_restores_temperature_and_random_numbers(tmp_path, by_epoch):
+    temperature = dict(length=3 if by_epoch else 9, by_epoch=by_epoch)
+    hooks = [
+        dict(type='mmkw.TemperatureHook', **temperature),
+        dict(type='mmkw.IterationSeedHook'),
+    ]
+    whole = make_runner(tmp_path / 'whole', hooks, by_epoch=by_epoch)
     whole.train()
-    make_runner(tmp_path / 'parts', hooks, epochs=2).train()
-    rest = make_runner(tmp_path / 'parts', hooks, resume=True)
+    make_runner(tmp_path / 'parts', hooks, epochs=2, by_epoch=by_epoch).train()
+    rest = make_runner(tmp_path / 'parts', hooks, by_epoch=by_epoch, resume=True)
     rest.train()
     assert len(rest.model.seen) == 6
     assert rest.model.seen == whole.model.seen[6:]

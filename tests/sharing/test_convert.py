@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmkw.layers import KWConv2d, KWLinear, PlanError
+from mmkw.layers import KernelShape, KWConv2d, KWLinear, PlanError
 from mmkw.sharing import SharingPlan, convert
 
 
@@ -151,3 +151,22 @@ def test_a_parametrized_layer_is_refused():
     nn.utils.parametrizations.weight_norm(net.a)
     with pytest.raises(PlanError, match="layer 'a' is a ParametrizedConv2d"):
         convert(net, SharingPlan.make(LAYERS))
+
+
+def test_an_absent_layer_keeps_its_cells():
+    """A network without its last layer has the warehouse of the whole one."""
+    plan = SharingPlan.make([('0', 'all'), ('1', 'all'), ('2', 'all')])
+    whole = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)))
+    part = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)))
+    convert(whole, plan)
+    convert(part, plan, absent=[KernelShape('2', 8, 8, (3, 3))])
+    assert [len(weight) for weight in part.warehouse_manager.weights] == [27]
+    shared = {k: v for k, v in whole.state_dict().items() if not k.startswith('2.')}
+    part.load_state_dict(shared)
+    x = torch.randn(2, 8, 5, 5)
+    part.eval(), whole.eval()
+    torch.testing.assert_close(part(x), whole[1](whole[0](x)))
+    with pytest.raises(PlanError, match="All layers of warehouse 'all' are absent"):
+        convert(
+            nn.Sequential(), SharingPlan.make([('2', 'all')]), absent=[KernelShape('2', 8, 8, (1,))]
+        )

@@ -39,6 +39,8 @@ def count(config: Config, shape: tuple[int, int] | None = None) -> Complexity:
     init_default_scope(config.default_scope)
     cfg = copy.deepcopy(config.model)
     cfg.backbone.init_cfg = None
+    if 'pretrained' in cfg:
+        cfg.pretrained = None
     with torch.device('meta'):
         model = MODELS.build(cfg)
     model.eval()

@@ -36,7 +36,7 @@ def main() -> None:
         meta['dataset_meta'] = dict(classes=classes)
     torch.save(dict(meta=meta, state_dict=state_dict), args.dst)
     print(f'{len(state_dict)} tensors written to {args.dst}.')
-    print(f'Left out, of the ImageNet classifier: {", ".join(unused) or "nothing"}.')
+    print(f'Left out, beyond the backbone: {", ".join(unused) or "nothing"}.')
 
 
 if __name__ == '__main__':

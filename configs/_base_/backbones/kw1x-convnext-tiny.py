@@ -1,24 +1,6 @@
 """KernelWarehouse 1x ConvNeXt-Tiny in place of a config's backbone, and its optimizer."""
 
-# Weights to download, and the name to save them under.
-weights_source = (
-    'KernelWarehouse 1x ConvNeXt-Tiny, ImageNet top-1 82.51, github.com/OSVAI/KernelWarehouse'
-)
-weights = dict(type='Pretrained', checkpoint='checkpoints/kw1x_convnext_tiny.pth')
-backbone = dict(
-    _delete_=True,
-    type='mmkw.KWConvNeXt',
-    arch='tiny',
-    cell_num_ratio=1,
-    drop_path_rate=0.4,
-    layer_scale_init_value=1.0,
-    init_cfg=weights,
-)
-channels = [96, 192, 384, 768]
-layer_decay = dict(
-    _delete_=True,
-    type='OptimWrapper',
-    constructor='mmkw.LayerDecayConstructor',
-    paramwise_cfg=dict(num_layers=6, decay_rate=0.95, norm_decay_mult=0.0),
-    optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-)
+_base_ = './convnext-tiny.py'
+
+weights_source = _base_.kw1x_source
+backbone = _base_.kw1x

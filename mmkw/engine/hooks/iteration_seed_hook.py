@@ -1,13 +1,15 @@
 """Makes a resumed run repeat the uninterrupted one."""
 
+import itertools
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.hooks.hook import DATA_BATCH
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 
 from ...registry import HOOKS
 
@@ -20,9 +22,15 @@ class IterationSeedHook(Hook):
     proposals differ after a resume. With this hook they are a function of the iteration: a run
     resumed from a checkpoint ends with the weights of the uninterrupted run, to the bit where the
     device computes deterministically (the CPU does). The config needs a fixed
-    ``randomness=dict(seed=...)``, and the train dataloader no ``persistent_workers``, whose
-    random streams go on from epoch to epoch.
+    ``randomness=dict(seed=...)``; with an epoch-based loop, the train dataloader must not have
+    ``persistent_workers``, whose random streams go on from epoch to epoch.
     """
+
+    def before_train(self, runner: Runner) -> None:
+        """Seeds what an iteration-based loop draws for every batch, those it skips included."""
+        loop = runner.train_loop
+        if isinstance(loop, IterBasedTrainLoop):
+            loop.dataloader_iterator = _seeded(loop.dataloader_iterator, runner.seed)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Seeds what is drawn before the first iteration, such as its augmentation."""
@@ -33,6 +41,12 @@ class IterationSeedHook(Hook):
     ) -> None:
         """Seeds what the iteration draws."""
         _seed_everything(runner.seed, get_rank(), runner.iter, 1)
+
+
+def _seeded(batches: Iterator[DATA_BATCH], seed: int) -> Iterator[DATA_BATCH]:
+    for index in itertools.count():
+        _seed_everything(seed, get_rank(), index, 0)
+        yield next(batches)
 
 
 def _seed_everything(*entropy: int) -> None:

@@ -1,0 +1,37 @@
+"""ConvNeXt-Tiny in place of a config's backbone, and its optimizer; static, or made 1x by kw1x."""
+
+weights = dict(
+    type='Pretrained',
+    prefix='backbone.',
+    checkpoint='https://download.openmmlab.com/mmclassification/v0/convnext/downstream/'
+    'convnext-tiny_3rdparty_32xb128-noema_in1k_20220301-795e9634.pth',
+)
+backbone = dict(
+    _delete_=True,
+    type='mmkw.ConvNeXt',
+    arch='tiny',
+    drop_path_rate=0.4,
+    layer_scale_init_value=1.0,
+    init_cfg=weights,
+)
+channels = [96, 192, 384, 768]
+layer_decay = dict(
+    _delete_=True,
+    type='OptimWrapper',
+    constructor='mmkw.LayerDecayConstructor',
+    paramwise_cfg=dict(num_layers=6, decay_rate=0.95, norm_decay_mult=0.0),
+    optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+)
+
+# To be merged into the static backbone: KernelWarehouse 1x. Weights to download, and the name to save
+# them under.
+kw1x_source = (
+    'KernelWarehouse 1x ConvNeXt-Tiny, ImageNet top-1 82.51, github.com/OSVAI/KernelWarehouse'
+)
+kw1x = dict(
+    type='mmkw.KWConvNeXt',
+    cell_num_ratio=1,
+    init_cfg=dict(
+        _delete_=True, type='Pretrained', checkpoint='checkpoints/kw1x_convnext_tiny.pth'
+    ),
+)

@@ -1,0 +1,39 @@
+_base_ = [
+    'mmseg::_base_/models/fpn_r50.py',
+    '../_base_/datasets/mini_coco_semantic.py',
+    'mmseg::_base_/default_runtime.py',
+]
+
+# A Semantic FPN that two cores train from scratch in minutes.
+norm_cfg = dict(type='BN')
+model = dict(
+    pretrained=None,
+    data_preprocessor=dict(size=_base_.crop_size),
+    backbone=dict(
+        _delete_=True, type='ResNet', depth=18, base_channels=32, norm_cfg=norm_cfg, norm_eval=False
+    ),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
+    decode_head=dict(in_channels=[64] * 4, channels=64, num_classes=11, norm_cfg=norm_cfg),
+)
+
+# An epoch of the 1200 images is 150 iterations.
+max_iters = 1500
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+    clip_grad=dict(max_norm=10),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type='PolyLR', power=0.9, by_epoch=False, begin=50, end=max_iters, eta_min=1e-5),
+]
+custom_hooks = [dict(type='mmkw.IterationSeedHook')]
+default_hooks = dict(
+    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=150, max_keep_ckpts=2),
+)
+randomness = dict(seed=0)

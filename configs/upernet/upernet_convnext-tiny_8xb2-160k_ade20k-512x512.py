@@ -1,0 +1,17 @@
+_base_ = [
+    'mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py',
+    '../_base_/backbones/convnext-tiny.py',
+]
+
+model = dict(
+    pretrained=None,
+    backbone=_base_.backbone,
+    decode_head=dict(in_channels=_base_.channels),
+    auxiliary_head=dict(in_channels=_base_.channels[2]),
+)
+optim_wrapper = _base_.layer_decay
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
+    dict(type='PolyLR', power=1.0, begin=1500, end=160000, eta_min=0.0, by_epoch=False),
+]
+train_dataloader = dict(batch_size=2)
