@@ -1,8 +1,11 @@
-# Both commands set up .venv first and may be repeated, also after an interruption.
-.PHONY: demo test env
+# Every command sets up .venv first and may be repeated, also after an interruption.
+.PHONY: demo demo-seg test env
 
 demo: env
-	.venv/bin/python tools/demo.py
+	.venv/bin/python tools/demo.py detection
+
+demo-seg: env
+	.venv/bin/python tools/demo.py segmentation
 
 test: env
 	.venv/bin/ruff check .

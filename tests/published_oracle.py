@@ -283,8 +283,15 @@ def mobilenet_v2(width, pointwise):
             outputs.append(x)
         x = conv('features.18.0', warehouse(6, 'project'), x, max(1280, int(1280 * width)))
         outputs.append(net.batch_norm('features.18.1', x).clamp(0, 6))
-        net.p('classifier.1.weight', 1000, outputs[-1].shape[1])
         net.p('classifier.1.bias', 1000)
+        if pointwise == 'last':
+            # Dynamic too: cells of all outputs and 32 inputs, half as many as it has mixtures.
+            mixtures = outputs[-1].shape[1] // 32
+            net.p('warehouse_manager.weights.9', mixtures // 2, 1000, 32, 1, scale=0.01)
+            pooled, cells = outputs[-1].mean((2, 3)), mixtures // 2
+            net.attention('classifier.1.attention', pooled, mixtures, cells, 0, 0.5)
+        else:
+            net.p('classifier.1.weight', 1000, outputs[-1].shape[1])
         return [outputs[i] for i in (1, 2, 4, 7)]
 
     return forward

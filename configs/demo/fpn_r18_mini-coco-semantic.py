@@ -13,11 +13,16 @@ model = dict(
         _delete_=True, type='ResNet', depth=18, base_channels=32, norm_cfg=norm_cfg, norm_eval=False
     ),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
-    decode_head=dict(in_channels=[64] * 4, channels=64, num_classes=11, norm_cfg=norm_cfg),
+    decode_head=dict(
+        in_channels=[64] * 4,
+        channels=64,
+        num_classes=2,
+        norm_cfg=norm_cfg,
+    ),
 )
 
 # An epoch of the 1200 images is 150 iterations.
-max_iters = 1500
+max_iters = 900
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

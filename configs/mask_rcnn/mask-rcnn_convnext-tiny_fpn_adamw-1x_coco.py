@@ -1,4 +1,7 @@
-_base_ = ['./mask-rcnn_r50_fpn_adamw-1x_coco.py', '../_base_/backbones/convnext-tiny.py']
+_base_ = [
+    '../_base_/recipes/mask-rcnn_fpn_adamw-1x_coco.py',
+    '../_base_/backbones/convnext-tiny.py',
+]
 
 model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))
 

@@ -1,4 +1,4 @@
-_base_ = './mask-rcnn_r50_fpn_adamw-1x_coco.py'
+_base_ = '../_base_/recipes/mask-rcnn_fpn_adamw-1x_coco.py'
 
 # Weights to download, and the name to save them under.
 weights_source = (
@@ -11,6 +11,7 @@ model = dict(
         cell_inplane_ratio=1 / 2,
         cell_outplane_ratio=1 / 2,
         nonlocal_basis_ratio=1 / 16,
+        drop_path_rate=0.1,
         init_cfg=dict(checkpoint='checkpoints/kw1d2x_resnet50.pth'),
     )
 )

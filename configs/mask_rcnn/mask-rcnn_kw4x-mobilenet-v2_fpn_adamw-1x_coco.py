@@ -1,6 +1,6 @@
 _base_ = [
-    './mask-rcnn_mobilenet-v2_fpn_adamw-1x_coco.py',
+    '../_base_/recipes/mask-rcnn_fpn_adamw-1x_coco.py',
     '../_base_/backbones/kw4x-mobilenet-v2.py',
 ]
 
-model = dict(backbone=_base_.backbone)
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))

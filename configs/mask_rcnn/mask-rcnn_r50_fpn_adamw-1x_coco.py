@@ -1,8 +1,3 @@
-_base_ = [
-    'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
-    '../_base_/datasets/coco_instance_detr-aug.py',
-    '../_base_/schedules/adamw_1x.py',
-    'mmdet::_base_/default_runtime.py',
-]
+_base_ = ['../_base_/recipes/mask-rcnn_fpn_adamw-1x_coco.py', '../_base_/backbones/r50.py']
 
-model = dict(backbone=dict(type='mmkw.ResNet', drop_path_rate=0.1))
+model = dict(backbone=dict(_base_.backbone, drop_path_rate=0.1))

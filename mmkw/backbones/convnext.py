@@ -136,7 +136,8 @@ class ConvNeXt(BaseModule):
             self.add_module(f'norm{index}', LayerNorm2d(channels[index], eps=EPS))
         if with_cp:
             checkpoint_blocks([block for stage in self.stages for block in stage])
-        refuse_small_images(self)
+        # Its convolutions have no padding: stem 4, then 2 a stage.
+        refuse_small_images(self, 4 * 2 ** (stages - 1))
         self._freeze_stages()
 
     def _arch(self, arch: str | dict) -> tuple[list[int], list[int]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoints import CheckpointMismatchError
 from ..checkpoints.names import mobilenet_v2_names
 from ..layers import KernelShape, split_options
 from ..layers.residual import checkpoint_blocks
@@ -12,20 +13,46 @@ from ..registry import MODELS
 from ..sharing import SharingPlan, convert, mobilenet_v2_rule
 from .static import attention_norm, refuse_small_images, static_network
 
+# How many warehouses each kind of sharing has.
+_WAREHOUSES = {13: 'joint', 19: 'separate', 9: 'last_stage'}
+
+
+@MODELS.register_module()
+def MobileNetV2(widen_factor: float = 1.0, *, with_cp: bool = False, **arguments: Any) -> nn.Module:
+    """Builds the library's own static MobileNetV2: the paper's baseline.
+
+    It also reads checkpoints that name the layers as torchvision does, among them the published
+    ones.
+
+    Args:
+        widen_factor: Width of the network, relative to its channels at 1.
+        with_cp: Recompute the blocks' activations in the backward pass, to save memory.
+        **arguments: The other arguments of the ``MobileNetV2`` of mmdet or mmseg.
+
+    Returns:
+        The network, of the library's class.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    network = static_network('MobileNetV2')(widen_factor=widen_factor, **arguments)
+    groups = [getattr(network, f'layer{group}') for group in range(1, 8)]
+    if with_cp:
+        checkpoint_blocks([block for group in groups for block in group])
+    nested = hasattr(groups[0][0], 'conv')
+    names = partial(mobilenet_v2_names, [len(group) for group in groups], nested)
+    network._register_load_state_dict_pre_hook(names)
+    return refuse_small_images(network)
+
 
 @MODELS.register_module()
 def KWMobileNetV2(
-    widen_factor: float = 1.0,
-    *,
-    pointwise: str = 'joint',
-    with_cp: bool = False,
-    **arguments: Any,
+    widen_factor: float = 1.0, *, pointwise: str = 'joint', **arguments: Any
 ) -> nn.Module:
     """Builds the library's own MobileNetV2 with the paper's sharing.
 
     The result is the ``MobileNetV2`` of mmdet or mmseg, whichever the config belongs to, with all
-    its arguments. It also reads checkpoints that name the layers as torchvision does, among them
-    the published ones. The paper's 1/2x has
+    its arguments; it reads the published checkpoints. The paper's 1/2x has
     ``pointwise='last_stage', reduction=1 / 32`` and, for the nine warehouses of the backbone,
     ``cell_num_ratio=[1] * 6 + [.5, 1, .5]`` and the same inplane and outplane ratios.
 
@@ -33,9 +60,9 @@ def KWMobileNetV2(
         widen_factor: Width of the network, relative to its channels at 1.
         pointwise: How pointwise convolutions share: ``joint`` (the paper's 1x), ``separate`` (4x)
             or ``last_stage`` (1/2x); see :func:`~mmkw.sharing.mobilenet_v2_rule`.
-        with_cp: Recompute the blocks' activations in the backward pass, to save memory.
         **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
-            or one per warehouse; and the other arguments of the static network.
+            or one per warehouse; and the arguments of :func:`MobileNetV2`, those of the library's
+            own among them.
 
     Returns:
         The network, of the library's class.
@@ -45,18 +72,13 @@ def KWMobileNetV2(
         ValueError: If ``pointwise`` or an argument of the static network is out of its range.
     """
     options, static = split_options(arguments)
-    network = static_network('MobileNetV2')(widen_factor=widen_factor, **static)
-    groups = [getattr(network, f'layer{group}') for group in range(1, 8)]
-    if with_cp:
-        checkpoint_blocks([block for group in groups for block in group])
+    network = MobileNetV2(widen_factor, **static)
     # This network freezes its stages in train() only; the conversion looks at what is frozen.
     network.train()
     plan = SharingPlan.make(mobilenet_v2_rule(network, pointwise), **options)
-    blocks = [len(group) for group in groups]
-    nested = hasattr(network.layer1[0], 'conv')
-    network._register_load_state_dict_pre_hook(partial(mobilenet_v2_names, blocks, nested))
+    network._register_load_state_dict_pre_hook(partial(_check_sharing, pointwise))
     absent = [] if hasattr(network, 'conv2') else [_conv2(network)]
-    return convert(refuse_small_images(network), plan, attention_norm(network), absent)
+    return convert(network, plan, attention_norm(network), absent)
 
 
 def _conv2(network: nn.Module) -> KernelShape:
@@ -64,3 +86,16 @@ def _conv2(network: nn.Module) -> KernelShape:
     convolutions = [m for m in network.layer7.modules() if isinstance(m, nn.Conv2d)]
     out_channels = int(1280 * max(1.0, network.widen_factor))
     return KernelShape('conv2.conv', out_channels, convolutions[-1].out_channels, (1, 1))
+
+
+def _check_sharing(pointwise: str, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuses a checkpoint that shares otherwise, and names the sharing."""
+    stored = sum(key.startswith(f'{prefix}warehouse_manager.weights.') for key in state_dict)
+    # A dynamic classifier has a warehouse of its own.
+    stored -= any(key.startswith(f'{prefix}classifier.1.attention.') for key in state_dict)
+    found = _WAREHOUSES.get(stored, pointwise)
+    if found != pointwise:
+        raise CheckpointMismatchError(
+            f'This MobileNetV2 shares pointwise={pointwise!r}, the checkpoint {found!r}: it has '
+            f'{stored} warehouses. With pointwise={found!r} and its budget it would fit.'
+        )

@@ -1,5 +1,6 @@
 """The static network that a KernelWarehouse backbone is made from, and what both must observe."""
 
+from functools import partial
 from typing import Any
 
 from mmengine.registry import MODELS, DefaultScope
@@ -37,29 +38,26 @@ def static_network(name: str) -> type[nn.Module]:
     )
 
 
-# The stems of ResNet and ConvNeXt together take four pixels a side to one.
-SMALLEST_SIDE = 4
-
-
-def refuse_small_images(network: nn.Module) -> nn.Module:
-    """Makes a backbone refuse images with a side of fewer pixels than its stem takes together.
+def refuse_small_images(network: nn.Module, side: int = 4) -> nn.Module:
+    """Makes a backbone refuse strips and specks of an image.
 
     Args:
         network: Backbone of Tensor[batch, channels, height, width]; it gains a forward hook.
+        side: Fewest pixels of height and width; by default those that a stem takes together.
 
     Returns:
         The same network. Its forward pass raises ValueError for such an image.
     """
-    network.register_forward_pre_hook(_check_size)
+    network.register_forward_pre_hook(partial(_check_size, side))
     return network
 
 
-def _check_size(network: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _check_size(side: int, network: nn.Module, inputs: tuple[Any, ...]) -> None:
     height, width = inputs[0].shape[-2:]
-    if height < SMALLEST_SIDE or width < SMALLEST_SIDE:
+    if height < side or width < side:
         raise ValueError(
             f'{type(network).__name__} got an image of {height} x {width} pixels; a side must have '
-            f"at least {SMALLEST_SIDE}. Resize it, or pad it with the data preprocessor's "
+            f"at least {side}. Resize it, or pad it with the data preprocessor's "
             'size_divisor (MMSegmentation, in its test_cfg) or pad_size_divisor (MMDetection).'
         )
 

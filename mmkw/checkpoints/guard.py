@@ -2,11 +2,14 @@
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mmengine.logging import print_log
 from torch import Tensor, nn
+
+from ..layers.partition import PlanError, WarehousePartition, partition_warehouse
 
 # What the published files hold beyond some backbone: the ImageNet classifier, and the last
 # convolution of MobileNetV2, which MMSegmentation leaves out.
@@ -45,7 +48,7 @@ def check_checkpoint(
     stored = {int(m[1]): state_dict[m[0]] for m in map(pattern.fullmatch, state_dict) if m}
     if not stored:
         raise CheckpointMismatchError(_no_warehouse(network, state_dict, prefix))
-    _check_warehouses(network, stored)
+    _check_warehouses(network, stored, state_dict, prefix)
     _check_layers(network, state_dict, prefix)
     if unused:
         print_log(
@@ -103,7 +106,9 @@ def beyond_backbone(
     return [name for name in names if name in state_dict]
 
 
-def _check_warehouses(network: nn.Module, stored: dict[int, Tensor]) -> None:
+def _check_warehouses(
+    network: nn.Module, stored: dict[int, Tensor], state_dict: dict[str, Tensor], prefix: str
+) -> None:
     manager, kind = network.warehouse_manager, type(network).__name__
     for index, (partition, weight) in enumerate(zip(manager.partitions, manager.weights)):
         found = stored.get(index)
@@ -117,7 +122,8 @@ def _check_warehouses(network: nn.Module, stored: dict[int, Tensor]) -> None:
             raise CheckpointMismatchError(
                 f'Warehouse {index} ({partition.name!r}) of this {kind} has {len(weight)} cells of '
                 f'{tuple(weight.shape[1:])}, the checkpoint has {len(found)} of '
-                f'{tuple(found.shape[1:])}. {_advice(partition, found)}'
+                f'{tuple(found.shape[1:])}. '
+                + _advice(manager.partitions, stored, _nonlocal_basis_ratio(state_dict, prefix))
             )
     if len(stored) > len(manager.weights):
         raise CheckpointMismatchError(
@@ -139,30 +145,79 @@ def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str
                     continue
                 if found is None or found.shape != tensor.shape:
                     shape = 'lacks it' if found is None else f'has {tuple(found.shape)}'
+                    ratio = _nonlocal_basis_ratio(state_dict, prefix)
                     raise CheckpointMismatchError(
                         f'{name}.{part} of this {type(network).__name__} has the shape '
                         f'{tuple(tensor.shape)}, the checkpoint {shape}. Its warehouses fit, its '
-                        'attentions do not: check reduction, nonlocal_basis_ratio and the norm.'
+                        'attentions do not: they were made with '
+                        f'reduction={_reduction(state_dict, prefix):g}, '
+                        f'nonlocal_basis_ratio={ratio:g}, or another norm.'
                     )
 
 
-def _advice(partition: Any, found: Tensor) -> str:
-    """The options that give a warehouse the found shape, or that none do."""
+def _advice(
+    partitions: Sequence[WarehousePartition], stored: dict[int, Tensor], basis_ratio: float
+) -> str:
+    """The options that give every warehouse the stored shape, or that none do."""
+    other = 'It was made for another architecture or sharing plan: check depth, width and arch.'
+    if len(stored) != len(partitions):
+        return other
+    fitting = [_fitting(partition, stored[i]) for i, partition in enumerate(partitions)]
+    for partition, options, weight in zip(
+        partitions, fitting, [stored[i] for i in range(len(partitions))]
+    ):
+        kernels = [share.kernel for share in partition.layers]
+        try:
+            cut = partition_warehouse(
+                partition.name, kernels, replace(partition.options, **options)
+            )
+        except PlanError:
+            return other
+        if (cut.num_cells, *cut.cell_shape) != tuple(weight.shape):
+            return other
+    needed = {}
+    for name in fitting[0]:
+        values = [options[name] for options in fitting]
+        if values != [getattr(partition.options, name) for partition in partitions]:
+            needed[name] = values[0] if len(set(values)) == 1 else values
+    if basis_ratio != partitions[0].options.nonlocal_basis_ratio:
+        needed['nonlocal_basis_ratio'] = basis_ratio
+    return f'With {", ".join(f"{name}={value}" for name, value in needed.items())} it would fit.'
+
+
+def _fitting(partition: WarehousePartition, found: Tensor) -> dict[str, Any]:
+    """The options, but for the attentions', that a stored warehouse was cut with."""
     kernels = [share.kernel for share in partition.layers]
     values = sum(math.prod((k.out_channels, k.in_channels, *k.kernel_size)) for k in kernels)
-    fitting = dict(
-        cell_num_ratio=found.numel() / values,
+    budget = found.numel() / values
+    # The number of cells was rounded down.
+    whole = round(budget) if budget >= 1 else 1 / max(round(1 / budget), 1)
+    spatial = all(side == 1 for side in found.shape[3:])
+    return dict(
+        cell_num_ratio=whole,
         cell_inplane_ratio=found.shape[2] / math.gcd(*(k.in_channels for k in kernels)),
         cell_outplane_ratio=found.shape[1] / math.gcd(*(k.out_channels for k in kernels)),
+        spatial_partition=partition.options.spatial_partition if spatial else False,
     )
-    budget = fitting['cell_num_ratio']
-    possible = max(fitting['cell_inplane_ratio'], fitting['cell_outplane_ratio']) <= 1
-    whole = budget if budget >= 1 else 1 / budget
-    if not possible or abs(whole - round(whole)) > 1e-6:
-        return 'It was made for another architecture: check depth, width and arch.'
-    options = ', '.join(
-        f'{name}={value:g}'
-        for name, value in fitting.items()
-        if value != getattr(partition.options, name)
-    )
-    return f'With {options} it would fit.'
+
+
+def _reduction(state_dict: dict[str, Tensor], prefix: str) -> float:
+    """The reduction of a state dict's attentions, from the widest: narrow ones have a minimum."""
+    weights = [
+        value
+        for key, value in state_dict.items()
+        if key.startswith(prefix) and key.endswith('.attention.fc1.weight')
+    ]
+    widest = max(weights, key=lambda weight: weight.shape[1], default=None)
+    return 1 / 16 if widest is None else 1 / max(round(widest.shape[1] / widest.shape[0]), 1)
+
+
+def _nonlocal_basis_ratio(state_dict: dict[str, Tensor], prefix: str) -> float:
+    """The ratio of a state dict's non-local bases, from the largest; 1 without a basis."""
+    weights = [
+        value
+        for key, value in state_dict.items()
+        if key.startswith(prefix) and key.endswith('.attention.fc3.weight')
+    ]
+    largest = max(weights, key=lambda weight: weight.shape[0], default=None)
+    return 1 if largest is None else 1 / max(round(largest.shape[0] / largest.shape[1]), 1)

@@ -17,6 +17,8 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from mmengine.utils import digit_version
 
+# Older releases read these files as MMEngine would: they have no list of allowed globals.
+_SAFE = digit_version(torch.__version__) >= digit_version('2.6.0')
 # Zip archives, and the pickles of torch before 1.6.
 _STARTS = (b'PK', b'\x80')
 _CUT_SHORT = re.compile('PytorchStreamReader|unexpected EOF')
@@ -70,8 +72,8 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
     Raises:
         FileNotFoundError: If there is no such file.
         DamagedCheckpointError: If the file is truncated or no checkpoint.
-        UnsafeCheckpointError: If the file holds pickled objects other than tensors, plain
-            containers, NumPy arrays and MMEngine's ``HistoryBuffer``.
+        UnsafeCheckpointError: With torch 2.6 or newer, if the file holds pickled objects other
+            than tensors, plain containers, NumPy arrays and MMEngine's ``HistoryBuffer``.
     """
     path = osp.expanduser(filename)
     if not osp.isfile(path):
@@ -83,23 +85,22 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
             f'{filename} is no checkpoint: it begins with {start!r}. A web page or a Git LFS '
             'pointer saved in its place? Download the file again.'
         )
-    with torch.serialization.safe_globals(_allowed_globals()):
-        try:
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise UnsafeCheckpointError(
-                f'Checkpoint {filename} holds {_foreign_globals(path)}, which could run code when '
-                'loaded, and was refused. If you trust its source, keep its weights only: '
-                "torch.save(dict(state_dict=torch.load(FILE, weights_only=False)['state_dict']), "
-                'NEW_FILE), then use NEW_FILE.'
-            ) from error
-        except (RuntimeError, EOFError, OSError) as error:
-            if isinstance(error, RuntimeError) and not _CUT_SHORT.search(str(error)):
-                raise
-            raise DamagedCheckpointError(
-                f'Checkpoint {filename} is damaged: it ends early, after '
-                f'{osp.getsize(path)} bytes. Download or copy it again.'
-            ) from error
+    try:
+        checkpoint = _read(path, map_location)
+    except pickle.UnpicklingError as error:
+        raise UnsafeCheckpointError(
+            f'Checkpoint {filename} holds {_foreign_globals(path)}, which could run code when '
+            'loaded, and was refused. If you trust its source, read it once with '
+            'torch.load(FILE, weights_only=False), take the dict of tensors from it, write '
+            'torch.save(dict(state_dict=TENSORS), NEW_FILE) and use NEW_FILE.'
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        if isinstance(error, RuntimeError) and not _CUT_SHORT.search(str(error)):
+            raise
+        raise DamagedCheckpointError(
+            f'Checkpoint {filename} is damaged: it ends early, after '
+            f'{osp.getsize(path)} bytes. Download or copy it again.'
+        ) from error
     if not isinstance(checkpoint, dict):
         raise DamagedCheckpointError(
             f'Checkpoint {filename} holds a {type(checkpoint).__name__}, not a state dict.'
@@ -110,6 +111,13 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
     return checkpoint
 
 
+def _read(path: str, map_location: Any) -> Any:
+    if not _SAFE:
+        return torch.load(path, map_location=map_location)
+    with torch.serialization.safe_globals(_allowed_globals()):
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
 def _foreign_globals(path: str) -> str:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -118,6 +126,4 @@ def _foreign_globals(path: str) -> str:
     return f'pickled objects ({", ".join(sorted(names)) or "of unknown type"})'
 
 
-# Before torch 2.6 MMEngine's own loader reads its files, and torch has no list of allowed globals.
-if digit_version(torch.__version__) >= digit_version('2.6.0'):
-    CheckpointLoader.register_scheme('', loader=load_from_local, force=True)
+CheckpointLoader.register_scheme('', loader=load_from_local, force=True)

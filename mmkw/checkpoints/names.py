@@ -52,25 +52,41 @@ def mobilenet_v2_names(
     for group, count in enumerate(blocks):
         places += [f'layer{group + 1}.{block}' for block in range(count)]
     places.append('conv2')
-    pattern = re.compile(re.escape(prefix) + r'features\.(\d+)\.(.+)')
     for key in list(state_dict):
-        match = pattern.fullmatch(key)
-        if match is None or int(match[1]) >= len(places):
+        name = key.removeprefix(f'{prefix}features.')
+        if not key.startswith(f'{prefix}features.') or not name.partition('.')[0].isdigit():
             continue
-        index, rest = int(match[1]), match[2]
-        if index in (0, len(places) - 1):
-            part, rest = '', rest
+        index, _, rest = name.partition('.')
+        if int(index) in (0, len(places) - 1):
+            translated = _single(rest)
+        elif int(index) < len(places):
+            translated = _block(rest, 1 if index == '1' else 2, nested)
         else:
-            # The convolutions of a block with their norm: nested, but for the last.
-            last = 1 if index == 1 else 2
-            number, _, rest = rest.removeprefix('conv.').partition('.')
-            if int(number) >= last:
-                part, rest = last, f'{int(number) - last}.{rest}'
-            else:
-                part = int(number)
-            named = ['expand_conv', 'depthwise_conv', 'linear_conv'][2 - last :]
-            part = f'.conv.{part}' if nested else f'.{named[part]}'
-        kind, _, rest = rest.partition('.')
-        state_dict[f'{prefix}{places[index]}{part}.{("conv", "bn")[int(kind)]}.{rest}'] = (
-            state_dict.pop(key)
-        )
+            continue
+        # What MobileNetV2 does not have stays, to be listed or refused.
+        if translated is not None:
+            state_dict[f'{prefix}{places[int(index)]}.{translated}'] = state_dict.pop(key)
+
+
+def _single(name: str) -> str | None:
+    """The first and the last feature: a convolution ``0`` and its norm ``1``."""
+    match = re.fullmatch(r'([01])\.(.+)', name)
+    return match and f'{("conv", "bn")[int(match[1])]}.{match[2]}'
+
+
+def _block(name: str, linear: int, nested: bool) -> str | None:
+    """A block: convolution J and its norm are ``conv.J.0`` and ``conv.J.1``.
+
+    Only those of the last, the ``linear`` one, are ``conv.J`` and ``conv.(J + 1)``.
+    """
+    if match := re.fullmatch(r'conv\.(\d)\.([01])\.(.+)', name):
+        number, kind, rest = int(match[1]), int(match[2]), match[3]
+    elif match := re.fullmatch(r'conv\.(\d)\.(.+)', name):
+        number, kind, rest = linear, int(match[1]) - linear, match[2]
+    else:
+        return None
+    if number > linear or kind not in (0, 1):
+        return None
+    named = ['expand_conv', 'depthwise_conv', 'linear_conv'][2 - linear :]
+    part = f'conv.{number}' if nested else named[number]
+    return f'{part}.{("conv", "bn")[kind]}.{rest}'

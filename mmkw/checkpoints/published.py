@@ -34,7 +34,9 @@ def rewrite_published(
         CheckpointMismatchError: If the checkpoint has no warehouses, or tensors of a backbone that
             no network here has.
     """
-    state = dict(checkpoint.get('state_dict', checkpoint))
+    state = checkpoint.get('state_dict', checkpoint)
+    # Saved from a model wrapped for several devices.
+    state = {key.removeprefix('module.'): value for key, value in state.items()}
     prefix = 'backbone.' if any(key.startswith('backbone.') for key in state) else ''
     pattern = re.compile(re.escape(prefix) + r'warehouse_manager\.weights\.(\d+)')
     warehouses = [int(match[1]) for match in map(pattern.fullmatch, state) if match]

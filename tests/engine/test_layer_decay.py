@@ -84,3 +84,14 @@ def test_arguments_out_of_range_are_refused(paramwise, message):
     )
     with pytest.raises(ValueError, match=message):
         build_optim_wrapper(nn.Linear(1, 1), cfg)
+
+
+def test_another_backbone_is_refused():
+    cfg = dict(
+        optimizer=dict(type='AdamW', lr=1.0),
+        constructor='mmkw.LayerDecayConstructor',
+        paramwise_cfg=dict(num_layers=6, decay_rate=0.9),
+    )
+    model = nn.ModuleDict(dict(backbone=nn.Conv2d(1, 1, 1)))
+    with pytest.raises(ValueError, match='found no ConvNeXt at `backbone` of this ModuleDict'):
+        build_optim_wrapper(model, cfg)

@@ -54,6 +54,8 @@ def test_pycocotools_reads_exact_masks(mini_coco, split):
             assert not (union[mask > 0]).any()
             union[mask > 0] = annotation['category_id']
         np.testing.assert_array_equal(semantic, union)
+        foreground = cv2.imread(str(mini_coco / 'foreground' / split / image['file_name']), -1)
+        np.testing.assert_array_equal(foreground, union > 0)
 
 
 def test_mmdet_reads_it(mini_coco):

@@ -26,7 +26,8 @@ measured: `python tools/analysis_tools/complexity.py CONFIG`.
 ## ImageNet weights
 
 Download the file and save it under this name; other weights in the tables below are downloaded by
-themselves.
+themselves. The published detectors are for `load_from`, `tools/test.py CONFIG FILE` and
+MMDetection's `init_detector` and `DetInferencer`, as downloaded.
 
 | save as | weights |
 |---|---|
@@ -77,8 +78,9 @@ def entry(path: Path, old: dict[str, Any], collection: str) -> dict[str, Any]:
         'Config': str(path.relative_to(ROOT)),
         'Metadata': metadata,
     }
-    if 'Results' in old:
-        new['Results'] = old['Results']
+    for fact in ('Results', 'Published Weights'):
+        if fact in old:
+            new[fact] = old[fact]
     return new
 
 
@@ -90,7 +92,9 @@ def table(models: list[dict[str, Any]]) -> list[str]:
         for result in model.get('Results', [])
         for metric in result['Metrics']
     )
+    published = any('Published Weights' in model for model in models)
     columns = ['config', 'parameters', 'backbone FLOPs', 'at', *metrics, 'backbone weights']
+    columns += ['published detector'] if published else []
     lines = ['| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|']
     for model in models:
         metadata = model['Metadata']
@@ -102,8 +106,10 @@ def table(models: list[dict[str, Any]]) -> list[str]:
             f'{metadata["Backbone FLOPs"] / 1e9:.2f} G',
             metadata['FLOPs Input'],
             *(str(found.get(metric, '')) for metric in metrics),
-            f'`{weights.rpartition("/")[2] if weights.startswith("http") else weights}`',
+            f'`{weights}`',
         ]
+        if published:
+            cells.append(model.get('Published Weights', ''))
         lines.append('| ' + ' | '.join(cells) + ' |')
     return lines
 

@@ -8,6 +8,7 @@ neither photographs nor digits. The same arguments give the same bytes.
     OUT/annotations/instances_{train,val}.json   exact masks, run-length encoded
     OUT/{train,val}/000000.png                   images
     OUT/semantic/{train,val}/000000.png          semantic maps: 0 background, 1 + digit
+    OUT/foreground/{train,val}/000000.png        the same of two classes: 0 background, 1 any digit
 
 Example:
     python tools/dataset_converters/make_mini_coco.py data/mini_coco --train 1000 --val 200 --seed 0
@@ -194,7 +195,7 @@ def run_length(mask: np.ndarray) -> dict:
 def make_split(out: Path, split: str, count: int, seed: int) -> None:
     """Writes the images, semantic maps and annotations of one split."""
     material = load_material(split)
-    folders = out / split, out / 'semantic' / split
+    folders = out / split, out / 'semantic' / split, out / 'foreground' / split
     for folder in folders:
         folder.mkdir(parents=True)
     images, annotations = [], []
@@ -222,6 +223,7 @@ def make_split(out: Path, split: str, count: int, seed: int) -> None:
             )
         cv2.imwrite(str(folders[0] / name), scene.image)
         cv2.imwrite(str(folders[1] / name), semantic)
+        cv2.imwrite(str(folders[2] / name), np.minimum(semantic, 1))
 
     (out / 'annotations').mkdir(exist_ok=True)
     categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
@@ -246,7 +248,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Makes the data set, or finds it made."""
     args = parse_args(argv)
-    recipe = dict(train=args.train, val=args.val, seed=args.seed)
+    # The version changes with what the files hold.
+    recipe = dict(train=args.train, val=args.val, seed=args.seed, version=2)
     record = args.out / 'recipe.json'
     if record.is_file() and json.loads(record.read_text()) == recipe:
         print(f'{args.out} is there already: {recipe}')

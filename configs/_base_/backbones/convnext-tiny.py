@@ -1,11 +1,8 @@
 """ConvNeXt-Tiny in place of a config's backbone, and its optimizer; static, or made 1x by kw1x."""
 
-weights = dict(
-    type='Pretrained',
-    prefix='backbone.',
-    checkpoint='https://download.openmmlab.com/mmclassification/v0/convnext/downstream/'
-    'convnext-tiny_3rdparty_32xb128-noema_in1k_20220301-795e9634.pth',
-)
+# Weights to download, and the name to save them under.
+weights_source = 'static ConvNeXt-Tiny, ImageNet top-1 82.07, github.com/OSVAI/KernelWarehouse'
+weights = dict(type='Pretrained', checkpoint='checkpoints/convnext_tiny.pth')
 backbone = dict(
     _delete_=True,
     type='mmkw.ConvNeXt',
@@ -31,7 +28,5 @@ kw1x_source = (
 kw1x = dict(
     type='mmkw.KWConvNeXt',
     cell_num_ratio=1,
-    init_cfg=dict(
-        _delete_=True, type='Pretrained', checkpoint='checkpoints/kw1x_convnext_tiny.pth'
-    ),
+    init_cfg=dict(checkpoint='checkpoints/kw1x_convnext_tiny.pth'),
 )

@@ -1,24 +1,9 @@
-"""Semantic maps of digits in photographs, made by tools/dataset_converters/make_mini_coco.py."""
+"""Digits against photographs, made by tools/dataset_converters/make_mini_coco.py."""
 
-classes = ('background', *(f'digit {i}' for i in range(10)))
-# A colour a class: black, then hues around the circle.
-palette = [
-    [0, 0, 0],
-    [230, 25, 75],
-    [245, 130, 48],
-    [255, 225, 25],
-    [191, 239, 69],
-    [60, 180, 75],
-    [66, 212, 244],
-    [67, 99, 216],
-    [145, 30, 180],
-    [240, 50, 230],
-    [169, 169, 169],
-]
 dataset = dict(
     type='BaseSegDataset',
     data_root='data/mini_coco/',
-    metainfo=dict(classes=classes, palette=palette),
+    metainfo=dict(classes=('background', 'digit'), palette=[[0, 0, 0], [245, 130, 48]]),
     img_suffix='.png',
     seg_map_suffix='.png',
     reduce_zero_label=False,
@@ -29,6 +14,8 @@ crop_size = (128, 128)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='RandomRotate', prob=0.5, degree=45),
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
@@ -43,7 +30,7 @@ train_dataloader = dict(
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         **dataset,
-        data_prefix=dict(img_path='train', seg_map_path='semantic/train'),
+        data_prefix=dict(img_path='train', seg_map_path='foreground/train'),
         pipeline=train_pipeline,
     ),
 )
@@ -53,7 +40,7 @@ val_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         **dataset,
-        data_prefix=dict(img_path='val', seg_map_path='semantic/val'),
+        data_prefix=dict(img_path='val', seg_map_path='foreground/val'),
         pipeline=test_pipeline,
     ),
 )

@@ -27,7 +27,8 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     MMEngine's own constructor takes, such as ``norm_decay_mult``.
 
     Raises:
-        ValueError: If ``num_layers`` or ``decay_rate`` is missing or out of range.
+        ValueError: If ``num_layers`` or ``decay_rate`` is missing or out of range, or if the
+            model's ``backbone`` is no ConvNeXt.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
@@ -51,6 +52,11 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         if prefix:
             return  # Only once, for the whole model.
         layers = self._layers(module)
+        if min(layers.values()) > self.num_layers:
+            raise ValueError(
+                'LayerDecayConstructor found no ConvNeXt at `backbone` of this '
+                f'{type(module).__name__}; for another backbone use the default constructor.'
+            )
         for group in params:
             (parameter,) = group['params']
             if parameter.requires_grad:
