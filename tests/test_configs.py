@@ -86,12 +86,14 @@ def test_config_trains_a_step_and_infers(name):
     assert config.train_dataloader.dataset.pipeline
 
 
-def test_config_of_the_readme_builds(tmp_path):
-    pytest.importorskip('mmdet', reason='the example inherits from it')
+@pytest.mark.parametrize('library, cells', [('mmdet', 348), ('mmseg', 87)])
+def test_config_of_the_readme_builds(tmp_path, library, cells):
+    pytest.importorskip(library, reason='the example inherits from it')
     readme = (CONFIGS.parent / 'README.md').read_text()
-    (tmp_path / 'my_config.py').write_text(readme.split('```python')[1].split('```')[0])
+    (example,) = [part for part in readme.split('```python')[1:] if f"= '{library}::" in part]
+    (tmp_path / 'my_config.py').write_text(example.split('```')[0])
     model = build_model(Config.fromfile(tmp_path / 'my_config.py'))
-    assert len(model.backbone.warehouse_manager.weights[0]) == 348
+    assert len(model.backbone.warehouse_manager.weights[0]) == cells
 
 
 def test_recipe_of_the_paper():

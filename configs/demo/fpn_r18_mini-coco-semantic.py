@@ -18,6 +18,11 @@ model = dict(
         channels=64,
         num_classes=2,
         norm_cfg=norm_cfg,
+        # Nine of ten pixels are background.
+        loss_decode=[
+            dict(type='CrossEntropyLoss', loss_name='loss_ce'),
+            dict(type='DiceLoss', loss_name='loss_dice'),
+        ],
     ),
 )
 
