@@ -203,21 +203,21 @@ def _fitting(partition: WarehousePartition, found: Tensor) -> dict[str, Any]:
 
 def _reduction(state_dict: dict[str, Tensor], prefix: str) -> float:
     """The reduction of a state dict's attentions, from the widest: narrow ones have a minimum."""
-    weights = [
-        value
-        for key, value in state_dict.items()
-        if key.startswith(prefix) and key.endswith('.attention.fc1.weight')
-    ]
-    widest = max(weights, key=lambda weight: weight.shape[1], default=None)
-    return 1 / 16 if widest is None else 1 / max(round(widest.shape[1] / widest.shape[0]), 1)
+    shapes = _attention_shapes(state_dict, prefix, 'fc1')
+    width, channels = max(shapes, key=lambda shape: shape[1], default=(1, 16))
+    return 1 / max(round(channels / width), 1)
 
 
 def _nonlocal_basis_ratio(state_dict: dict[str, Tensor], prefix: str) -> float:
     """The ratio of a state dict's non-local bases, from the largest; 1 without a basis."""
-    weights = [
-        value
-        for key, value in state_dict.items()
-        if key.startswith(prefix) and key.endswith('.attention.fc3.weight')
-    ]
-    largest = max(weights, key=lambda weight: weight.shape[0], default=None)
-    return 1 if largest is None else 1 / max(round(largest.shape[0] / largest.shape[1]), 1)
+    shapes = _attention_shapes(state_dict, prefix, 'fc3')
+    cells, basis = max(shapes, default=(1, 1))
+    return 1 / max(round(cells / basis), 1)
+
+
+def _attention_shapes(
+    state_dict: dict[str, Tensor], prefix: str, name: str
+) -> list[tuple[int, ...]]:
+    ending = f'.attention.{name}.weight'
+    keys = [key for key in state_dict if key.startswith(prefix) and key.endswith(ending)]
+    return [tuple(state_dict[key].shape) for key in keys]

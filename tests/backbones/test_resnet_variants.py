@@ -49,3 +49,40 @@ def test_features_equal_those_of_an_independent_network(name, tau):
         for ours, theirs in zip(network(x), expected, strict=True):
             assert ours.shape == theirs.shape
             assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-4
+
+
+MMSEG_ONLY = dict(multi_grid=(1, 2, 4), contract_dilation=True, **OS8)
+
+
+@pytest.mark.parametrize(
+    'kind, static', [('KWResNetV1c', 'ResNetV1c'), ('KWResNetV1d', 'ResNetV1d')]
+)
+def test_geometry_is_that_of_mmseg_s_network(kind, static):
+    pytest.importorskip('mmseg')
+    from mmengine.registry import MODELS
+    from mmseg.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
+    arguments = dict(depth=50, base_channels=8, stem_channels=8, **MMSEG_ONLY)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        twin = MODELS.build(dict(type=f'mmseg.{static}', **arguments))
+        network = MODELS.build(dict(type=f'mmkw.{kind}', **arguments))
+    for name, layer in twin.named_modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            ours = network.get_submodule(name)
+            for part in ('stride', 'padding', 'dilation', 'groups'):
+                assert getattr(ours, part) == getattr(layer, part), (name, part)
+    x = torch.randn(1, 3, 45, 67)
+    network.eval(), twin.eval()
+    assert [o.shape for o in network(x)] == [o.shape for o in twin(x)]
+
+
+def test_attentions_are_synchronised_where_the_network_is():
+    pytest.importorskip('mmseg')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        network = KWResNet(18, base_channels=8, norm_cfg=dict(type='SyncBN', requires_grad=True))
+        plain = KWResNet(18, base_channels=8)
+    norm = 'layer2.0.conv1.attention.norm1'
+    assert type(network.get_submodule(norm)) is torch.nn.SyncBatchNorm
+    assert type(plain.get_submodule(norm)) is torch.nn.BatchNorm1d
+    assert set(network.state_dict()) == set(plain.state_dict())

@@ -1,108 +1,16 @@
 """tools/train.py, tools/test.py and the scripts around them, as subprocesses."""
 
-import json
 import os
 import pickle
 import socket
-import subprocess
 import sys
 
 import pytest
 import torch
+from command_util import run, scalars
 
 pytest.importorskip('mmdet', reason="runs MMDetection's configs")
 DEMO = 'configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py'
-SEGMENTATION = """
-_base_ = ['mmseg::_base_/models/fpn_r50.py', 'mmseg::_base_/default_runtime.py']
-crop_size = (64, 64)
-model = dict(
-    pretrained=None,
-    data_preprocessor=dict(size=crop_size),
-    backbone=dict(
-        _delete_=True, type='mmkw.KWResNet', depth=18, base_channels=8, norm_eval=False
-    ),
-    neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
-    decode_head=dict(
-        in_channels=[16] * 4, channels=16, num_classes=11, norm_cfg=dict(type='BN')
-    ),
-)
-classes = ['background', *(f'digit {{i}}' for i in range(10))]
-dataset = dict(
-    type='BaseSegDataset',
-    metainfo=dict(classes=classes, palette=[[20 * i] * 3 for i in range(11)]),
-    data_root='{data}',
-    img_suffix='.png',
-    reduce_zero_label=False,
-)
-train_dataloader = dict(
-    batch_size=2,
-    num_workers=0,
-    sampler=dict(type='InfiniteSampler'),
-    dataset=dict(
-        **dataset,
-        data_prefix=dict(img_path='train', seg_map_path='semantic/train'),
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations'),
-            dict(type='RandomCrop', crop_size=crop_size),
-            dict(type='PackSegInputs'),
-        ],
-    ),
-)
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
-]
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        **dataset,
-        data_prefix=dict(img_path='val', seg_map_path='semantic/val'),
-        pipeline=test_pipeline,
-    ),
-)
-test_dataloader = val_dataloader
-val_evaluator = test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=2, val_interval=2)
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
-default_hooks = dict(
-    logger=dict(type='LoggerHook', interval=1),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1),
-)
-custom_hooks = [dict(type='mmkw.TemperatureHook', length=4, by_epoch=False)]
-tta_model = dict(type='SegTTAModel')
-tta_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(
-        type='TestTimeAug',
-        transforms=[
-            [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
-            [dict(type='LoadAnnotations')],
-            [dict(type='PackSegInputs')],
-        ],
-    ),
-]
-"""
-
-
-def run(root, *command, **environment):
-    result = subprocess.run(
-        [str(part) for part in command],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}',
-            **environment,
-        },
-    )
-    return result, result.stdout + result.stderr
 
 
 def tiny(data):
@@ -125,13 +33,6 @@ def trained(root, mini_coco, tmp_path_factory):
     assert result.returncode == 0, output
     assert 'eta:' in output and 'temperature: 0.5000' in output and 'coco/segm_mAP' in output
     return work_dir
-
-
-def scalars(work_dir):
-    lines = []
-    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
-        lines += [json.loads(line) for line in path.read_text().splitlines()]
-    return lines
 
 
 def test_resume(root, mini_coco, trained, tmp_path):
@@ -173,24 +74,6 @@ def test_test(root, mini_coco, trained, tmp_path):
     result, output = run(root, *command, *options, *tiny(mini_coco))
     assert result.returncode == 0, output
     assert 'coco/bbox_mAP' in output
-
-
-def test_configs_of_mmseg(root, mini_coco, tmp_path):
-    pytest.importorskip('mmseg')
-    config = tmp_path / 'fpn_kw1x-r18.py'
-    config.write_text(SEGMENTATION.format(data=mini_coco))
-    command = [sys.executable, 'tools/train.py', config, '--work-dir', tmp_path / 'work']
-    result, output = run(root, *command)
-    assert result.returncode == 0, output
-    temperatures = [s['temperature'] for s in scalars(tmp_path / 'work') if 'temperature' in s]
-    assert temperatures == [0.75, 0.5] and 'mIoU' in output
-    command = [sys.executable, 'tools/test.py', config, tmp_path / 'work/iter_2.pth']
-    options = ['--work-dir', tmp_path / 'test', '--out', tmp_path / 'out', '--show-dir']
-    result, output = run(root, *command, *options, tmp_path / 'pictures', '--tta')
-    assert result.returncode == 0, output
-    assert 'mIoU' in output
-    assert len(list((tmp_path / 'out').glob('*.png'))) == 2
-    assert len(list((tmp_path / 'pictures').rglob('*.png'))) == 2
 
 
 def free_port():
