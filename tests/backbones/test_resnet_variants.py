@@ -66,7 +66,7 @@ def test_geometry_is_that_of_mmseg_s_network(kind, static):
     arguments = dict(depth=50, base_channels=8, stem_channels=8, **MMSEG_ONLY)
     with DefaultScope.overwrite_default_scope('mmseg'):
         twin = MODELS.build(dict(type=f'mmseg.{static}', **arguments))
-        network = MODELS.build(dict(type=f'mmkw.{kind}', **arguments))
+        network = MODELS.build(dict(type=f'mmkw.KW{static}', **arguments))
     for name, layer in twin.named_modules():
         if isinstance(layer, torch.nn.Conv2d):
             ours = network.get_submodule(name)
@@ -83,6 +83,6 @@ def test_attentions_are_synchronised_where_the_network_is():
         network = KWResNet(18, base_channels=8, norm_cfg=dict(type='SyncBN', requires_grad=True))
         plain = KWResNet(18, base_channels=8)
     norm = 'layer2.0.conv1.attention.norm1'
-    assert type(network.get_submodule(norm)) is torch.nn.SyncBatchNorm
-    assert type(plain.get_submodule(norm)) is torch.nn.BatchNorm1d
+    assert isinstance(network.get_submodule(norm), torch.nn.SyncBatchNorm)
+    assert isinstance(plain.get_submodule(norm), torch.nn.BatchNorm1d)
     assert set(network.state_dict()) == set(plain.state_dict())
