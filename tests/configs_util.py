@@ -89,7 +89,7 @@ def detection_batch(batch=2, size=SIZE, classes=10, masks=True, stuff=False):
     return dict(inputs=inputs, data_samples=samples)
 
 
-def segmentation_batch(batch=2, size=SIZE, classes=10):
+def segmentation_batch(batch=2, size=SIZE, classes=2):
     """Images with a semantic map each, as the dataloader would give them."""
     from mmseg.structures import SegDataSample
 

@@ -35,11 +35,16 @@ def convert(
         The same network.
 
     Raises:
-        PlanError: If a planned layer is missing or cannot be dynamic, if two names are one layer,
-            or if the cells of a warehouse do not come out.
+        PlanError: If the network is a Sequential, if a planned layer is missing or cannot be
+            dynamic, if two names are one layer, or if the cells of a warehouse do not come out.
     """
     if hasattr(network, 'warehouse_manager'):
         raise PlanError(f'{type(network).__name__} has a warehouse_manager: it is converted.')
+    if isinstance(network, nn.Sequential):
+        raise PlanError(
+            'The network is a Sequential, which would run its warehouses as a layer. Convert a '
+            'module that holds it.'
+        )
     kernels = {kernel.layer: kernel for kernel in absent}
     static_layers = _find_layers(network, plan, kernels)
     kernels |= {name: kernel_shape(name, layer) for name, layer in static_layers.items()}

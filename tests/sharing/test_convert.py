@@ -153,20 +153,31 @@ def test_a_parametrized_layer_is_refused():
         convert(net, SharingPlan.make(LAYERS))
 
 
+class Chain(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(depth)))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
 def test_an_absent_layer_keeps_its_cells():
     """A network without its last layer has the warehouse of the whole one."""
-    plan = SharingPlan.make([('0', 'all'), ('1', 'all'), ('2', 'all')])
-    whole = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)))
-    part = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)))
-    convert(whole, plan)
-    convert(part, plan, absent=[KernelShape('2', 8, 8, (3, 3))])
+    plan = SharingPlan.make([(f'layers.{i}', 'all') for i in range(3)])
+    absent = KernelShape('layers.2', 8, 8, (3, 3))
+    whole, part = convert(Chain(3), plan), convert(Chain(2), plan, absent=[absent])
     assert [len(weight) for weight in part.warehouse_manager.weights] == [27]
-    shared = {k: v for k, v in whole.state_dict().items() if not k.startswith('2.')}
-    part.load_state_dict(shared)
+    state = whole.state_dict()
+    part.load_state_dict({k: v for k, v in state.items() if not k.startswith('layers.2')})
     x = torch.randn(2, 8, 5, 5)
-    part.eval(), whole.eval()
-    torch.testing.assert_close(part(x), whole[1](whole[0](x)))
+    whole.eval()
+    part.eval()
+    torch.testing.assert_close(part(x), whole.layers[:2](x))
     with pytest.raises(PlanError, match="All layers of warehouse 'all' are absent"):
-        convert(
-            nn.Sequential(), SharingPlan.make([('2', 'all')]), absent=[KernelShape('2', 8, 8, (1,))]
-        )
+        convert(Chain(2), SharingPlan.make([('layers.2', 'all')]), absent=[absent])
+
+
+def test_a_sequential_is_refused():
+    with pytest.raises(PlanError, match='is a Sequential, which would run its warehouses'):
+        convert(nn.Sequential(nn.Conv2d(8, 8, 3)), SharingPlan.make([('0', 'all')]))
