@@ -163,6 +163,11 @@ def _advice(
     if len(stored) != len(partitions):
         return other
     fitting = [_fitting(partition, stored[i]) for i, partition in enumerate(partitions)]
+    if not all(options['spatial_partition'] for options in fitting):
+        # Kernels of 1x1 are cut alike either way.
+        for partition, options in zip(partitions, fitting):
+            if all(math.prod(share.kernel.kernel_size) == 1 for share in partition.layers):
+                options['spatial_partition'] = False
     for partition, options, weight in zip(
         partitions, fitting, [stored[i] for i in range(len(partitions))]
     ):
@@ -192,12 +197,11 @@ def _fitting(partition: WarehousePartition, found: Tensor) -> dict[str, Any]:
     budget = found.numel() / values
     # The number of cells was rounded down.
     whole = round(budget) if budget >= 1 else 1 / max(round(1 / budget), 1)
-    spatial = all(side == 1 for side in found.shape[3:])
     return dict(
         cell_num_ratio=whole,
         cell_inplane_ratio=found.shape[2] / math.gcd(*(k.in_channels for k in kernels)),
         cell_outplane_ratio=found.shape[1] / math.gcd(*(k.out_channels for k in kernels)),
-        spatial_partition=partition.options.spatial_partition if spatial else False,
+        spatial_partition=all(side == 1 for side in found.shape[3:]),
     )
 
 
