@@ -1,6 +1,7 @@
 _base_ = [
     'mmseg::_base_/models/fpn_r50.py',
     '../_base_/datasets/mini_coco_semantic.py',
+    '../_base_/schedules/adamw_mini-coco.py',
     'mmseg::_base_/default_runtime.py',
 ]
 
@@ -29,14 +30,6 @@ model = dict(
 # An epoch of the 1200 images is 150 iterations.
 max_iters = 900
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0),
-    clip_grad=dict(max_norm=10),
-)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='PolyLR', power=0.9, by_epoch=False, begin=50, end=max_iters, eta_min=1e-5),

@@ -5,16 +5,14 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoints import CheckpointMismatchError
+from ..checkpoints import CheckpointMismatchError, stored_warehouses
 from ..checkpoints.names import mobilenet_v2_names
 from ..layers import KernelShape, split_options
 from ..layers.residual import checkpoint_blocks
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, mobilenet_v2_rule
+from ..sharing.rules import POINTWISE
 from .static import attention_norm, refuse_small_images, static_network
-
-# How many warehouses each kind of sharing has.
-_WAREHOUSES = {13: 'joint', 19: 'separate', 9: 'last_stage'}
 
 
 @MODELS.register_module()
@@ -76,7 +74,8 @@ def KWMobileNetV2(
     # This network freezes its stages in train() only; the conversion looks at what is frozen.
     network.train()
     plan = SharingPlan.make(mobilenet_v2_rule(network, pointwise), **options)
-    network._register_load_state_dict_pre_hook(partial(_check_sharing, pointwise))
+    kinds = {len({home for _, home in mobilenet_v2_rule(network, p)}): p for p in POINTWISE}
+    network._register_load_state_dict_pre_hook(partial(_check_sharing, pointwise, kinds))
     absent = [] if hasattr(network, 'conv2') else [_conv2(network)]
     return convert(network, plan, attention_norm(network), absent)
 
@@ -88,12 +87,14 @@ def _conv2(network: nn.Module) -> KernelShape:
     return KernelShape('conv2.conv', out_channels, convolutions[-1].out_channels, (1, 1))
 
 
-def _check_sharing(pointwise: str, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Refuses a checkpoint that shares otherwise, and names the sharing."""
-    stored = sum(key.startswith(f'{prefix}warehouse_manager.weights.') for key in state_dict)
+def _check_sharing(
+    pointwise: str, kinds: dict[int, str], state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Refuses a checkpoint that shares otherwise, told by its number of warehouses."""
+    stored = len(stored_warehouses(state_dict, prefix))
     # A dynamic classifier has a warehouse of its own.
     stored -= any(key.startswith(f'{prefix}classifier.1.attention.') for key in state_dict)
-    found = _WAREHOUSES.get(stored, pointwise)
+    found = kinds.get(stored, pointwise)
     if found != pointwise:
         raise CheckpointMismatchError(
             f'This MobileNetV2 shares pointwise={pointwise!r}, the checkpoint {found!r}: it has '

@@ -48,9 +48,8 @@ def KWResNet(depth: int, **arguments: Any) -> nn.Module:
     The result is the ``ResNet`` of mmdet or mmseg, whichever the config belongs to, or their
     ``ResNeXt`` where ``groups`` is given: every argument of theirs keeps its meaning and every
     module its name. A warehouse is frozen by ``frozen_stages`` only when no trainable layer uses
-    it.
-    The norms of the attentions are synchronised where ``norm_cfg`` is SyncBN, and ``norm_eval``
-    covers them.
+    it. The norms of the attentions are synchronised where ``norm_cfg`` is SyncBN, and
+    ``norm_eval`` covers them.
 
     Args:
         depth: 18, 34, 50, 101 or 152.

@@ -44,8 +44,7 @@ def check_checkpoint(
     unused = beyond_backbone(state_dict, prefix, warehouses, own)
     for key in unused:
         del state_dict[key]
-    pattern = re.compile(re.escape(prefix) + r'warehouse_manager\.weights\.(\d+)')
-    stored = {int(m[1]): state_dict[m[0]] for m in map(pattern.fullmatch, state_dict) if m}
+    stored = stored_warehouses(state_dict, prefix)
     if not stored:
         raise CheckpointMismatchError(_no_warehouse(network, state_dict, prefix))
     _check_warehouses(network, stored, state_dict, prefix)
@@ -82,6 +81,17 @@ def _no_warehouse(network: nn.Module, state_dict: dict[str, Tensor], prefix: str
         "ImageNet file goes into the backbone's init_cfg=dict(type='Pretrained', checkpoint=FILE), "
         'the file of a whole detector or segmentor into load_from.'
     )
+
+
+def stored_warehouses(state_dict: dict[str, Tensor], prefix: str) -> dict[int, Tensor]:
+    """The warehouses of a state dict by their index.
+
+    Args:
+        state_dict: Of a KernelWarehouse network, or of another.
+        prefix: The network's place in it.
+    """
+    pattern = re.compile(re.escape(prefix) + r'warehouse_manager\.weights\.(\d+)')
+    return {int(m[1]): state_dict[m[0]] for m in map(pattern.fullmatch, state_dict) if m}
 
 
 def beyond_backbone(

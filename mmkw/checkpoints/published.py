@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .guard import CheckpointMismatchError, beyond_backbone
+from .guard import CheckpointMismatchError, beyond_backbone, stored_warehouses
 from .names import convnext_names, mobilenet_v2_names
 
 # Blocks in the groups of a MobileNetV2.
@@ -38,8 +38,7 @@ def rewrite_published(
     # Saved from a model wrapped for several devices.
     state = {key.removeprefix('module.'): value for key, value in state.items()}
     prefix = 'backbone.' if any(key.startswith('backbone.') for key in state) else ''
-    pattern = re.compile(re.escape(prefix) + r'warehouse_manager\.weights\.(\d+)')
-    warehouses = [int(match[1]) for match in map(pattern.fullmatch, state) if match]
+    warehouses = stored_warehouses(state, prefix)
     if not warehouses:
         raise CheckpointMismatchError(
             f'The checkpoint has no {prefix}warehouse_manager.weights: it is not of '

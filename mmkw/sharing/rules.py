@@ -65,6 +65,8 @@ def convnext_rule(network: nn.Module) -> list[tuple[str, str]]:
     return pairs
 
 
+# How the pointwise convolutions of a MobileNetV2 share: the paper's 1x, 4x and 1/2x.
+POINTWISE = ('joint', 'separate', 'last_stage')
 # The warehouse stages of the seven groups of blocks.
 _MOBILENET_STAGES = (1, 2, 3, 4, 5, 6, 6)
 _MOBILENET_LAYER = re.compile(r'layer(\d+)\.(\d+)\.(?:conv\.\d+|\w+_conv)\.conv')
@@ -91,7 +93,7 @@ def mobilenet_v2_rule(network: nn.Module, pointwise: str) -> list[tuple[str, str
     Raises:
         ValueError: If ``pointwise`` is none of these.
     """
-    if pointwise not in ('joint', 'separate', 'last_stage'):
+    if pointwise not in POINTWISE:
         raise ValueError(
             f"pointwise must be 'joint', 'separate' or 'last_stage', got {pointwise!r}."
         )
