@@ -1,12 +1,51 @@
-"""Packaging of mmkw."""
+"""Packaging of mmkw, with its compiled CPU kernels where they can be built."""
 
+import os
 import runpy
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 requirement = runpy.run_path(str(ROOT / 'mmkw' / 'requirements.py'))['requirement']
+
+
+def native_extension() -> dict:
+    """Arguments of ``setup`` for the CPU kernels; none where there is no torch to build against.
+
+    The kernels are optional: a failed build is reported and the package installed without them.
+    """
+    if sys.platform == 'win32':
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        print('mmkw: no torch here, its CPU kernels are not built (--no-build-isolation).')
+        return {}
+
+    class OptionalBuild(BuildExtension):
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                print(f'mmkw: its CPU kernels could not be built, PyTorch serves instead: {error}')
+
+        def copy_extensions_to_source(self) -> None:
+            if all(map(os.path.exists, self.get_outputs())):
+                super().copy_extensions_to_source()
+
+    openmp = [] if sys.platform == 'darwin' else ['-fopenmp']
+    extension = CppExtension(
+        'mmkw.ops._native',
+        ['mmkw/ops/csrc/mixing.cpp'],
+        extra_compile_args=['-O3', '-Wno-psabi', *openmp],
+    )
+    return dict(
+        ext_modules=[extension],
+        cmdclass=dict(build_ext=OptionalBuild.with_options(use_ninja=False)),
+    )
+
 
 setup(
     name='mmkw',
@@ -15,6 +54,7 @@ setup(
     long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     packages=find_packages(include=['mmkw', 'mmkw.*']),
+    package_data={'mmkw.ops': ['csrc/*.cpp']},
     python_requires='>=3.10',
     install_requires=[
         requirement('torch'),
@@ -36,4 +76,5 @@ setup(
             'scikit-learn>=1.3,<2',
         ],
     },
+    **native_extension(),
 )

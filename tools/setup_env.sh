@@ -17,7 +17,7 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
     echo "mmkw needs Python 3.10 or newer; name one with PYTHON=..., this is: $("$PYTHON" -V)" >&2
     exit 1
 fi
-stamp="$VENV/.complete-$(cat setup.py mmkw/requirements.py "$0" | cksum | cut -d ' ' -f 1)"
+stamp="$VENV/.complete-$(cat setup.py mmkw/requirements.py mmkw/ops/csrc/* "$0" | cksum | cut -d ' ' -f 1)"
 if [ -e "$stamp" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
     exit 0
 fi

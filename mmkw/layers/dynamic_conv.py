@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import mix_cells, sample_conv, sample_linear
+from ..ops import SampleConv, SampleLinear, apply_mixed
 from ..registry import MODELS
 from .attention import Attention
 from .partition import KernelShape, WarehouseOptions, partition_warehouse, split_options
@@ -116,16 +116,10 @@ class DynamicLayer(nn.Module):
         """The cells of the layer's warehouse: Tensor[cells, cell_out, cell_in, *cell_kernel]."""
         return self._warehouses[0].weights[self._warehouse_index]
 
-    def mix_kernels(self, pooled: Tensor) -> Tensor:
-        """Mixes the kernel of every image.
-
-        Args:
-            pooled: Tensor[batch, in_channels], the average of the input over space.
-
-        Returns:
-            Tensor[batch, out_channels, in_channels / groups, *kernel_size].
-        """
-        return mix_cells(self.attention(pooled), self.cells, self._grid)
+    def _map(self, x: Tensor, pooled: Tensor) -> Tensor:
+        """Maps every image by the kernel that its pooled input asks for."""
+        attention = self.attention(pooled)
+        return apply_mixed(x, attention, self.cells, self._grid, self._sample_map, self.bias)
 
     def extra_repr(self) -> str:
         """The static layer's."""
@@ -146,7 +140,12 @@ class _KWConvNd(DynamicLayer):
         self.dilation = static.dilation
         self.groups = static.groups
         self.padding_mode = static.padding_mode
+        # Before the convolution, where its own padding cannot express it: (last dimension first).
         self._explicit_padding = static._reversed_padding_repeated_twice
+        begins, ends = self._explicit_padding[::2], self._explicit_padding[1::2]
+        self._pads_first = self.padding_mode != 'zeros' or begins != ends
+        padding = (0,) * len(begins) if self._pads_first else tuple(reversed(begins))
+        self._sample_map = SampleConv(self.stride, padding, self.dilation, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tensor[batch, in_channels, *size] or Tensor[in_channels, *size] to the same with out."""
@@ -159,12 +158,10 @@ class _KWConvNd(DynamicLayer):
                 f'{dims} spatial sizes) or the same without batch, got {tuple(x.shape)}.'
             )
         pooled = x.mean(tuple(range(2, x.dim())), dtype=_pooling_dtype(x))
-        kernels = self.mix_kernels(pooled)
-        padding = self.padding
-        if self.padding_mode != 'zeros':
-            x = F.pad(x, self._explicit_padding, mode=self.padding_mode)
-            padding = (0,) * dims
-        return sample_conv(x, kernels, self.bias, self.stride, padding, self.dilation, self.groups)
+        if self._pads_first:
+            mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
+            x = F.pad(x, self._explicit_padding, mode=mode)
+        return self._map(x, pooled)
 
 
 @MODELS.register_module()
@@ -205,6 +202,7 @@ class KWLinear(DynamicLayer):
     def _take_settings(self, static: nn.Module) -> None:
         self.in_features = static.in_features
         self.out_features = static.out_features
+        self._sample_map = SampleLinear()
 
     def forward(self, x: Tensor) -> Tensor:
         """Tensor[batch, ..., in_features] or Tensor[in_features] to the same with out_features."""
@@ -218,8 +216,7 @@ class KWLinear(DynamicLayer):
         pooled = x
         if x.dim() > 2:
             pooled = x.mean(tuple(range(1, x.dim() - 1)), dtype=_pooling_dtype(x))
-        # Cells are stored as those of a convolution of size one.
-        return sample_linear(x, self.mix_kernels(pooled).squeeze(-1), self.bias)
+        return self._map(x, pooled)
 
 
 # The dynamic twin of every static layer that has one.

@@ -1,6 +1,7 @@
 """Tensor functions of the operator: no modules, no plans."""
 
+from .dynamic import apply_mixed
 from .mixing import mix_cells
-from .sample_conv import sample_conv, sample_linear
+from .sample_conv import SampleConv, SampleLinear
 
-__all__ = ['mix_cells', 'sample_conv', 'sample_linear']
+__all__ = ['SampleConv', 'SampleLinear', 'apply_mixed', 'mix_cells']

@@ -1,82 +1,200 @@
 """Convolution and linear map with a kernel of its own for every image of the batch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import modes
+
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def sample_conv(
-    x: Tensor,
-    kernels: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1,),
-    padding: Sequence[int] | str = (0,),
-    dilation: Sequence[int] = (1,),
-    groups: int = 1,
-) -> Tensor:
+@dataclass(frozen=True)
+class SampleConv:
     """Convolves every image with its own kernel.
 
+    On the CPU images are convolved one after the other, since a grouped convolution of the whole
+    batch costs up to five times as much; elsewhere, and where every channel is a group anyway, by
+    one convolution with the groups of all images. Kernels of size one are matrices for a batched
+    product.
+
     Args:
-        x: Tensor[batch, in_channels, *size] with one, two or three spatial dimensions. The batch
-            may be empty.
-        kernels: Tensor[batch, out_channels, in_channels / groups, *kernel_size].
-        bias: Tensor[out_channels], shared by the images.
-        stride: One value per spatial dimension, or one for all.
-        padding: The same, or ``'same'`` or ``'valid'``.
-        dilation: The same as ``stride``.
+        stride: One value per spatial dimension.
+        padding: The same.
+        dilation: The same.
         groups: Groups of one image's convolution.
-
-    Returns:
-        Tensor[batch, out_channels, *output_size].
     """
-    batch, channels, *size = x.shape
-    out_channels = kernels.shape[1]
-    conv = _CONV[len(size)]
-    if batch <= 1:
-        # One image is an ordinary convolution; of no image, the sum is a kernel of the right shape.
-        kernel = kernels[0] if batch else kernels.sum(0)
-        return conv(x, kernel, bias, stride, padding, dilation, groups)
 
-    if groups == 1 and _is_pointwise(kernels, padding):
-        steps = stride if len(stride) == len(size) else tuple(stride) * len(size)
-        if any(step > 1 for step in steps):
-            x = x[(..., *(slice(None, None, step) for step in steps))]
-        size = x.shape[2:]
-        y = torch.bmm(kernels.flatten(2).flatten(2), x.flatten(2)).view(batch, out_channels, *size)
-    else:
-        y = conv(
-            x.reshape(1, batch * channels, *size),
-            kernels.flatten(0, 1),
-            None,
-            stride,
-            padding,
-            dilation,
-            batch * groups,
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    channel_dim = 1
+
+    def __call__(self, x: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Convolves; differentiable.
+
+        Args:
+            x: Tensor[batch, in_channels, *size] with one, two or three spatial dimensions. The
+                batch may be empty.
+            kernels: Tensor[batch, out_channels, in_channels / groups, *kernel_size].
+            bias: Tensor[out_channels], shared by the images.
+
+        Returns:
+            Tensor[batch, out_channels, *output_size].
+        """
+        batch = x.shape[0]
+        if self._is_matrix(kernels):
+            sampled = self._sampled(x)
+            y = torch.bmm(self._matrices(kernels), self._columns(sampled))
+            y = y.view(batch, kernels.shape[1], *sampled.shape[2:])
+            return y if bias is None else y.add_(bias.view(-1, *[1] * (x.dim() - 2)))
+        if batch <= 1:
+            # One image is an ordinary convolution; of no image, the sum is a kernel of its shape.
+            return self._conv(x, kernels[0] if batch else kernels.sum(0), bias, self.groups)
+        if self._is_merged(x, kernels):
+            bias = None if bias is None else bias.repeat(batch)
+            x = x.reshape(1, -1, *x.shape[2:])
+            y = self._conv(x, kernels.flatten(0, 1), bias, batch * self.groups)
+            return y.view(batch, -1, *y.shape[2:])
+        images = (self._conv(x[i : i + 1], kernels[i], bias, self.groups) for i in range(batch))
+        return _gathered(images, batch)
+
+    def backward_kernels(self, grad: Tensor, x: Tensor, shape: tuple[int, ...]) -> Sequence[Tensor]:
+        """For every image the gradient of its kernel, as a constant.
+
+        Args:
+            grad: Gradient of the call's result.
+            x: The call's images.
+            shape: ``(out_channels, in_channels / groups, *kernel_size)``.
+        """
+        batch = x.shape[0]
+        # Of the kernels only their shape counts.
+        kernels = x.new_empty(batch, *shape)
+        if self._is_matrix(kernels):
+            sampled = self._columns(self._sampled(x))
+            return torch.bmm(self._columns(grad), sampled.transpose(1, 2)).view(kernels.shape)
+        if self._is_merged(x, kernels):
+            return self._merged_backward(grad, x, kernels, 1).view(kernels.shape)
+        return [
+            self._conv_backward(grad[i : i + 1], x[i : i + 1], kernels[i], self.groups, 1)
+            for i in range(batch)
+        ]
+
+    def backward_x(self, grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
+        """The gradient of the images, as a constant.
+
+        Args:
+            grad: Gradient of the call's result.
+            x: The call's images.
+            kernels: The call's kernels.
+        """
+        batch = x.shape[0]
+        if self._is_matrix(kernels):
+            grad_x = torch.bmm(self._matrices(kernels).transpose(1, 2), self._columns(grad))
+            return self._spread(grad_x.view(batch, -1, *grad.shape[2:]), x)
+        if self._is_merged(x, kernels):
+            return self._merged_backward(grad, x, kernels, 0).view(x.shape)
+        images = (
+            self._conv_backward(grad[i : i + 1], x[i : i + 1], kernels[i], self.groups, 0)
+            for i in range(batch)
         )
-        y = y.view(batch, out_channels, *y.shape[2:])
-    return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * len(size))
+        return _gathered(images, batch)
+
+    def _is_matrix(self, kernels: Tensor) -> bool:
+        return kernels.shape[3:].numel() == 1 and not any(self.padding)
+
+    def _is_merged(self, x: Tensor, kernels: Tensor) -> bool:
+        depthwise = kernels.shape[2] == 1 and self.groups == kernels.shape[1]
+        return depthwise or x.device.type != 'cpu' or modes.is_exporting()
+
+    def _matrices(self, kernels: Tensor) -> Tensor:
+        """Tensor[batch * groups, out_channels / groups, in_channels / groups]."""
+        batch, out_channels, in_channels = kernels.shape[:3]
+        return kernels.reshape(batch * self.groups, out_channels // self.groups, in_channels)
+
+    def _columns(self, x: Tensor) -> Tensor:
+        """Tensor[batch * groups, in_channels / groups, pixels]."""
+        return x.reshape(x.shape[0] * self.groups, x.shape[1] // self.groups, x.shape[2:].numel())
+
+    def _sampled(self, x: Tensor) -> Tensor:
+        """The pixels that a kernel of size one sees."""
+        if max(self.stride) == 1:
+            return x
+        return x[(..., *(slice(None, None, step) for step in self.stride))]
+
+    def _spread(self, sampled: Tensor, x: Tensor) -> Tensor:
+        """Puts values at sampled pixels where they came from, and zeros elsewhere."""
+        if max(self.stride) == 1:
+            return sampled
+        whole = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        self._sampled(whole).copy_(sampled)
+        return whole
+
+    def _conv(self, x: Tensor, kernels: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        conv = _CONV[x.dim() - 2]
+        return conv(x, kernels, bias, self.stride, self.padding, self.dilation, groups)
+
+    def _merged_backward(self, grad: Tensor, x: Tensor, kernels: Tensor, which: int) -> Tensor:
+        grad, merged = (t.reshape(1, -1, *t.shape[2:]) for t in (grad, x))
+        groups = x.shape[0] * self.groups
+        return self._conv_backward(grad, merged, kernels.flatten(0, 1), groups, which)
+
+    def _conv_backward(
+        self, grad: Tensor, x: Tensor, kernels: Tensor, groups: int, which: int
+    ) -> Tensor:
+        """Gradient of the images (0) or of the kernels (1)."""
+        no_output_padding = [0] * (x.dim() - 2)
+        settings = (self.stride, self.padding, self.dilation, False, no_output_padding, groups)
+        mask = [which == 0, which == 1, False]
+        return torch.ops.aten.convolution_backward(grad, x, kernels, None, *settings, mask)[which]
 
 
-def sample_linear(x: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Applies to every sample its own linear map.
+@dataclass(frozen=True)
+class SampleLinear:
+    """Applies to every sample its own linear map."""
 
-    Args:
-        x: Tensor[batch, ..., in_features].
-        kernels: Tensor[batch, out_features, in_features].
-        bias: Tensor[out_features], shared by the samples.
+    channel_dim = -1
 
-    Returns:
-        Tensor[batch, ..., out_features].
-    """
-    tokens = x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
-    y = torch.bmm(tokens, kernels.transpose(1, 2)).view(*x.shape[:-1], kernels.shape[1])
-    return y if bias is None else y + bias.to(y.dtype)
+    def __call__(self, x: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Maps; differentiable.
+
+        Args:
+            x: Tensor[batch, ..., in_features].
+            kernels: Tensor[batch, out_features, in_features, 1], as of a convolution of size one.
+            bias: Tensor[out_features], shared by the samples.
+
+        Returns:
+            Tensor[batch, ..., out_features].
+        """
+        y = torch.bmm(_tokens(x), kernels.squeeze(-1).transpose(1, 2))
+        y = y.view(*x.shape[:-1], kernels.shape[1])
+        return y if bias is None else y.add_(bias)
+
+    def backward_kernels(self, grad: Tensor, x: Tensor, shape: tuple[int, ...]) -> Sequence[Tensor]:
+        """For every sample the gradient of its kernel; see :class:`SampleConv`."""
+        return torch.bmm(_tokens(grad).transpose(1, 2), _tokens(x)).unsqueeze(-1)
+
+    def backward_x(self, grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
+        """The gradient of the samples; see :class:`SampleConv`."""
+        return torch.bmm(_tokens(grad), kernels.squeeze(-1)).view(x.shape)
 
 
-def _is_pointwise(kernels: Tensor, padding: Sequence[int] | str) -> bool:
-    unpadded = isinstance(padding, str) or not any(padding)
-    return unpadded and kernels.shape[3:].numel() == 1
+def _tokens(x: Tensor) -> Tensor:
+    """Tensor[batch, tokens, features]."""
+    return x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
+
+
+def _gathered(images: Sequence[Tensor], batch: int) -> Tensor:
+    """Puts results of single images together, each while it is in the caches."""
+    if torch.is_grad_enabled() or modes.is_compiling():
+        return torch.cat(list(images))
+    result = None
+    for index, image in enumerate(images):
+        if result is None:
+            result = image.new_empty(batch, *image.shape[1:])
+        result[index] = image[0]
+    return result

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkw.ops import mix_cells, sample_conv, sample_linear
+from mmkw.ops import SampleConv, SampleLinear, mix_cells
 
 sizes = st.integers(1, 3)
 
@@ -57,7 +57,7 @@ def test_a_batch_is_its_images(batch, groups, channels, kernel, stride, padding,
     kernels = torch.randn(shape, dtype=torch.double)
     offset = torch.randn(shape[1], dtype=torch.double) if bias else None
     settings = ((stride,) * dims, (padding,) * dims, (1,) * dims, groups)
-    result = sample_conv(x, kernels, offset, *settings)
+    result = SampleConv(*settings)(x, kernels, offset)
     expected = [conv(x[i : i + 1], kernels[i], offset, *settings) for i in range(batch)]
     torch.testing.assert_close(result, torch.cat(expected))
 
@@ -65,4 +65,4 @@ def test_a_batch_is_its_images(batch, groups, channels, kernel, stride, padding,
 def test_linear_maps_every_sample_by_its_own_kernel():
     x, kernels, bias = torch.randn(3, 2, 4, 5), torch.randn(3, 6, 5), torch.randn(6)
     expected = torch.stack([x[i] @ kernels[i].T + bias for i in range(3)])
-    torch.testing.assert_close(sample_linear(x, kernels, bias), expected)
+    torch.testing.assert_close(SampleLinear()(x, kernels.unsqueeze(-1), bias), expected)

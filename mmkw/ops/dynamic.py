@@ -1,0 +1,226 @@
+"""The whole operator: mixes every image's kernel and applies it, in little memory.
+
+Autograd alone would keep the kernels of every image and layer, and would add up one gradient of the
+whole warehouse for each of its layers. Here kernels live for some images at a time and are mixed
+again in the backward pass; and the layers of a warehouse add their gradients to one sum.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import modes
+from .mixing import CellSum, kernel_shape, mix_backward, mix_cells
+from .sample_conv import SampleConv, SampleLinear
+
+# Bytes of kernels that exist at a time. On the CPU they should stay in the caches, and below the
+# size from which the C library asks the system for fresh pages on every call.
+CHUNK_BYTES = {'cpu': 30 << 20}
+DEFAULT_CHUNK_BYTES = 512 << 20
+
+
+def apply_mixed(
+    x: Tensor,
+    attention: Tensor,
+    cells: Tensor,
+    grid: Sequence[int],
+    sample_map: SampleConv | SampleLinear,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Maps every image by the kernel mixed for it from the cells of a warehouse.
+
+    Equal to ``sample_map(x, mix_cells(attention, cells, grid), bias)``, differentiable as often as
+    it is, and computed so wherever a transformation (``torch.func``, forward-mode differentiation,
+    ``torch.export``, ``torch.compile`` while training) has to look inside.
+
+    Args:
+        x: Tensor[batch, ...], the images or tokens. Under autocast they and the kernels are cast;
+            mixing itself is done in the precision of the cells.
+        attention: Tensor[batch, mixtures, cells].
+        cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
+        grid: Cells of the kernel along ``(*spatial, out, in)``.
+        sample_map: What applies the kernels.
+        bias: Shared by the images.
+
+    Returns:
+        The result of ``sample_map``.
+    """
+    dtype = modes.autocast_dtype(x)
+    if dtype is None:
+        return _apply(x, attention, cells, grid, sample_map, bias, cells.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return _apply(x.to(dtype), attention, cells, grid, sample_map, bias, dtype)
+
+
+def _apply(
+    x: Tensor,
+    attention: Tensor,
+    cells: Tensor,
+    grid: Sequence[int],
+    sample_map: SampleConv | SampleLinear,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    learning = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, attention, cells, bias)
+    )
+    if _is_transformed(x, learning):
+        return sample_map(x, mix_cells(attention, cells, grid).to(dtype), bias)
+    if not learning:
+        return _in_chunks(x, attention, cells, grid, sample_map, bias, dtype)
+    token = _CellGradients.token(cells) if cells.requires_grad else None
+    return _ApplyMixed.apply(x, attention, cells, bias, token, grid, sample_map, dtype)
+
+
+def _is_transformed(x: Tensor, learning: bool) -> bool:
+    if modes.is_compiling():
+        return learning or modes.is_exporting()
+    return x.shape[0] == 0 or modes.is_exporting() or modes.is_transforming()
+
+
+def _chunks(attention: Tensor, cells: Tensor) -> list[slice]:
+    """Images whose kernels exist together."""
+    batch, mixtures, _ = attention.shape
+    image_bytes = mixtures * cells.shape[1:].numel() * cells.element_size()
+    limit = CHUNK_BYTES.get(cells.device.type, DEFAULT_CHUNK_BYTES)
+    step = max(limit // image_bytes, 1)
+    return [slice(first, first + step) for first in range(0, batch, step)]
+
+
+def _in_chunks(
+    x: Tensor,
+    attention: Tensor,
+    cells: Tensor,
+    grid: Sequence[int],
+    sample_map: SampleConv | SampleLinear,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    def part(images: slice) -> Tensor:
+        kernels = mix_cells(attention[images], cells, grid).to(dtype)
+        return sample_map(x[images], kernels, bias)
+
+    chunks = _chunks(attention, cells)
+    if len(chunks) == 1:
+        return part(chunks[0])
+    return torch.cat([part(images) for images in chunks])
+
+
+class _ApplyMixed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        attention: Tensor,
+        cells: Tensor,
+        bias: Tensor | None,
+        token: Tensor | None,
+        grid: Sequence[int],
+        sample_map: SampleConv | SampleLinear,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(x, attention, cells, bias)
+        ctx.token, ctx.grid, ctx.sample_map, ctx.dtype = token, grid, sample_map, dtype
+        return _in_chunks(x, attention, cells, grid, sample_map, bias, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, attention, cells, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            gradients = _differentiable_backward(ctx, grad, x, attention, cells, bias)
+        else:
+            gradients = _backward(ctx, grad, x, attention, cells)
+        return *gradients, None, None, None, None
+
+
+def _backward(
+    ctx: Any, grad: Tensor, x: Tensor, attention: Tensor, cells: Tensor
+) -> tuple[Tensor | None, ...]:
+    need_x, need_attention, need_cells, need_bias = ctx.needs_input_grad[:4]
+    need_kernels = need_attention or need_cells
+    total = _CellGradients.running_sum(ctx.token, cells) if need_cells else CellSum(cells)
+    grads_x, grads_attention = [], []
+    shape = kernel_shape(cells, ctx.grid)
+    for images in _chunks(attention, cells) if need_x or need_kernels else ():
+        part, x_part, weights = grad[images], x[images], attention[images]
+        if need_kernels:
+            grad_kernels = ctx.sample_map.backward_kernels(part, x_part, shape)
+            grad_kernels = [kernel.to(cells.dtype) for kernel in grad_kernels]
+            rows = total.add(weights)
+            kernels, grad_attention = mix_backward(grad_kernels, weights, cells, ctx.grid, rows)
+            grads_attention.append(grad_attention)
+        else:
+            kernels = mix_cells(weights, cells, ctx.grid)
+        if need_x:
+            grads_x.append(ctx.sample_map.backward_x(part, x_part, kernels.to(ctx.dtype)))
+    summed = [dim for dim in range(grad.dim()) if dim != ctx.sample_map.channel_dim % grad.dim()]
+    return (
+        _joined(grads_x) if need_x else None,
+        _joined(grads_attention) if need_attention else None,
+        # What the layers of a warehouse owe to it is handed in by their token.
+        None,
+        grad.sum(summed) if need_bias else None,
+    )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _differentiable_backward(
+    ctx: Any, grad: Tensor, x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated again: autograd's own."""
+    result = ctx.sample_map(x, mix_cells(attention, cells, ctx.grid).to(ctx.dtype), bias)
+    needed = ctx.needs_input_grad[:4]
+    inputs = [tensor for tensor, need in zip((x, attention, cells, bias), needed) if need]
+    gradients = iter(torch.autograd.grad(result, inputs, grad, create_graph=True))
+    return tuple(next(gradients) if need else None for need in needed)
+
+
+class _CellGradients(torch.autograd.Function):
+    """Sums up what the layers of a warehouse contribute to its gradient.
+
+    The layers of one forward pass hold the same *token*, an empty tensor made from the cells; by it
+    autograd knows that the cells depend on all of them. In the backward pass a layer adds its part
+    to the running sum in place and gives its token no gradient; when the last layer is done,
+    autograd calls the token's backward, which hands over the sum. Sums are kept apart by backward
+    pass, so one that stops before the cells (``torch.autograd.grad`` to the image) leaves nothing
+    to the next.
+    """
+
+    # The token of the cells that are in use, for as long as a layer's graph holds it.
+    _tokens: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    @classmethod
+    def token(cls, cells: Tensor) -> Tensor:
+        reference = cls._tokens.get(cells)
+        token = reference() if reference is not None else None
+        if token is None:
+            token = cls.apply(cells)
+            cls._tokens[cells] = weakref.ref(token)
+        return token
+
+    @staticmethod
+    def running_sum(token: Tensor, cells: Tensor) -> Tensor:
+        """The sum of the backward pass that is running."""
+        sums, task = token.grad_fn.sums, torch._C._current_graph_task_id()
+        if task not in sums:
+            sums[task] = CellSum(cells)
+        return sums[task]
+
+    @staticmethod
+    def forward(ctx: Any, cells: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.sums = {}
+        return cells.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        running = ctx.sums.pop(torch._C._current_graph_task_id(), None)
+        return running if running is None else running.total()

@@ -1,0 +1,75 @@
+"""The compiled CPU kernels, where the installation has them; PyTorch serves everywhere else.
+
+Their source is ``csrc/mixing.cpp``. They are float32 and have no gradients of their own:
+``dynamic.py`` calls them from inside its autograd function.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from . import modes
+
+# Set to False to have everything computed by PyTorch.
+enabled = True
+
+
+def _load() -> bool:
+    if find_spec('mmkw.ops._native') is None:
+        return False
+    try:
+        from . import _native  # noqa: F401  (registers torch.ops.mmkw)
+    except ImportError as error:
+        warnings.warn(
+            f"mmkw's CPU kernels do not load ({error}). They were built for another torch; "
+            'PyTorch computes instead, more slowly. Install mmkw again, with pip install '
+            '--no-build-isolation.',
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+built = _load()
+
+# Without the newer name ``torch.compile`` breaks its graph at the kernels.
+if built and hasattr(torch.library, 'register_fake'):
+
+    @torch.library.register_fake('mmkw::mix_cells')
+    def _(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
+        *spatial, out_blocks, in_blocks = grid
+        cell_out, cell_in, *cell_kernel = cells.shape[1:]
+        size = [blocks * side for blocks, side in zip(spatial, cell_kernel)]
+        shape = (attention.shape[0], out_blocks * cell_out, in_blocks * cell_in, *size)
+        return cells.new_empty(shape)
+
+
+# Mixtures of all images together that the kernels take; beyond, BLAS is as fast.
+MAX_MIXTURES = 16
+
+
+def serves(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bool:
+    """Whether the compiled kernels are for a mixing.
+
+    They are for float32 on the CPU, for few mixtures, and for cells that have one place of the
+    kernel or all. An exported program shall run where mmkw is not installed, hence is made of
+    PyTorch's operators.
+
+    Args:
+        attention: Tensor[batch, mixtures, cells].
+        cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
+        grid: Cells of the kernel along ``(*spatial, out, in)``.
+    """
+    return (
+        built
+        and enabled
+        and not modes.is_exporting()
+        and cells.device.type == 'cpu'
+        and cells.dtype == attention.dtype == torch.float32
+        and attention.shape[0] * attention.shape[1] <= MAX_MIXTURES
+        and 1 in (math.prod(grid[:-2]), cells.shape[3:].numel())
+    )

@@ -1,0 +1,359 @@
+"""The whole operator equals its definition on every path, in its values and all its gradients."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mmkw.layers import KWConv2d, KWLinear
+from mmkw.ops import SampleConv, SampleLinear, apply_mixed, dynamic, mix_cells, mixing, native
+from mmkw.sharing import SharingPlan, convert
+
+needs_native = pytest.mark.skipif(not native.built, reason='the CPU kernels are not built here')
+PATHS = [pytest.param('native', marks=needs_native), 'torch']
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    """Forces one of the two ways to mix, and tells which."""
+    monkeypatch.setattr(native, 'enabled', request.param == 'native')
+    return request.param
+
+
+def in_small_pieces(monkeypatch):
+    """One image a chunk, and the warehouse's gradient added after every few rows."""
+    monkeypatch.setitem(dynamic.CHUNK_BYTES, 'cpu', 1)
+    monkeypatch.setattr(mixing.CellSum, 'WAITING_BYTES', 1)
+
+
+# grid (*spatial, out, in), cell shape, SampleConv's arguments, image size
+CASES = {
+    '3x3': ((3, 3, 1, 2), (8, 4, 1, 1), ((1, 1), (1, 1), (1, 1)), (6, 5)),
+    '3x3 in blocks': ((3, 3, 2, 1), (5, 37, 1, 1), ((2, 2), (1, 1), (1, 1)), (7, 6)),
+    '1x1': ((1, 1, 2, 3), (4, 40, 1, 1), ((1, 1), (0, 0), (1, 1)), (4, 5)),
+    '1x1 with stride': ((1, 1, 1, 2), (64, 32, 1, 1), ((2, 2), (0, 0), (1, 1)), (5, 6)),
+    '1x1 padded': ((1, 1, 1, 1), (3, 5, 1, 1), ((1, 1), (1, 1), (1, 1)), (3, 3)),
+    'dilated': ((3, 3, 1, 1), (6, 6, 1, 1), ((1, 1), (2, 2), (2, 2)), (6, 6)),
+    'grouped': ((3, 3, 2, 1), (6, 3, 1, 1), ((1, 1), (1, 1), (1, 1), 2), (5, 5)),
+    'depthwise': ((7, 7, 1, 1), (9, 1, 1, 1), ((1, 1), (3, 3), (1, 1), 9), (8, 8)),
+    'whole cells': ((1, 1, 2, 2), (3, 20, 3, 3), ((1, 1), (1, 1), (1, 1)), (5, 5)),
+    '2x4': ((2, 4, 1, 1), (8, 70, 1, 1), ((1, 1), (0, 0), (1, 1)), (5, 6)),
+    '1d': ((3, 1, 2), (4, 300, 1), ((1,), (1,), (1,)), (6,)),
+    '3d': ((2, 2, 2, 1, 1), (4, 6, 1, 1, 1), ((1, 1, 1), (0, 0, 0), (1, 1, 1)), (3, 3, 3)),
+    'spatial cells of 2': ((2, 1, 1, 1), (3, 4, 2, 3), ((1, 1), (0, 0), (1, 1)), (6, 6)),
+    'linear': ((1, 2, 1), (30, 24, 1), None, (3, 5)),
+    'linear without tokens': ((1, 1, 2), (6, 10, 1), None, ()),
+}
+
+
+def operands(case, batch, num_cells, dtype=torch.double):
+    grid, cell_shape, arguments, size = CASES[case]
+    sample_map = SampleLinear() if arguments is None else SampleConv(*arguments)
+    groups = getattr(sample_map, 'groups', 1)
+    channels = grid[-1] * cell_shape[1] * groups
+    shape = (batch, *size, channels) if arguments is None else (batch, channels, *size)
+    tensors = [
+        torch.randn(shape),
+        torch.randn(batch, math.prod(grid), num_cells),
+        torch.randn(num_cells, *cell_shape),
+        torch.randn(grid[-2] * cell_shape[0]),
+    ]
+    return [t.to(dtype).requires_grad_() for t in tensors], grid, sample_map
+
+
+def definition(x, attention, cells, grid, sample_map, bias):
+    return sample_map(x, mix_cells(attention, cells, grid), bias)
+
+
+def with_gradients(function, tensors, grid, sample_map):
+    x, attention, cells, bias = tensors
+    y = function(x, attention, cells, grid, sample_map, bias)
+    weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
+    return [y.detach(), *torch.autograd.grad((y * weights).sum(), tensors)]
+
+
+def assert_close(results, expected, tolerance):
+    for result, value in zip(results, expected):
+        scale = value.abs().max().item() + 1
+        torch.testing.assert_close(result.double(), value, atol=tolerance * scale, rtol=0)
+
+
+@pytest.mark.parametrize('pieces', [False, True])
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('case', CASES)
+def test_equals_its_definition(path, case, batch, pieces, monkeypatch):
+    if pieces:
+        in_small_pieces(monkeypatch)
+    tensors, grid, sample_map = operands(case, batch, num_cells=11)
+    expected = with_gradients(definition, tensors, grid, sample_map)
+    assert_close(with_gradients(apply_mixed, tensors, grid, sample_map), expected, 1e-12)
+    single = [t.detach().float().requires_grad_() for t in tensors]
+    assert_close(with_gradients(apply_mixed, single, grid, sample_map), expected, 1e-5)
+    with torch.no_grad():
+        x, attention, cells, bias = single
+        y = apply_mixed(x, attention, cells, grid, sample_map, bias)
+    assert_close([y], expected, 1e-5)
+
+
+@needs_native
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    cells=st.integers(1, 20),
+    blocks=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    channels=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    taps=st.sampled_from([(1, 1), (2, 1), (3, 3), (5, 1)]),
+    whole=st.booleans(),
+)
+def test_compiled_kernels_equal_pytorch(batch, cells, blocks, channels, taps, whole):
+    """Blocks, lanes and tails of all lengths."""
+    spatial, size = ((1, 1), taps) if whole else (taps, (1, 1))
+    grid = (*spatial, *blocks)
+    attention = torch.randn(batch, math.prod(grid), cells)
+    store = torch.randn(cells, *channels, *size)
+    if attention.shape[:2].numel() > native.MAX_MIXTURES:
+        attention = attention[:1, :, :]
+    if attention.shape[1] > native.MAX_MIXTURES:
+        return
+    assert native.serves(attention, store, grid)
+    kernels = mix_cells(attention, store, grid)
+    gradients = list(torch.randn_like(kernels))
+    rows = torch.empty(attention.shape[:2].numel(), *store.shape[1:])
+    results = [kernels, rows, *mixing.mix_backward(gradients, attention, store, grid, rows)]
+
+    doubles = [t.double() for t in (attention, store)]
+    slow_rows = rows.double().zero_()
+    slow = mixing.mix_backward([g.double() for g in gradients], *doubles, grid, slow_rows)
+    assert_close(results, [mix_cells(*doubles, grid), slow_rows, *slow], 1e-5)
+
+
+@needs_native
+def test_the_compiled_kernels_are_used_where_they_serve(monkeypatch):
+    calls = []
+    monkeypatch.setattr(native, 'serves', lambda *args: calls.append(args) or False)
+    layer = KWConv2d(4, 4, 3)
+    layer(torch.randn(1, 4, 5, 5)).sum().backward()
+    assert len(calls) >= 2
+    monkeypatch.undo()
+    attention, cells = torch.randn(1, 9, 9), layer.cells.detach()
+    assert native.serves(attention, cells, (3, 3, 1, 1))
+    assert not native.serves(attention.double(), cells.double(), (3, 3, 1, 1))
+    assert not native.serves(attention.expand(2, -1, -1), cells, (3, 3, 1, 1))
+    monkeypatch.setattr(native, 'enabled', False)
+    assert not native.serves(attention, cells, (3, 3, 1, 1))
+
+
+@needs_native
+def test_compiled_kernels_refuse_operands_that_do_not_fit():
+    with pytest.raises(RuntimeError, match=r'does not fit grid \[3, 3, 1, 1\]'):
+        torch.ops.mmkw.mix_cells(torch.randn(1, 8, 9), torch.randn(9, 4, 4, 1, 1), (3, 3, 1, 1))
+
+
+@pytest.mark.parametrize('case', ['3x3', '1x1 with stride', 'depthwise', 'linear'])
+def test_second_derivatives(case):
+    tensors, grid, sample_map = operands(case, 2, num_cells=3)
+    tensors = [t.detach()[..., :2].requires_grad_() if t.dim() == 1 else t for t in tensors]
+    x, attention, cells, _ = tensors
+
+    def run(x, attention, cells):
+        return apply_mixed(x, attention, cells, grid, sample_map)
+
+    assert torch.autograd.gradgradcheck(run, (x, attention, cells), fast_mode=True, atol=1e-6)
+
+
+class Chain(nn.Module):
+    """Three layers of one warehouse and one of another, one of them used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(8, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 1)
+        self.c = nn.Conv2d(8, 16, 3, padding=1)
+        self.d = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        return self.d(self.c(self.b(self.a(self.a(x).tanh()).tanh()).tanh()).tanh())
+
+
+def chain():
+    plan = [('a', 'body'), ('b', 'body'), ('c', 'body'), ('d', 'head')]
+    return convert(Chain(), SharingPlan.make(plan, cell_num_ratio=2), dict(type='LN'))
+
+
+def gradients(network, x):
+    network.zero_grad()
+    network(x).square().sum().backward()
+    return {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+
+
+def slow_gradients(network, x):
+    """Of the definition, in double precision."""
+    network = copy.deepcopy(network).double()
+    patch = pytest.MonkeyPatch()
+    patch.setattr(dynamic, '_is_transformed', lambda *_: True)
+    try:
+        return gradients(network, x.double())
+    finally:
+        patch.undo()
+
+
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = value.abs().max().item() + 1e-3
+        torch.testing.assert_close(found[name].double(), value, atol=2e-5 * scale, rtol=0)
+
+
+@pytest.mark.parametrize('pieces', [False, True])
+@pytest.mark.parametrize('batch', [1, 4])
+def test_layers_of_a_warehouse_add_up(path, batch, pieces, monkeypatch):
+    if pieces:
+        in_small_pieces(monkeypatch)
+    network, x = chain(), torch.randn(batch, 8, 6, 6)
+    assert_same_gradients(gradients(network, x), slow_gradients(network, x))
+    # A second pass starts from nothing.
+    assert_same_gradients(gradients(network, x), slow_gradients(network, x))
+
+
+def test_gradients_accumulate_over_backward_passes():
+    network = chain()
+    x, z = torch.randn(2, 8, 6, 6), torch.randn(2, 8, 6, 6)
+    expected = [slow_gradients(network, image) for image in (x, z)]
+    first, second = network(x).square().sum(), network(z).square().sum()
+    network.zero_grad()
+    second.backward()
+    first.backward(retain_graph=True)
+    first.backward()
+    found = {n: p.grad for n, p in network.named_parameters()}
+    twice = {n: 2 * expected[0][n] + expected[1][n] for n in found}
+    assert_same_gradients(found, twice)
+
+
+def test_a_backward_pass_that_stops_early_leaves_nothing():
+    network = chain()
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    loss = network(x).square().sum()
+    (to_image,) = torch.autograd.grad(loss, x, retain_graph=True)
+    assert to_image.abs().sum() > 0
+    network.zero_grad()
+    loss.backward()
+    found = {n: p.grad for n, p in network.named_parameters()}
+    assert_same_gradients(found, slow_gradients(network, x.detach()))
+
+
+def test_the_sum_is_handed_over_without_a_copy(monkeypatch):
+    sums = []
+    total = mixing.CellSum.total
+    monkeypatch.setattr(
+        mixing.CellSum, 'total', lambda self: sums.append(total(self).data_ptr()) or total(self)
+    )
+    network = chain()
+    gradients_of = network(torch.randn(2, 8, 6, 6)).sum()
+    gradients_of.backward()
+    assert {w.grad.data_ptr() for w in network.warehouse_manager.weights} == set(sums)
+
+
+def test_no_kernel_is_kept_for_the_backward_pass():
+    layer = KWConv2d(64, 64, 3, bias=False)
+    x, kept = torch.randn(8, 64, 4, 4), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, id):
+        layer(x)
+    assert max(kept) <= max(x.numel(), layer.cells.numel()) < 8 * 64 * 64 * 9
+
+
+def test_cells_changed_before_the_backward_pass_are_refused():
+    layer = KWConv2d(4, 4, 3)
+    y = layer(torch.randn(2, 4, 5, 5)).sum()
+    with torch.no_grad():
+        layer.cells.mul_(2)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        y.backward()
+
+
+def test_freezing_and_thawing_is_seen():
+    layer, x = KWConv2d(4, 4, 3), torch.randn(2, 4, 5, 5)
+    for needs in (True, False, True):
+        layer.cells.requires_grad_(needs)
+        layer.zero_grad()
+        layer(x).sum().backward()
+        assert (layer.cells.grad is not None) == needs
+        assert layer.attention.fc2.weight.grad.abs().sum() > 0
+    layer.attention.requires_grad_(False)
+    layer.zero_grad()
+    layer(x).sum().backward()
+    assert layer.cells.grad.abs().sum() > 0 and layer.attention.fc2.weight.grad is None
+
+
+def test_a_copy_made_between_the_passes_is_independent():
+    network, x = chain(), torch.randn(2, 8, 6, 6)
+    loss = network(x).square().sum()
+    twin = copy.deepcopy(network)
+    network.zero_grad()
+    loss.backward()
+    found = {n: p.grad for n, p in network.named_parameters()}
+    assert_same_gradients(found, slow_gradients(network, x))
+    assert_same_gradients(gradients(twin, x), slow_gradients(network, x))
+
+
+def test_function_transformations():
+    layer = KWConv2d(4, 4, 3, attention_norm_cfg=dict(type='LN')).double()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.double, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    found = torch.func.grad(lambda image: layer(image).square().sum())(x.detach())
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(x)
+    _, slope = torch.func.jvp(
+        lambda image: layer(image).square().sum(), (x.detach(),), (direction,)
+    )
+    torch.testing.assert_close(slope, (expected * direction).sum())
+
+
+@pytest.mark.parametrize('layer', [KWConv2d(8, 8, 3), KWConv2d(8, 8, 1), KWLinear(8, 8)])
+@pytest.mark.parametrize('batch', [1, 2])
+def test_compiled_in_one_graph(path, layer, batch):
+    layer.eval()
+    x = torch.randn(batch, 5, 8) if isinstance(layer, KWLinear) else torch.randn(batch, 8, 5, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend='aot_eager', fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+        layer.cells.mul_(2)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_compiled_training_step():
+    network, x = chain(), torch.randn(2, 8, 6, 6)
+    expected = slow_gradients(network, x)
+    network.zero_grad()
+    torch._dynamo.reset()
+    torch.compile(network, backend='aot_eager')(x).square().sum().backward()
+    found = {n: p.grad for n, p in network.named_parameters()}
+    assert_same_gradients(found, expected)
+
+
+def test_exported_for_any_batch_with_pytorch_operators_only():
+    network = chain().eval()
+    batch = {0: torch.export.Dim('batch', min=2, max=64)}
+    program = torch.export.export(network, (torch.randn(3, 8, 6, 6),), dynamic_shapes=(batch,))
+    targets = {str(node.target) for node in program.graph.nodes if node.op == 'call_function'}
+    assert targets and not [target for target in targets if 'mmkw' in target]
+    for size in (2, 5):
+        x = torch.randn(size, 8, 6, 6)
+        torch.testing.assert_close(program.module()(x), network(x), atol=1e-5, rtol=1e-4)
+
+
+def test_autocast_keeps_gradients_in_full_precision():
+    network, x = chain(), torch.randn(2, 8, 6, 6)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        loss = network(x).float().square().sum()
+    loss.backward()
+    for name, expected in slow_gradients(network, x).items():
+        found = dict(network.named_parameters())[name].grad
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(
+            found.double(), expected, atol=0.1 * expected.abs().max().item() + 1e-2, rtol=0
+        )
