@@ -49,7 +49,7 @@ if built and hasattr(torch.library, 'register_fake'):
 
 
 # Mixtures of all images together that the kernels take; beyond, BLAS is as fast.
-MAX_MIXTURES = 16
+MAX_MIXTURES = 36
 
 
 def serves(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bool:

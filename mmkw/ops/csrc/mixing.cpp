@@ -31,8 +31,10 @@ namespace {
 constexpr int64_t LANES = 16;
 constexpr int64_t LANE_CELLS = 8;
 constexpr int64_t COLUMNS = 512;
+// A block of this many values stays in the innermost cache.
+constexpr int64_t BLOCK_VALUES = 9 << 10;
 // Mixtures of all images together; from there on arithmetic counts, which BLAS does best.
-constexpr int64_t MAX_ROWS = 16;
+constexpr int64_t MAX_ROWS = 36;
 // Rows of a block are kept apart by one line more than a power of two, so that they do not all
 // fall into one set of the cache.
 constexpr int64_t BLOCK_STRIDE = COLUMNS + LANES;
@@ -243,11 +245,14 @@ EVERY_CPU void kernel_to_rows(float* rows, const float* kernel, const Places& p,
   move_columns<false>(kernel, rows, p, begin, end);
 }
 
-// Runs work(begin, end) over the columns of a cell, a block at a time, on all threads.
+// Runs work(begin, end) over the columns of a cell, a block of so many rows at a time, on all
+// threads.
 template <typename Work>
-void for_blocks(int64_t size, const Work& work) {
-  at::parallel_for(0, (size + COLUMNS - 1) / COLUMNS, 1, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; b++) work(b * COLUMNS, std::min((b + 1) * COLUMNS, size));
+void for_blocks(int64_t size, int64_t rows, const Work& work) {
+  const int64_t fitting = BLOCK_VALUES / rows / (4 * LANES) * (4 * LANES);
+  const int64_t columns = std::clamp<int64_t>(fitting, COLUMNS / 4, COLUMNS);
+  at::parallel_for(0, (size + columns - 1) / columns, 1, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; b++) work(b * columns, std::min((b + 1) * columns, size));
   });
 }
 
@@ -298,7 +303,7 @@ at::Tensor mix_cells(const at::Tensor& attention, const at::Tensor& cells, at::I
   const Mixing m(attention, cells, grid);
   const at::Tensor kernels = m.empty_kernels(grid);
   float* to = kernels.mutable_data_ptr<float>();
-  for_blocks(m.size, [&](int64_t begin, int64_t end) {
+  for_blocks(m.size, m.rows, [&](int64_t begin, int64_t end) {
     float block[MAX_ROWS * BLOCK_STRIDE];
     m.mix(to, block, begin, end);
   });
@@ -331,7 +336,7 @@ std::tuple<at::Tensor, at::Tensor> mix_backward(at::TensorList grad_kernels,
   float* part = parts.mutable_data_ptr<float>();
   float* row = rows.mutable_data_ptr<float>();
   const float* from = m.cells.const_data_ptr<float>();
-  for_blocks(m.size, [&](int64_t begin, int64_t end) {
+  for_blocks(m.size, m.rows, [&](int64_t begin, int64_t end) {
     float block[MAX_ROWS * BLOCK_STRIDE];
     m.mix(to, block, begin, end);
     for (int64_t image = 0; image < m.batch; image++)

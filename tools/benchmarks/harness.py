@@ -1,0 +1,335 @@
+"""What the benchmarks have in common: steps, interleaved timing, limits, peak memory, reports."""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from published_form import published_form
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import mmkw
+from mmkw.layers.dynamic_conv import DynamicLayer
+from mmkw.ops import native
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to be timed.
+
+    Args:
+        name: Such as ``static``, ``kw 4x`` or ``published kw 4x``.
+        model: What computes.
+        run: Computes outputs (inference) or a loss (training) by it.
+        published: Whether its dynamic layers work in the published form.
+    """
+
+    name: str
+    model: nn.Module
+    run: Callable[[], object]
+    published: bool = False
+
+    def step(self, train: bool) -> None:
+        """One inference, or one forward and backward pass from gradients of None."""
+        with published_form() if self.published else nullcontext():
+            if train:
+                self.model.zero_grad(set_to_none=True)
+                self.run().backward()
+            else:
+                with torch.no_grad():
+                    self.run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a report: times in milliseconds, memory in megabytes, both of a whole step."""
+
+    setting: str
+    name: str
+    median: float
+    low: float
+    high: float
+    ratio: float
+    limit: float | None
+    memory: float | None
+
+
+def calibrate(case: Case) -> None:
+    """Gives the norms of random weights the statistics of the case's own input.
+
+    Under the statistics they start with, activations vanish from layer to layer, until the
+    processor computes with denormal numbers, at a fraction of its speed.
+    """
+    norms = [m for m in case.model.modules() if isinstance(m, _BatchNorm)]
+    before = [(norm.momentum, norm.training) for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    case.step(False)
+    for norm, (momentum, training) in zip(norms, before):
+        norm.momentum = momentum
+        norm.train(training)
+
+
+def timed(cases: Sequence[Case], train: bool, repeats: int) -> dict[str, list[float]]:
+    """Times cases in turns, so that what slows the machine for a while meets all of them.
+
+    Every timed step follows an untimed one of the same case: what a step frees, the system may take
+    back while another case runs, and to hand it out again would count as the next step's.
+
+    Args:
+        cases: Names are unique.
+        train: Whether a step is a training step.
+        repeats: Timed steps of every case.
+
+    Returns:
+        Seconds of every timed step.
+    """
+    for case in cases:
+        case.model.train(train)
+        calibrate(case)
+        case.step(train)
+    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+    for _ in range(repeats):
+        for case in cases:
+            case.step(train)
+            begin = time.perf_counter()
+            case.step(train)
+            seconds[case.name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def machine() -> dict[str, float]:
+    """Measured bandwidth of reading (bytes/s) and speed of a product of matrices (operations/s)."""
+    values, square = torch.randn(200_000_000), torch.randn(2048, 2048)
+    best = {}
+    for name, work, amount in (
+        ('bandwidth', values.sum, values.numel() * 4),
+        ('peak', lambda: torch.mm(square, square), 2 * 2048**3),
+    ):
+        times = []
+        for _ in range(7):
+            begin = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - begin)
+        best[name] = amount / min(times)
+    return best
+
+
+def mixing_limit(model: nn.Module, batch: int, train: bool, speed: dict[str, float]) -> float:
+    """Seconds that mixing takes at least: reading the warehouses or computing, whichever is longer.
+
+    Inference reads a layer's warehouse once and computes one product. A training step reads it
+    twice, computes three products (mixture, gradients of attentions and of cells), and writes the
+    gradient of every warehouse once.
+
+    Args:
+        model: With dynamic layers.
+        batch: Images.
+        train: Whether it is a training step.
+        speed: Of :func:`machine`.
+    """
+    layers = [m for m in model.modules() if isinstance(m, DynamicLayer)]
+    read = sum(layer.cells.numel() * 4 for layer in layers)
+    products = sum(layer.attention.num_mixtures * layer.cells.numel() for layer in layers)
+    written = 4 * sum(cells.numel() for cells in {layer.cells for layer in layers})
+    if train:
+        read, products = 2 * read + written, 3 * products
+    return max(read / speed['bandwidth'], 2 * batch * products / speed['peak'])
+
+
+def make_cases(
+    args: argparse.Namespace,
+    variants: Mapping[str, Callable[[], nn.Module]],
+    run: Callable[[nn.Module], object],
+    only: str | None = None,
+) -> list[Case]:
+    """Builds the networks to compare; with ``--published`` the dynamic ones serve twice.
+
+    Args:
+        args: Of :func:`parser`.
+        variants: What builds the network of each name, the static one first.
+        run: Computes by a network.
+        only: The case to make, where a single one is wanted.
+    """
+    cases = []
+    for name, build in variants.items():
+        published = f'published {name}'
+        if only not in (None, name, published):
+            continue
+        model = build()
+        dynamic = any(isinstance(module, DynamicLayer) for module in model.modules())
+        if only in (None, name):
+            cases.append(Case(name, model, partial(run, model)))
+        if only == published or (only is None and args.published and dynamic):
+            cases.append(Case(published, model, partial(run, model), published=True))
+    return cases
+
+
+def compare(
+    title: str, args: argparse.Namespace, cases_of: Callable[[str, str | None], list[Case]]
+) -> None:
+    """Measures every setting and reports, or does what :func:`peak_memory` asks for.
+
+    Args:
+        title: What is measured.
+        args: Of :func:`parser`, with ``shapes`` such as ``8x224x224``.
+        cases_of: Makes the cases of a shape, or the one of them that is named.
+    """
+    if args.peak_of:
+        print_peak(*cases_of(*args.peak_of))
+        return
+    speed, rows = machine(), []
+    for shape in args.shapes:
+        rows += measure(shape, cases_of(shape, None), parse_shape(shape)[0], args, speed)
+    report(title, rows, args, speed)
+
+
+def parse_shape(shape: str) -> tuple[int, int, int]:
+    """Batch, height and width of ``8x224x224``."""
+    batch, height, width = map(int, shape.split('x'))
+    return batch, height, width
+
+
+def measure(
+    setting: str, cases: Sequence[Case], batch: int, args: argparse.Namespace, speed: dict
+) -> list[Row]:
+    """Times cases against the static one, the first.
+
+    Args:
+        setting: Name of the lines in the report.
+        cases: The first is the reference.
+        batch: Images of a step.
+        args: Of :func:`parser`.
+        speed: Of :func:`machine`.
+    """
+    train = args.mode == 'train'
+    seconds = timed(cases, train, args.repeats)
+    reference = statistics.median(seconds[cases[0].name])
+    rows = []
+    for case in cases:
+        values = seconds[case.name]
+        median = statistics.median(values)
+        dynamic = any(isinstance(module, DynamicLayer) for module in case.model.modules())
+        limit = mixing_limit(case.model, batch, train, speed) if dynamic else None
+        rows.append(
+            Row(
+                setting,
+                case.name,
+                1e3 * median,
+                1e3 * min(values),
+                1e3 * max(values),
+                median / reference,
+                limit and (reference + limit) / reference,
+                peak_memory(setting, case.name) if train and args.memory else None,
+            )
+        )
+    return rows
+
+
+def peak_memory(setting: str, name: str) -> float:
+    """Peak resident megabytes of a process that makes three training steps of one case only."""
+    command = [sys.executable, *sys.argv, '--peak-of', setting, name]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(result.stdout.split()[-1])
+
+
+def print_peak(case: Case) -> None:
+    """What the process started by :func:`peak_memory` does."""
+    case.model.train()
+    calibrate(case)
+    for _ in range(3):
+        case.step(True)
+    # Not ru_maxrss: a process inherits it from the one that started it.
+    status = Path('/proc/self/status').read_text()
+    print(int(status.split('VmHWM:')[1].split()[0]) / 1024)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks share."""
+    shared = argparse.ArgumentParser(description=description)
+    shared.add_argument('--mode', choices=['inference', 'train'], default='inference')
+    shared.add_argument('--shapes', nargs='+', default=['1x224x224'], help='BATCHxHEIGHTxWIDTH')
+    shared.add_argument('--repeats', type=int, default=5, help='timed steps of every case')
+    shared.add_argument('--published', action='store_true', help='the published form as well')
+    shared.add_argument(
+        '--memory', action='store_true', help='peak memory of a training step as well (Linux)'
+    )
+    shared.add_argument('--out', type=Path, help='prefix of a .json and a .png to write')
+    shared.add_argument('--peak-of', nargs=2, help=argparse.SUPPRESS)
+    return shared
+
+
+def report(title: str, rows: Sequence[Row], args: argparse.Namespace, speed: dict) -> None:
+    """Prints a table; writes it as JSON and draws it where ``--out`` says.
+
+    Args:
+        title: What was measured.
+        rows: Of :func:`measure`.
+        args: Of :func:`parser`.
+        speed: Of :func:`machine`.
+    """
+    about = {
+        'title': f'{title}, {args.mode}',
+        'command': ' '.join(['python', *sys.argv]),
+        'torch': torch.__version__,
+        'mmkw': mmkw.__version__,
+        'compiled kernels': native.built and native.enabled,
+        'processor': platform.processor() or platform.machine(),
+        'threads': torch.get_num_threads(),
+        **speed,
+    }
+    print(f'\n{about["title"]}; {about["threads"]} threads, reading {speed["bandwidth"] / 1e9:.0f}')
+    print(f'GB/s, computing {speed["peak"] / 1e9:.0f} GFLOP/s, {args.repeats} repetitions\n')
+    print('| setting | network | ms | from - to | ratio | limit | peak MB |')
+    print('|---|---|---|---|---|---|---|')
+    for row in rows:
+        limit = '' if row.limit is None else f'{row.limit:.2f}'
+        memory = '' if row.memory is None else f'{row.memory:.0f}'
+        print(
+            f'| {row.setting} | {row.name} | {row.median:.1f} | {row.low:.1f} - {row.high:.1f} '
+            f'| {row.ratio:.2f} | {limit} | {memory} |'
+        )
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        content = {**about, 'rows': [asdict(row) for row in rows]}
+        args.out.with_suffix('.json').write_text(json.dumps(content, indent=1))
+        draw(about['title'], rows, args.out.with_suffix('.png'))
+
+
+def draw(title: str, rows: Sequence[Row], path: Path) -> None:
+    """Draws the ratios over the settings, a line a network, limits dotted."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    settings = list(dict.fromkeys(row.setting for row in rows))
+    figure, axes = pyplot.subplots(figsize=(1.5 + 1.3 * max(len(settings), 3), 4.2))
+    for name in dict.fromkeys(row.name for row in rows):
+        own = [row for row in rows if row.name == name]
+        places = [settings.index(row.setting) for row in own]
+        (line,) = axes.plot(places, [row.ratio for row in own], 'o-', label=name)
+        if own[0].limit is not None and not name.startswith('published'):
+            limits = [row.limit for row in own]
+            axes.plot(places, limits, ':', color=line.get_color(), label=f'{name}, limit')
+    axes.set_xticks(range(len(settings)), settings, rotation=20)
+    axes.set_ylabel('time relative to the static network')
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, fontsize='medium')
+    axes.legend(fontsize='small')
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
