@@ -143,7 +143,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     need_x, need_attention, need_cells, need_bias = ctx.needs_input_grad[:4]
     need_kernels = need_attention or need_cells
-    total = _CellGradients.running_sum(ctx.token, cells) if need_cells else CellSum(cells)
+    total = _CellGradients.running_sum(ctx.token, cells) if need_cells else None
     grads_x, grads_attention = [], []
     shape = kernel_shape(cells, ctx.grid)
     for images in _chunks(attention, cells) if need_x or need_kernels else ():
@@ -151,7 +151,10 @@ def _backward(
         if need_kernels:
             grad_kernels = ctx.sample_map.backward_kernels(part, x_part, shape)
             grad_kernels = [kernel.to(cells.dtype) for kernel in grad_kernels]
-            rows = total.add(weights)
+            if need_cells:
+                rows = total.add(weights)
+            else:
+                rows = cells.new_empty(weights.shape[:2].numel(), *cells.shape[1:])
             kernels, grad_attention = mix_backward(grad_kernels, weights, cells, ctx.grid, rows)
             grads_attention.append(grad_attention)
         else:
@@ -207,7 +210,7 @@ class _CellGradients(torch.autograd.Function):
         return token
 
     @staticmethod
-    def running_sum(token: Tensor, cells: Tensor) -> Tensor:
+    def running_sum(token: Tensor, cells: Tensor) -> CellSum:
         """The sum of the backward pass that is running."""
         sums, task = token.grad_fn.sums, torch._C._current_graph_task_id()
         if task not in sums:
