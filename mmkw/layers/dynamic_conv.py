@@ -140,7 +140,7 @@ class _KWConvNd(DynamicLayer):
         self.dilation = static.dilation
         self.groups = static.groups
         self.padding_mode = static.padding_mode
-        # Before the convolution, where its own padding cannot express it: (last dimension first).
+        # Before the convolution, where its own padding cannot express it; last dimension first.
         self._explicit_padding = static._reversed_padding_repeated_twice
         begins, ends = self._explicit_padding[::2], self._explicit_padding[1::2]
         self._pads_first = self.padding_mode != 'zeros' or begins != ends

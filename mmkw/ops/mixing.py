@@ -57,6 +57,14 @@ def kernel_shape(cells: Tensor, grid: Sequence[int]) -> tuple[int, ...]:
     return (out_blocks * cell_out, in_blocks * cell_in, *size)
 
 
+# What torch.compile takes for the compiled kernels; without the newer name its graph breaks there.
+if native.built and hasattr(torch.library, 'register_fake'):
+
+    @torch.library.register_fake('mmkw::mix_cells')
+    def _(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
+        return cells.new_empty(attention.shape[0], *kernel_shape(cells, grid))
+
+
 def mix_backward(
     grad_kernels: Sequence[Tensor],
     attention: Tensor,

@@ -36,18 +36,6 @@ def _load() -> bool:
 
 built = _load()
 
-# Without the newer name ``torch.compile`` breaks its graph at the kernels.
-if built and hasattr(torch.library, 'register_fake'):
-
-    @torch.library.register_fake('mmkw::mix_cells')
-    def _(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
-        *spatial, out_blocks, in_blocks = grid
-        cell_out, cell_in, *cell_kernel = cells.shape[1:]
-        size = [blocks * side for blocks, side in zip(spatial, cell_kernel)]
-        shape = (attention.shape[0], out_blocks * cell_out, in_blocks * cell_in, *size)
-        return cells.new_empty(shape)
-
-
 # Mixtures of all images together that the kernels take; beyond, BLAS is as fast.
 MAX_MIXTURES = 36
 
