@@ -157,7 +157,7 @@ class _KWConvNd(DynamicLayer):
                 f'{type(self).__name__} expects an input of shape (batch, {self.in_channels}, '
                 f'{dims} spatial sizes) or the same without batch, got {tuple(x.shape)}.'
             )
-        pooled = x.mean(tuple(range(2, x.dim())), dtype=_pooling_dtype(x))
+        pooled = _average(x, 2, x.dim())
         if self._pads_first:
             mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
             x = F.pad(x, self._explicit_padding, mode=mode)
@@ -215,7 +215,7 @@ class KWLinear(DynamicLayer):
             )
         pooled = x
         if x.dim() > 2:
-            pooled = x.mean(tuple(range(1, x.dim() - 1)), dtype=_pooling_dtype(x))
+            pooled = _average(x, 1, x.dim() - 1)
         return self._map(x, pooled)
 
 
@@ -229,6 +229,11 @@ def kernel_shape(name: str, static: nn.Module) -> KernelShape:
     return KernelShape(name, out_channels, in_channels, tuple(kernel_size) or (1,))
 
 
-def _pooling_dtype(x: Tensor) -> torch.dtype:
-    """At least float32: a half-precision average over a large map loses the small values."""
-    return torch.promote_types(x.dtype, torch.float32)
+def _average(x: Tensor, first: int, last: int) -> Tensor:
+    """Averages over dimensions [first, last), in at least float32, as half precision loses values.
+
+    Not by ``mean``, whose gradient is a map of its own; that of a sum takes no memory.
+    """
+    dims = tuple(range(first, last))
+    total = x.sum(dims, dtype=torch.promote_types(x.dtype, torch.float32))
+    return total / math.prod(x.shape[first:last])

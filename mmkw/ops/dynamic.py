@@ -7,20 +7,31 @@ again in the backward pass; and the layers of a warehouse add their gradients to
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import modes
-from .mixing import CellSum, kernel_shape, mix_backward, mix_cells
+from .mixing import (
+    CellSum,
+    batch_blocks,
+    image_parts,
+    kernel_shape,
+    mix_backward,
+    mix_cells,
+    mixed_kernels,
+)
 from .sample_conv import SampleConv, SampleLinear
 
-# Bytes of kernels that exist at a time. On the CPU they should stay in the caches, and below the
-# size from which the C library asks the system for fresh pages on every call.
-CHUNK_BYTES = {'cpu': 30 << 20}
-DEFAULT_CHUNK_BYTES = 512 << 20
+
+class _Settings(NamedTuple):
+    """What is no tensor: the grid of the kernel, what applies it, and the precision for that."""
+
+    grid: Sequence[int]
+    sample_map: SampleConv | SampleLinear
+    dtype: torch.dtype
 
 
 def apply_mixed(
@@ -51,64 +62,49 @@ def apply_mixed(
     """
     dtype = modes.autocast_dtype(x)
     if dtype is None:
-        return _apply(x, attention, cells, grid, sample_map, bias, cells.dtype)
+        return _apply(x, attention, cells, bias, _Settings(grid, sample_map, cells.dtype))
     bias = None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return _apply(x.to(dtype), attention, cells, grid, sample_map, bias, dtype)
+        return _apply(x.to(dtype), attention, cells, bias, _Settings(grid, sample_map, dtype))
 
 
 def _apply(
-    x: Tensor,
-    attention: Tensor,
-    cells: Tensor,
-    grid: Sequence[int],
-    sample_map: SampleConv | SampleLinear,
-    bias: Tensor | None,
-    dtype: torch.dtype,
+    x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None, settings: _Settings
 ) -> Tensor:
+    if _is_transformed(x):
+        return _apply_plainly(x, attention, cells, bias, settings)
     learning = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, attention, cells, bias)
     )
-    if _is_transformed(x, learning):
-        return sample_map(x, mix_cells(attention, cells, grid).to(dtype), bias)
     if not learning:
-        return _in_chunks(x, attention, cells, grid, sample_map, bias, dtype)
+        return _apply_in_parts(x, attention, cells, bias, settings)
     token = _CellGradients.token(cells) if cells.requires_grad else None
-    return _ApplyMixed.apply(x, attention, cells, bias, token, grid, sample_map, dtype)
+    return _ApplyMixed.apply(x, attention, cells, bias, token, settings)
 
 
-def _is_transformed(x: Tensor, learning: bool) -> bool:
-    if modes.is_compiling():
-        return learning or modes.is_exporting()
-    return x.shape[0] == 0 or modes.is_exporting() or modes.is_transforming()
+def _is_transformed(x: Tensor) -> bool:
+    return (
+        x.shape[0] == 0 or modes.is_compiling() or modes.is_exporting() or modes.is_transforming()
+    )
 
 
-def _chunks(attention: Tensor, cells: Tensor) -> list[slice]:
-    """Images whose kernels exist together."""
-    batch, mixtures, _ = attention.shape
-    image_bytes = mixtures * cells.shape[1:].numel() * cells.element_size()
-    limit = CHUNK_BYTES.get(cells.device.type, DEFAULT_CHUNK_BYTES)
-    step = max(limit // image_bytes, 1)
-    return [slice(first, first + step) for first in range(0, batch, step)]
-
-
-def _in_chunks(
-    x: Tensor,
-    attention: Tensor,
-    cells: Tensor,
-    grid: Sequence[int],
-    sample_map: SampleConv | SampleLinear,
-    bias: Tensor | None,
-    dtype: torch.dtype,
+def _apply_plainly(
+    x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None, settings: _Settings
 ) -> Tensor:
-    def part(images: slice) -> Tensor:
-        kernels = mix_cells(attention[images], cells, grid).to(dtype)
-        return sample_map(x[images], kernels, bias)
+    grid, sample_map, dtype = settings
+    return sample_map(x, mix_cells(attention, cells, grid).to(dtype), bias)
 
-    chunks = _chunks(attention, cells)
-    if len(chunks) == 1:
-        return part(chunks[0])
-    return torch.cat([part(images) for images in chunks])
+
+def _apply_in_parts(
+    x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None, settings: _Settings
+) -> Tensor:
+    grid, sample_map, dtype = settings
+    parts = []
+    for block in batch_blocks(attention, cells):
+        images = x[block]
+        for part, kernels in mixed_kernels(attention[block], cells, grid):
+            parts.append(sample_map(images[part], kernels.to(dtype), bias))
+    return _joined(parts)
 
 
 class _ApplyMixed(torch.autograd.Function):
@@ -120,13 +116,11 @@ class _ApplyMixed(torch.autograd.Function):
         cells: Tensor,
         bias: Tensor | None,
         token: Tensor | None,
-        grid: Sequence[int],
-        sample_map: SampleConv | SampleLinear,
-        dtype: torch.dtype,
+        settings: _Settings,
     ) -> Tensor:
         ctx.save_for_backward(x, attention, cells, bias)
-        ctx.token, ctx.grid, ctx.sample_map, ctx.dtype = token, grid, sample_map, dtype
-        return _in_chunks(x, attention, cells, grid, sample_map, bias, dtype)
+        ctx.token, ctx.settings = token, settings
+        return _apply_in_parts(x, attention, cells, bias, settings)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,33 +129,34 @@ class _ApplyMixed(torch.autograd.Function):
             gradients = _differentiable_backward(ctx, grad, x, attention, cells, bias)
         else:
             gradients = _backward(ctx, grad, x, attention, cells)
-        return *gradients, None, None, None, None
+        return *gradients, None, None
 
 
 def _backward(
     ctx: Any, grad: Tensor, x: Tensor, attention: Tensor, cells: Tensor
 ) -> tuple[Tensor | None, ...]:
     need_x, need_attention, need_cells, need_bias = ctx.needs_input_grad[:4]
-    need_kernels = need_attention or need_cells
+    grid, sample_map, dtype = ctx.settings
     total = _CellGradients.running_sum(ctx.token, cells) if need_cells else None
+    shape = kernel_shape(cells.shape[1:], grid)
     grads_x, grads_attention = [], []
-    shape = kernel_shape(cells, ctx.grid)
-    for images in _chunks(attention, cells) if need_x or need_kernels else ():
-        part, x_part, weights = grad[images], x[images], attention[images]
-        if need_kernels:
-            grad_kernels = ctx.sample_map.backward_kernels(part, x_part, shape)
-            grad_kernels = [kernel.to(cells.dtype) for kernel in grad_kernels]
-            if need_cells:
-                rows = total.add(weights)
-            else:
-                rows = cells.new_empty(weights.shape[:2].numel(), *cells.shape[1:])
-            kernels, grad_attention = mix_backward(grad_kernels, weights, cells, ctx.grid, rows)
+    for block in batch_blocks(attention, cells) if need_x or need_attention or need_cells else ():
+        grad_block, x_block, weights = grad[block], x[block], attention[block]
+        if need_attention or need_cells:
+            grad_kernels = (
+                kernel
+                for part in image_parts(weights, cells)
+                for kernel in sample_map.backward_kernels(grad_block[part], x_block[part], shape)
+            )
+            grad_attention, mixed = mix_backward(grad_kernels, weights, cells, grid, total)
             grads_attention.append(grad_attention)
         else:
-            kernels = mix_cells(weights, cells, ctx.grid)
+            mixed = mixed_kernels(weights, cells, grid)
         if need_x:
-            grads_x.append(ctx.sample_map.backward_x(part, x_part, kernels.to(ctx.dtype)))
-    summed = [dim for dim in range(grad.dim()) if dim != ctx.sample_map.channel_dim % grad.dim()]
+            for part, kernels in mixed:
+                images = grad_block[part], x_block[part]
+                grads_x.append(sample_map.backward_x(*images, kernels.to(dtype)))
+    summed = [dim for dim in range(grad.dim()) if dim != sample_map.channel_dim % grad.dim()]
     return (
         _joined(grads_x) if need_x else None,
         _joined(grads_attention) if need_attention else None,
@@ -179,7 +174,7 @@ def _differentiable_backward(
     ctx: Any, grad: Tensor, x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated again: autograd's own."""
-    result = ctx.sample_map(x, mix_cells(attention, cells, ctx.grid).to(ctx.dtype), bias)
+    result = _apply_plainly(x, attention, cells, bias, ctx.settings)
     needed = ctx.needs_input_grad[:4]
     inputs = [tensor for tensor, need in zip((x, attention, cells, bias), needed) if need]
     gradients = iter(torch.autograd.grad(result, inputs, grad, create_graph=True))

@@ -1,6 +1,9 @@
 """Assembles kernels from kernel cells, and takes them apart (paper, section 3.1)."""
 
-from collections.abc import Sequence
+import itertools
+import math
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,33 +29,35 @@ def mix_cells(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
     learning = torch.is_grad_enabled() and (attention.requires_grad or cells.requires_grad)
     if native.serves(attention, cells, grid) and not learning:
         return torch.ops.mmkw.mix_cells(attention, cells, grid)
-    cell_out, cell_in, *cell_kernel = cells.shape[1:]
-    *spatial, out_blocks, in_blocks = grid
-    dims = len(spatial)
+    rows = attention.flatten(0, 1) @ cells.flatten(1)
+    return _assembled(rows.view(-1, math.prod(grid), *cells.shape[1:]), grid)
 
-    kernels = attention.flatten(0, 1) @ cells.flatten(1)
-    kernels = kernels.view(-1, *spatial, out_blocks, in_blocks, cell_out, cell_in, *cell_kernel)
+
+def _assembled(rows: Tensor, grid: Sequence[int]) -> Tensor:
+    """Tensor[batch, mixtures, cell_out, cell_in, *cell_kernel] to kernels."""
+    dims = len(grid) - 2
+    cells = rows.unflatten(1, tuple(grid))
     # (batch, spatial, out, in, cell_out, cell_in, cell_kernel)
     # -> (batch, out, cell_out, in, cell_in, spatial_1, cell_kernel_1, spatial_2, ...)
     out = dims + 1
     order = [0, out, out + 2, out + 1, out + 3]
     for dim in range(dims):
         order += [1 + dim, out + 4 + dim]
-    return kernels.permute(order).reshape(attention.shape[0], *kernel_shape(cells, grid))
+    return cells.permute(order).reshape(rows.shape[0], *kernel_shape(rows.shape[2:], grid))
 
 
-def kernel_shape(cells: Tensor, grid: Sequence[int]) -> tuple[int, ...]:
+def kernel_shape(cell_shape: Sequence[int], grid: Sequence[int]) -> tuple[int, ...]:
     """The shape of an image's kernel.
 
     Args:
-        cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
+        cell_shape: ``(cell_out, cell_in, *cell_kernel)``.
         grid: As in :func:`mix_cells`.
 
     Returns:
         ``(out, in, *kernel_size)``.
     """
     *spatial, out_blocks, in_blocks = grid
-    cell_out, cell_in, *cell_kernel = cells.shape[1:]
+    cell_out, cell_in, *cell_kernel = cell_shape
     size = (blocks * side for blocks, side in zip(spatial, cell_kernel))
     return (out_blocks * cell_out, in_blocks * cell_in, *size)
 
@@ -62,56 +67,141 @@ if native.built and hasattr(torch.library, 'register_fake'):
 
     @torch.library.register_fake('mmkw::mix_cells')
     def _(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
-        return cells.new_empty(attention.shape[0], *kernel_shape(cells, grid))
+        return cells.new_empty(attention.shape[0], *kernel_shape(cells.shape[1:], grid))
+
+
+def mixed_kernels(
+    attention: Tensor, cells: Tensor, grid: Sequence[int]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Mixes the kernels of some images, as constants, in parts small enough for the caches.
+
+    A part is gone when the next is asked for: it may lie in memory that all of them use.
+
+    Args:
+        attention: Tensor[batch, mixtures, cells], as much of a batch as :func:`batch_blocks` says.
+        cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
+        grid: As in :func:`mix_cells`.
+
+    Yields:
+        Images and their kernels.
+    """
+    if native.serves(attention, cells, grid):
+        kernels = scratch(cells, (attention.shape[0], *kernel_shape(cells.shape[1:], grid)))
+        torch.ops.mmkw.mix_cells_into(attention, cells, grid, kernels)
+        yield slice(None), kernels
+        return
+    rows = scratch(cells, (*attention.shape[:2], *cells.shape[1:]))
+    torch.mm(attention.flatten(0, 1), cells.flatten(1), out=rows.flatten(0, 1).flatten(1))
+    for images in image_parts(attention, cells):
+        yield images, _assembled(rows[images], grid)
 
 
 def mix_backward(
-    grad_kernels: Sequence[Tensor],
+    grad_kernels: Iterable[Tensor],
     attention: Tensor,
     cells: Tensor,
     grid: Sequence[int],
-    rows: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Goes back through :func:`mix_cells`, but for the gradient of the cells.
-
-    That is the product of the transposed attentions and ``rows``; see :class:`CellSum`.
+    total: 'CellSum | None',
+) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
+    """Goes back through :func:`mix_cells`.
 
     Args:
-        grad_kernels: For every image the gradient of its kernel.
-        attention: Tensor[batch, mixtures, cells].
+        grad_kernels: For every image the gradient of its kernel; read once, one after the other.
+        attention: Tensor[batch, mixtures, cells], as much of a batch as :func:`batch_blocks` says.
         cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
         grid: As in :func:`mix_cells`.
-        rows: Tensor[batch * mixtures, cell_out, cell_in, *cell_kernel], to be filled with the
-            gradients, cut into cells.
+        total: What the gradient of the cells is added to, if it is wanted.
 
     Returns:
-        The kernels, mixed again, and the gradient of ``attention``.
+        The gradient of ``attention``, and the kernels, mixed again, as of :func:`mixed_kernels`.
     """
+    place = None if total is None else total.place(attention)
+    shape = (*attention.shape[:2], *cells.shape[1:])
     if native.serves(attention, cells, grid):
-        return torch.ops.mmkw.mix_backward(grad_kernels, attention, cells, grid, rows)
-    cut_kernels(grad_kernels, grid, rows)
-    grad_attention = (rows.flatten(1) @ cells.flatten(1).t()).view(attention.shape)
-    return mix_cells(attention, cells, grid), grad_attention
+        gradients = [kernel.to(cells.dtype) for kernel in grad_kernels]
+        rows = cells.new_empty(shape) if place is None else place
+        kernels = scratch(cells, (attention.shape[0], *kernel_shape(cells.shape[1:], grid)))
+        arguments = (gradients, attention, cells, grid, rows, kernels)
+        grad_attention = torch.ops.mmkw.mix_backward(*arguments)
+        mixed = iter([(slice(None), kernels)])
+    else:
+        rows = scratch(cells, shape) if place is None else place
+        cut_kernels(grad_kernels, grid, rows)
+        grad_attention = rows.flatten(0, 1).flatten(1) @ cells.flatten(1).t()
+        # Takes the scratch memory over, but not before it is asked for kernels.
+        mixed = mixed_kernels(attention, cells, grid)
+    if total is not None:
+        total.add(attention, rows, waits=place is not None)
+    return grad_attention.view(attention.shape), mixed
 
 
-def cut_kernels(kernels: Sequence[Tensor], grid: Sequence[int], rows: Tensor) -> None:
+def cut_kernels(kernels: Iterable[Tensor], grid: Sequence[int], rows: Tensor) -> None:
     """Cuts the kernels of some images into rows, one for every mixture: undoes the assembly.
 
     Args:
         kernels: For every image a Tensor[out, in, *kernel_size].
         grid: As in :func:`mix_cells`.
-        rows: Tensor[images * mixtures, cell_out, cell_in, *cell_kernel], to be filled.
+        rows: Tensor[images, mixtures, cell_out, cell_in, *cell_kernel], to be filled.
     """
     *spatial, out_blocks, in_blocks = grid
-    cell_out, cell_in, *cell_kernel = rows.shape[1:]
+    cell_out, cell_in, *cell_kernel = rows.shape[2:]
     dims = len(spatial)
     shape = [out_blocks, cell_out, in_blocks, cell_in]
     for blocks, size in zip(spatial, cell_kernel):
         shape += [blocks, size]
     order = [*range(4, 4 + 2 * dims, 2), 0, 2, 1, 3, *range(5, 5 + 2 * dims, 2)]
-    for kernel, mixtures in zip(kernels, rows.unflatten(0, (len(kernels), -1))):
+    for kernel, mixtures in zip(kernels, rows):
         cut = kernel.reshape(shape).permute(order)
         mixtures.view(cut.shape).copy_(cut)
+
+
+# Bytes of kernels that are mixed by one product: the more, the fewer passes over a warehouse.
+BLOCK_BYTES = {'cpu': 80 << 20}
+# Bytes of kernels that are put together at a time. On the CPU they should stay in the caches, and
+# below the size from which the C library asks the system for fresh pages on every call.
+PART_BYTES = {'cpu': 30 << 20}
+DEFAULT_BYTES = 512 << 20
+
+
+def batch_blocks(attention: Tensor, cells: Tensor) -> list[slice]:
+    """Images to be mixed together, for a whole batch."""
+    return _slices(attention, cells, BLOCK_BYTES)
+
+
+def image_parts(attention: Tensor, cells: Tensor) -> list[slice]:
+    """Images whose kernels are put together at a time, for one of the blocks."""
+    return _slices(attention, cells, PART_BYTES)
+
+
+def _slices(attention: Tensor, cells: Tensor, limits: Mapping[str, int]) -> list[slice]:
+    batch, mixtures, _ = attention.shape
+    image_bytes = mixtures * cells[0].numel() * cells.element_size()
+    fitting = max(limits.get(cells.device.type, DEFAULT_BYTES) // image_bytes, 1)
+    count = max(math.ceil(batch / fitting), 1)
+    bounds = [batch * index // count for index in range(count + 1)]
+    return [slice(*ends) for ends in itertools.pairwise(bounds)]
+
+
+_scratch = threading.local()
+
+
+def scratch(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory whose content may be lost as soon as the same thread asks for scratch memory again.
+
+    On the CPU a thread has one piece of it, which it keeps: tens of megabytes of fresh pages, layer
+    by layer, would cost as much as mixing. Elsewhere PyTorch's allocator keeps what is freed.
+
+    Args:
+        like: Tensor of the device and the dtype that are wanted.
+        shape: Of the result.
+    """
+    if like.device.type != 'cpu':
+        return like.new_empty(shape)
+    size = math.prod(shape)
+    memory = getattr(_scratch, 'memory', None)
+    if memory is None or memory.dtype != like.dtype or memory.numel() < size:
+        _scratch.memory = memory = torch.empty(size, dtype=like.dtype)
+    return memory[:size].view(shape)
 
 
 class CellSum:
@@ -135,26 +225,42 @@ class CellSum:
         self._weights: list[Tensor] = []
         self._waiting = 0
 
-    def add(self, attention: Tensor) -> Tensor:
+    def place(self, attention: Tensor) -> Tensor | None:
+        """Where the gradients of some kernels, cut into cells, can wait.
+
+        Args:
+            attention: Tensor[images, mixtures, cells], that the kernels were mixed by.
+
+        Returns:
+            Tensor[images, mixtures, cell_out, cell_in, *cell_kernel], to be filled before it is
+            added; ``None`` where there are enough for a product of their own.
+        """
+        cell = self._cells[0]
+        count = attention.shape[:2].numel()
+        fitting = self.WAITING_BYTES // (cell.numel() * cell.element_size())
+        if count > fitting:
+            return None
+        if self._rows is None:
+            self._rows = cell.new_empty(fitting, *cell.shape)
+        if self._waiting + count > fitting:
+            self._flush()
+        rows = self._rows[self._waiting : self._waiting + count]
+        return rows.unflatten(0, attention.shape[:2])
+
+    def add(self, attention: Tensor, rows: Tensor, waits: bool) -> None:
         """Adds the part of some images of a layer.
 
         Args:
             attention: Tensor[images, mixtures, cells].
-
-        Returns:
-            Where to put the gradients of their kernels, cut into cells, before more is added:
-            Tensor[images * mixtures, cell_out, cell_in, *cell_kernel].
+            rows: Tensor[images, mixtures, cell_out, cell_in, *cell_kernel].
+            waits: Whether ``rows`` are in the place last given.
         """
         weights = attention.flatten(0, 1)
-        if self._rows is None or self._waiting + len(weights) > len(self._rows):
-            self._flush()
-            if self._rows is None or len(weights) > len(self._rows):
-                cell = self._cells[0]
-                fitting = self.WAITING_BYTES // (cell.numel() * cell.element_size())
-                self._rows = cell.new_empty(max(fitting, len(weights)), *cell.shape)
-        self._weights.append(weights)
-        first, self._waiting = self._waiting, self._waiting + len(weights)
-        return self._rows[first : self._waiting]
+        if waits:
+            self._weights.append(weights)
+            self._waiting += len(weights)
+        else:
+            self._add_product(weights, rows.flatten(0, 1))
 
     def total(self) -> Tensor:
         """The sum of everything added, shaped like the cells."""
@@ -162,13 +268,13 @@ class CellSum:
         return self._sum
 
     def _flush(self) -> None:
-        if not self._waiting:
-            return
-        weights = torch.cat(self._weights).t()
-        rows = self._rows[: self._waiting].flatten(1)
+        if self._waiting:
+            self._add_product(torch.cat(self._weights), self._rows[: self._waiting])
+            self._weights, self._waiting = [], 0
+
+    def _add_product(self, weights: Tensor, rows: Tensor) -> None:
         if self._sum is None:
             self._sum = torch.empty_like(self._cells, memory_format=torch.contiguous_format)
-            torch.mm(weights, rows, out=self._sum.flatten(1))
+            torch.mm(weights.t(), rows.flatten(1), out=self._sum.flatten(1))
         else:
-            self._sum.flatten(1).addmm_(weights, rows)
-        self._weights, self._waiting = [], 0
+            self._sum.flatten(1).addmm_(weights.t(), rows.flatten(1))

@@ -24,10 +24,15 @@ def path(request, monkeypatch):
     return request.param
 
 
-def in_small_pieces(monkeypatch):
-    """One image a chunk, and the warehouse's gradient added after every few rows."""
-    monkeypatch.setitem(dynamic.CHUNK_BYTES, 'cpu', 1)
-    monkeypatch.setattr(mixing.CellSum, 'WAITING_BYTES', 1)
+@pytest.fixture(params=['whole', 'parts', 'single images'])
+def pieces(request, monkeypatch):
+    """What is done at a time: everything; a block of images in parts; one image."""
+    if request.param != 'whole':
+        monkeypatch.setitem(mixing.PART_BYTES, 'cpu', 1)
+        monkeypatch.setattr(mixing.CellSum, 'WAITING_BYTES', 1)
+    if request.param == 'single images':
+        monkeypatch.setitem(mixing.BLOCK_BYTES, 'cpu', 1)
+    return request.param
 
 
 # grid (*spatial, out, in), cell shape, SampleConv's arguments, image size
@@ -82,12 +87,9 @@ def assert_close(results, expected, tolerance):
         torch.testing.assert_close(result.double(), value, atol=tolerance * scale, rtol=0)
 
 
-@pytest.mark.parametrize('pieces', [False, True])
 @pytest.mark.parametrize('batch', [1, 3])
 @pytest.mark.parametrize('case', CASES)
-def test_equals_its_definition(path, case, batch, pieces, monkeypatch):
-    if pieces:
-        in_small_pieces(monkeypatch)
+def test_equals_its_definition(path, case, batch, pieces):
     tensors, grid, sample_map = operands(case, batch, num_cells=11)
     expected = with_gradients(definition, tensors, grid, sample_map)
     assert_close(with_gradients(apply_mixed, tensors, grid, sample_map), expected, 1e-12)
@@ -122,13 +124,15 @@ def test_compiled_kernels_equal_pytorch(batch, cells, blocks, channels, taps, wh
     assert native.serves(attention, store, grid)
     kernels = mix_cells(attention, store, grid)
     gradients = list(torch.randn_like(kernels))
-    rows = torch.empty(attention.shape[:2].numel(), *store.shape[1:])
-    results = [kernels, rows, *mixing.mix_backward(gradients, attention, store, grid, rows)]
+    total = mixing.CellSum(store)
+    grad_attention, parts = mixing.mix_backward(gradients, attention, store, grid, total)
+    [(_, mixed)] = parts
+    results = [kernels, mixed, grad_attention, total.total()]
 
-    doubles = [t.double() for t in (attention, store)]
-    slow_rows = rows.double().zero_()
-    slow = mixing.mix_backward([g.double() for g in gradients], *doubles, grid, slow_rows)
-    assert_close(results, [mix_cells(*doubles, grid), slow_rows, *slow], 1e-5)
+    attention, store = (t.double().requires_grad_() for t in (attention, store))
+    slow = mix_cells(attention, store, grid)
+    slow_gradients = torch.autograd.grad(slow, (attention, store), torch.stack(gradients).double())
+    assert_close(results, [slow, slow, *slow_gradients], 1e-5)
 
 
 @needs_native
@@ -208,11 +212,8 @@ def assert_same_gradients(found, expected):
         torch.testing.assert_close(found[name].double(), value, atol=2e-5 * scale, rtol=0)
 
 
-@pytest.mark.parametrize('pieces', [False, True])
 @pytest.mark.parametrize('batch', [1, 4])
-def test_layers_of_a_warehouse_add_up(path, batch, pieces, monkeypatch):
-    if pieces:
-        in_small_pieces(monkeypatch)
+def test_layers_of_a_warehouse_add_up(path, batch, pieces):
     network, x = chain(), torch.randn(batch, 8, 6, 6)
     assert_same_gradients(gradients(network, x), slow_gradients(network, x))
     # A second pass starts from nothing.

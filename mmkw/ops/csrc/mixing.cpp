@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <tuple>
 #include <vector>
 
 #include <Python.h>
@@ -281,11 +280,10 @@ struct Mixing {
     packed = pack_weights(weights.const_data_ptr<float>(), rows, num_cells);
   }
 
-  at::Tensor empty_kernels(at::IntArrayRef grid) const {
-    std::vector<int64_t> shape{batch, p.out_blocks * p.cell_out, p.in_blocks * cells.size(2)};
-    for (size_t dim = 0; dim + 2 < grid.size(); dim++)
-      shape.push_back(grid[dim] * cells.size(3 + dim));
-    return at::empty(shape, cells.options());
+  void check_kernels(const at::Tensor& kernels) const {
+    TORCH_CHECK(kernels.is_contiguous() && kernels.numel() == batch * kernel_size, "kernels of ",
+                kernels.sizes(), " for ", batch, " images and ", p.rows(), " cells of ",
+                cells.sizes());
   }
 
   // Columns [begin, end) of all kernels, by way of a block.
@@ -298,26 +296,38 @@ struct Mixing {
   }
 };
 
-// attention (batch, mixtures, n), cells (n, cell_out, cell_in, ...) -> (batch, out, in, ...)
-at::Tensor mix_cells(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid) {
+// attention (batch, mixtures, n), cells (n, cell_out, cell_in, ...); fills kernels
+// (batch, out, in, ...).
+void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid,
+                    at::Tensor kernels) {
   const Mixing m(attention, cells, grid);
-  const at::Tensor kernels = m.empty_kernels(grid);
+  m.check_kernels(kernels);
   float* to = kernels.mutable_data_ptr<float>();
   for_blocks(m.size, m.rows, [&](int64_t begin, int64_t end) {
     float block[MAX_ROWS * BLOCK_STRIDE];
     m.mix(to, block, begin, end);
   });
+}
+
+// The same into new memory.
+at::Tensor mix_cells(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid) {
+  const size_t dims = grid.size() - 2;
+  std::vector<int64_t> shape{attention.size(0), grid[dims] * cells.size(1),
+                             grid[dims + 1] * cells.size(2)};
+  for (size_t dim = 0; dim < dims; dim++) shape.push_back(grid[dim] * cells.size(3 + dim));
+  const at::Tensor kernels = at::empty(shape, cells.options());
+  mix_cells_into(attention, cells, grid, kernels);
   return kernels;
 }
 
 // The backward pass in one pass over the warehouse. From the gradients of the kernels, a list of
-// (out, in, ...): fills rows (batch * mixtures, cell_out, cell_in, ...) with them, cut into cells,
-// and returns the kernels, mixed again, and the gradient of the attention.
-std::tuple<at::Tensor, at::Tensor> mix_backward(at::TensorList grad_kernels,
-                                                const at::Tensor& attention,
-                                                const at::Tensor& cells, at::IntArrayRef grid,
-                                                at::Tensor rows) {
+// (out, in, ...): fills rows (batch, mixtures, cell_out, cell_in, ...) with them, cut into cells, and
+// kernels (batch, out, in, ...) with the mixtures; returns the gradient of the attention.
+at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention,
+                        const at::Tensor& cells, at::IntArrayRef grid, at::Tensor rows,
+                        at::Tensor kernels) {
   const Mixing m(attention, cells, grid);
+  m.check_kernels(kernels);
   TORCH_CHECK(rows.is_contiguous() && rows.numel() == m.rows * m.size, "rows of ", rows.sizes(),
               " for attention of ", attention.sizes());
   TORCH_CHECK(static_cast<int64_t>(grad_kernels.size()) == m.batch, grad_kernels.size(),
@@ -328,7 +338,6 @@ std::tuple<at::Tensor, at::Tensor> mix_backward(at::TensorList grad_kernels,
                 " does not fit grid ", grid, " and cells of ", cells.sizes());
     gradients.push_back(gradient.contiguous());
   }
-  const at::Tensor kernels = m.empty_kernels(grid);
   // A sum for every thread: their blocks are not disjoint in the attention.
   const at::Tensor parts =
       at::zeros({at::get_num_threads(), m.rows, m.num_cells}, cells.options());
@@ -348,7 +357,7 @@ std::tuple<at::Tensor, at::Tensor> mix_backward(at::TensorList grad_kernels,
     dot_block(part + at::get_thread_num() * m.rows * m.num_cells, block, m.rows, from + begin,
               m.num_cells, m.size, end - begin);
   });
-  return {kernels, parts.sum(0).view(attention.sizes())};
+  return parts.sum(0).view(attention.sizes());
 }
 
 }  // namespace
@@ -357,11 +366,14 @@ TORCH_LIBRARY(mmkw, library) {
   library.def("mix_cells(Tensor attention, Tensor cells, int[] grid) -> Tensor");
   library.def(
       "mix_backward(Tensor[] grad_kernels, Tensor attention, Tensor cells, int[] grid, "
-      "Tensor(a!) rows) -> (Tensor, Tensor)");
+      "Tensor(a!) rows, Tensor(b!) kernels) -> Tensor");
+  library.def(
+      "mix_cells_into(Tensor attention, Tensor cells, int[] grid, Tensor(a!) kernels) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
   library.impl("mix_cells", &mix_cells);
+  library.impl("mix_cells_into", &mix_cells_into);
   library.impl("mix_backward", &mix_backward);
 }
 
