@@ -1,11 +1,13 @@
-"""Backbones with KernelWarehouse: a static network plus the paper's rule."""
+"""Backbones with KernelWarehouse: a static network plus a rule; a wrapper for any other."""
 
 from .convnext import ConvNeXt, KWConvNeXt
 from .mobilenet_v2 import KWMobileNetV2, MobileNetV2
 from .resnet import KWResNet, KWResNetV1c, KWResNetV1d, ResNet
+from .wrapper import KWBackbone
 
 __all__ = [
     'ConvNeXt',
+    'KWBackbone',
     'KWConvNeXt',
     'KWMobileNetV2',
     'KWResNet',

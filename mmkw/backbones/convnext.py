@@ -182,14 +182,12 @@ class ConvNeXt(BaseModule):
 
 
 @MODELS.register_module()
-def KWConvNeXt(
-    arch: str | dict = 'tiny',
-    **arguments: Any,
-) -> ConvNeXt:
+def KWConvNeXt(arch: str | dict = 'tiny', *, start_tau: float = 0.0, **arguments: Any) -> ConvNeXt:
     """Builds a ConvNeXt whose convolutions are all dynamic, with the paper's twelve warehouses.
 
     Args:
         arch: As in :class:`ConvNeXt`.
+        start_tau: See :func:`~mmkw.sharing.convert`.
         **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
             or one per warehouse; and the other arguments of :class:`ConvNeXt`.
 
@@ -203,4 +201,4 @@ def KWConvNeXt(
     options, static = split_options(arguments)
     network = ConvNeXt(arch, **static)
     plan = SharingPlan.make(convnext_rule(network), **options)
-    return convert(network, plan, attention_norm_cfg=dict(type='LN'))
+    return convert(network, plan, attention_norm_cfg=dict(type='LN'), start_tau=start_tau)

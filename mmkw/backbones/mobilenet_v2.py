@@ -45,7 +45,11 @@ def MobileNetV2(widen_factor: float = 1.0, *, with_cp: bool = False, **arguments
 
 @MODELS.register_module()
 def KWMobileNetV2(
-    widen_factor: float = 1.0, *, pointwise: str = 'joint', **arguments: Any
+    widen_factor: float = 1.0,
+    *,
+    pointwise: str = 'joint',
+    start_tau: float = 0.0,
+    **arguments: Any,
 ) -> nn.Module:
     """Builds the library's own MobileNetV2 with the paper's sharing.
 
@@ -58,6 +62,7 @@ def KWMobileNetV2(
         widen_factor: Width of the network, relative to its channels at 1.
         pointwise: How pointwise convolutions share: ``joint`` (the paper's 1x), ``separate`` (4x)
             or ``last_stage`` (1/2x); see :func:`~mmkw.sharing.mobilenet_v2_rule`.
+        start_tau: See :func:`~mmkw.sharing.convert`.
         **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
             or one per warehouse; and the arguments of :func:`MobileNetV2`, those of the library's
             own among them.
@@ -77,7 +82,7 @@ def KWMobileNetV2(
     kinds = {len({home for _, home in mobilenet_v2_rule(network, p)}): p for p in POINTWISE}
     network._register_load_state_dict_pre_hook(partial(_check_sharing, pointwise, kinds))
     absent = [] if hasattr(network, 'conv2') else [_conv2(network)]
-    return convert(network, plan, attention_norm(network), absent)
+    return convert(network, plan, attention_norm(network), absent, start_tau)
 
 
 def _conv2(network: nn.Module) -> KernelShape:

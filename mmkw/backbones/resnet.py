@@ -42,7 +42,7 @@ def ResNet(
 
 
 @MODELS.register_module()
-def KWResNet(depth: int, **arguments: Any) -> nn.Module:
+def KWResNet(depth: int, *, start_tau: float = 0.0, **arguments: Any) -> nn.Module:
     """Builds the library's own ResNet with the paper's four warehouses, one per stage.
 
     The result is the ``ResNet`` of mmdet or mmseg, whichever the config belongs to, or their
@@ -53,6 +53,7 @@ def KWResNet(depth: int, **arguments: Any) -> nn.Module:
 
     Args:
         depth: 18, 34, 50, 101 or 152.
+        start_tau: See :func:`~mmkw.sharing.convert`.
         **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
             or one per warehouse; and the arguments of :func:`ResNet`, those of the library's own
             among them.
@@ -67,7 +68,7 @@ def KWResNet(depth: int, **arguments: Any) -> nn.Module:
     options, static = split_options(arguments)
     network = ResNet(depth, **static)
     plan = SharingPlan.make(resnet_rule(network), **options)
-    return convert(network, plan, attention_norm(network))
+    return convert(network, plan, attention_norm(network), start_tau=start_tau)
 
 
 @MODELS.register_module()

@@ -1,4 +1,7 @@
-"""Refuses a checkpoint that does not belong to a KernelWarehouse network, before it half loads."""
+"""Tells on load what a checkpoint is: of this network, of its static twin, or of neither.
+
+A static one is translated, one of another network refused before it half loads.
+"""
 
 import math
 import re
@@ -9,7 +12,7 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ..layers.partition import PlanError, WarehousePartition, partition_warehouse
+from ..layers import PlanError, WarehousePartition, partition_warehouse, warm_start
 
 # What the published files hold beyond some backbone: the ImageNet classifier, and the last
 # convolution of MobileNetV2, which MMSegmentation leaves out.
@@ -25,19 +28,21 @@ def check_checkpoint(
 ) -> None:
     """Compares a state dict with the network, as a hook of ``load_state_dict``.
 
-    Every warehouse and every tensor of a dynamic layer must be there in its shape. The rest is left
-    to ``load_state_dict`` and to MMEngine, which lists what is missing and what is not expected;
-    only the ImageNet classifier and the like are taken out, and a line in the log lists them.
+    Every warehouse and every tensor of a dynamic layer must be there in its shape; or else the
+    kernel of every dynamic layer, from the static network, which then gives the warehouses and the
+    attentions (:func:`~mmkw.layers.warm_start`). The rest is left to ``load_state_dict`` and to
+    MMEngine, which lists what is missing and what is not expected; only the ImageNet classifier and
+    the like are taken out, and a line in the log lists them. Another says what was recognised.
 
     Args:
         network: A converted network.
-        state_dict: What is being loaded. What lies beyond the backbone is removed in place.
+        state_dict: What is being loaded; changed in place.
         prefix: The network's place in it.
         *_: What ``load_state_dict`` passes to a hook beyond that.
 
     Raises:
-        CheckpointMismatchError: If there is no warehouse for the network, or if a warehouse or a
-            tensor of a dynamic layer is missing or has another shape.
+        CheckpointMismatchError: If there is neither a warehouse nor a kernel for the network, or if
+            a warehouse, a kernel or a tensor of a dynamic layer is missing or has another shape.
     """
     own = {name for name in _BEYOND if hasattr(network, name)}
     warehouses = len(network.warehouse_manager.weights)
@@ -45,10 +50,20 @@ def check_checkpoint(
     for key in unused:
         del state_dict[key]
     stored = stored_warehouses(state_dict, prefix)
-    if not stored:
+    kernels = {} if stored else _static_kernels(network, state_dict, prefix)
+    if kernels:
+        found = _load_static(network, kernels, state_dict, prefix)
+    elif stored:
+        _check_warehouses(network, stored, state_dict, prefix)
+        _check_layers(network, state_dict, prefix)
+        # Only the authors' ImageNet files have a classifier.
+        published = any(f'{prefix}warehouse_manager' not in key for key in unused)
+        source = 'published KernelWarehouse' if published else 'KernelWarehouse'
+        cells = sum(len(weight) for weight in stored.values())
+        found = f'{source} checkpoint, {cells} cells into {len(stored)} warehouses'
+    else:
         raise CheckpointMismatchError(_no_warehouse(network, state_dict, prefix))
-    _check_warehouses(network, stored, state_dict, prefix)
-    _check_layers(network, state_dict, prefix)
+    print_log(f'{type(network).__name__}: {found}', logger='current')
     if unused:
         print_log(
             f'{type(network).__name__}: deliberately not loaded, beyond the backbone: '
@@ -57,17 +72,103 @@ def check_checkpoint(
         )
 
 
+def _static_kernels(
+    network: nn.Module, state_dict: dict[str, Tensor], prefix: str
+) -> dict[str, Tensor]:
+    """The kernels of a static network's state dict, by dynamic layer, checked."""
+    layers = {
+        share.kernel.layer: share.kernel
+        for partition in network.warehouse_manager.partitions
+        for share in partition.layers
+        if share.kernel.layer in dict(network.named_modules())
+    }
+    found = {
+        name: state_dict[f'{prefix}{name}.weight']
+        for name in layers
+        if f'{prefix}{name}.weight' in state_dict
+    }
+    if not found:
+        return {}
+    kind = type(network).__name__
+    for name, kernel in layers.items():
+        shape = (kernel.out_channels, kernel.in_channels, *kernel.kernel_size)
+        weight = found.get(name)
+        # A linear layer's kernel may be a convolution's of size one, and the other way round.
+        if (
+            weight is None
+            or weight.dim() < 2
+            or _without_ones(weight.shape) != _without_ones(shape)
+        ):
+            has = 'has none' if weight is None else f'has {tuple(weight.shape)}'
+            raise CheckpointMismatchError(
+                f'The checkpoint holds static kernels for {len(found)} of the {len(layers)} '
+                f'dynamic layers of this {kind}; for {name}, of {shape}, it {has}. It was made for '
+                'another architecture: check depth, width and arch.'
+            )
+    beyond = _deeper(layers, network, state_dict, prefix)
+    if beyond:
+        raise CheckpointMismatchError(
+            f'The checkpoint holds static kernels of layers that this {kind} lacks, such as '
+            f'{beyond[0]}. It was made for another architecture: check depth and arch.'
+        )
+    return found
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    """Output and input channels, and the kernel size unless it is one."""
+    return [*shape[:2], *(side for side in shape[2:] if side != 1)]
+
+
+def _deeper(
+    layers: Collection[str], network: nn.Module, state_dict: dict[str, Tensor], prefix: str
+) -> list[str]:
+    """Names of kernels like a dynamic layer's, but for their numbers, that the network lacks."""
+
+    def pattern(name: str) -> str:
+        return re.sub(r'\d+', '#', name)
+
+    kinds = {pattern(f'{name}.weight') for name in layers}
+    own = dict(network.named_modules())
+    names = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
+    return [
+        name for name in names if pattern(name) in kinds and name.removesuffix('.weight') not in own
+    ]
+
+
+def _load_static(
+    network: nn.Module, kernels: dict[str, Tensor], state_dict: dict[str, Tensor], prefix: str
+) -> str:
+    """Puts warehouses and attentions in the place of static kernels; tells what was done."""
+    manager = network.warehouse_manager
+    layers = {name: network.get_submodule(name) for name in kernels}
+    attentions = {name: layer.attention for name, layer in layers.items()}
+    errors = {}
+    for index, (partition, cells) in enumerate(zip(manager.partitions, manager.weights)):
+        started, errors[partition.name] = warm_start(
+            partition, kernels, attentions, cells, manager.start_tau
+        )
+        state_dict[f'{prefix}warehouse_manager.weights.{index}'] = started
+    for name, layer in layers.items():
+        layer.attention.temperature = manager.start_tau
+        del state_dict[f'{prefix}{name}.weight']
+        for part, tensor in layer.attention.state_dict().items():
+            state_dict[f'{prefix}{name}.attention.{part}'] = tensor
+    worst = max(errors, key=errors.get)
+    exact = 'exactly'
+    if errors[worst] > 0:
+        exact = (
+            f'approximately: below a budget of 1 there are fewer cells than pieces of kernels. '
+            f'Relative error of the kernels {errors[worst]:.2f} in warehouse {worst!r}, '
+            f'{sum(errors.values()) / len(errors):.2f} on average'
+        )
+    return (
+        f'static checkpoint, {len(kernels)} kernels into {len(errors)} warehouses for temperature '
+        f'{manager.start_tau:g}, {exact}'
+    )
+
+
 def _no_warehouse(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> str:
     kind, place = type(network).__name__, f' under {prefix!r}' if prefix else ''
-    partitions = network.warehouse_manager.partitions
-    layers = [share.kernel.layer for partition in partitions for share in partition.layers]
-    static = [layer for layer in layers if f'{prefix}{layer}.weight' in state_dict]
-    if static:
-        return (
-            f'The checkpoint holds static kernels for {len(static)} of the {len(layers)} '
-            f'dynamic layers of this {kind}, such as {static[0]}.weight, and no warehouse. '
-            'Load it into the static network, or load a KernelWarehouse checkpoint.'
-        )
     elsewhere = [key for key in state_dict if key.endswith('warehouse_manager.weights.0')]
     if elsewhere:
         found = elsewhere[0].removesuffix('warehouse_manager.weights.0')

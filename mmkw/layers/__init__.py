@@ -12,6 +12,7 @@ from .partition import (
     split_options,
 )
 from .warehouse import WarehouseManager
+from .warm_start import check_start_tau, warm_start
 
 __all__ = [
     'DYNAMIC_LAYERS',
@@ -26,8 +27,10 @@ __all__ = [
     'WarehouseManager',
     'WarehouseOptions',
     'WarehousePartition',
+    'check_start_tau',
     'kernel_shape',
     'partition_warehouse',
     'set_temperature',
     'split_options',
+    'warm_start',
 ]

@@ -1,5 +1,6 @@
 """The contrasting-driven attention function (paper, section 3.4) and its temperature."""
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -90,6 +91,41 @@ class Attention(nn.Module):
                     nn.init.zeros_(module.bias)
         if self.has_nonlocal_basis:
             nn.init.zeros_(self.basis_bias)
+
+    @property
+    def start_scale(self) -> float:
+        """What the magnitudes of a mixture's logits are expected to add up to at random start.
+
+        A constant start takes the same scale: by it depends how far a step of the optimiser moves
+        the attention.
+        """
+        width = self.fc1.out_features
+        return 0.8 * math.sqrt(width * (self.num_cells + 1) / self.num_mixtures)
+
+    @property
+    def reach(self) -> float:
+        """The most that the magnitudes of a mixture's attentions can add up to in :meth:`start_at`.
+
+        Below 1 by the constant of the denominator and by a share of the same size for the zero
+        cell: a logit of exactly zero would have no gradient there.
+        """
+        return 1 - 2 * DENOMINATOR_EPS / self.start_scale
+
+    @torch.no_grad()
+    def start_at(self, alpha: Tensor) -> None:
+        """Sets the parameters so that every image is given these attentions at tau = 0.
+
+        The last layer's weights are zero, its biases give the logits. The other layers keep their
+        random start: through them the images come apart as soon as the last layer has moved.
+
+        Args:
+            alpha: Tensor[mixtures, cells], the magnitudes of a row add up to at most :attr:`reach`.
+        """
+        scale, alpha = self.start_scale, alpha.double()
+        zero_cell = scale * (1 - alpha.abs().sum(1, keepdim=True)) - DENOMINATOR_EPS
+        logits = torch.cat([scale * alpha, zero_cell], 1).flatten()
+        self.fc2.weight.zero_()
+        (self.basis_bias if self.has_nonlocal_basis else self.fc2.bias).copy_(logits)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Computes the attentions, in the parameters' precision also under autocast.

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmcv.cnn.bricks import wrappers
 from torch import Tensor, nn
 
 from ..ops import SampleConv, SampleLinear, apply_mixed
@@ -12,6 +13,7 @@ from ..registry import MODELS
 from .attention import Attention
 from .partition import KernelShape, WarehouseOptions, partition_warehouse, split_options
 from .warehouse import WarehouseManager
+from .warm_start import warm_start
 
 DEFAULT_NORM_CFG = dict(type='BN1d')
 
@@ -23,7 +25,7 @@ class DynamicLayer(nn.Module):
     ``(cells, cell_out, cell_in, *cell_kernel)``; ``mmkw.convert`` makes layers that share one. The
     warehouse is reached through a tuple: ``nn.Module`` does not register what is in it, so a shared
     warehouse stays owned by its network alone, while copying and pickling a network keep the
-    reference intact.
+    reference intact. A state dict with the ``weight`` of the static layer gives it a warm start.
 
     Args:
         *args: The arguments of the layer's namesake in ``torch.nn``, in its order.
@@ -120,6 +122,34 @@ class DynamicLayer(nn.Module):
         """Maps every image by the kernel that its pooled input asks for."""
         attention = self.attention(pooled)
         return apply_mixed(x, attention, self.cells, self._grid, self._sample_map, self.bias)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Takes the kernel of a static layer, where its network has not taken it."""
+        kernel = state_dict.pop(f'{prefix}weight', None)
+        if kernel is not None:
+            manager = self._warehouses[0]
+            if manager is not self._modules.get('warehouse_manager'):
+                raise RuntimeError(
+                    f'{prefix}weight is a static kernel for a layer that shares its warehouse. '
+                    'Load static weights into the network that has the warehouse_manager.'
+                )
+            partition = manager.partitions[0]
+            (share,) = partition.layers
+            shape = (share.kernel.out_channels, share.kernel.in_channels, *share.kernel.kernel_size)
+            if kernel.numel() != math.prod(shape) or kernel.shape[:2] != shape[:2]:
+                raise RuntimeError(
+                    f'{prefix}weight is a static kernel of {tuple(kernel.shape)}; this layer has '
+                    f'kernels of {shape}.'
+                )
+            name, tau = share.kernel.layer, manager.start_tau
+            cells, _ = warm_start(
+                partition, {name: kernel}, {name: self.attention}, self.cells, tau
+            )
+            self.attention.temperature = tau
+            state_dict[f'{prefix}warehouse_manager.weights.0'] = cells
+            for part, tensor in self.attention.state_dict().items():
+                state_dict[f'{prefix}attention.{part}'] = tensor
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """The static layer's."""
@@ -221,6 +251,8 @@ class KWLinear(DynamicLayer):
 
 # The dynamic twin of every static layer that has one.
 DYNAMIC_LAYERS = {layer.static_class: layer for layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear)}
+# mmcv's own differ from torch's only for empty batches in torch before 1.5.
+DYNAMIC_LAYERS |= {wrappers.Conv2d: KWConv2d, wrappers.Conv3d: KWConv3d, wrappers.Linear: KWLinear}
 
 
 def kernel_shape(name: str, static: nn.Module) -> KernelShape:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .partition import WarehousePartition
+from .warm_start import check_start_tau
 
 
 class WarehouseManager(nn.Module):
@@ -17,14 +18,18 @@ class WarehouseManager(nn.Module):
 
     Args:
         partitions: The warehouses, in the order of their index.
+        start_tau: The temperature at which a static checkpoint starts the network, 0 or 1; see
+            :func:`~mmkw.layers.warm_start`.
 
     Attributes:
         partitions: The same, as a tuple.
+        start_tau: The same.
         weights: ParameterList of Tensor[cells, cell_out, cell_in, *cell_kernel].
     """
 
-    def __init__(self, partitions: Sequence[WarehousePartition]) -> None:
+    def __init__(self, partitions: Sequence[WarehousePartition], start_tau: float = 0.0) -> None:
         super().__init__()
+        self.start_tau = check_start_tau(start_tau)
         self.partitions = tuple(partitions)
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(partition.num_cells, *partition.cell_shape))

@@ -1,7 +1,19 @@
-"""Sharing plans, the paper's rules for them, and the conversion of static networks."""
+"""Sharing plans, rules and patterns that make them, and the conversion of static networks."""
 
-from .convert import convert
+from .convert import convert, static_networks
+from .families import family_rule, split_groups
+from .patterns import pattern_plan
 from .plan import SharingPlan
 from .rules import convnext_rule, mobilenet_v2_rule, resnet_rule
 
-__all__ = ['SharingPlan', 'convert', 'convnext_rule', 'mobilenet_v2_rule', 'resnet_rule']
+__all__ = [
+    'SharingPlan',
+    'convert',
+    'convnext_rule',
+    'family_rule',
+    'mobilenet_v2_rule',
+    'pattern_plan',
+    'resnet_rule',
+    'split_groups',
+    'static_networks',
+]

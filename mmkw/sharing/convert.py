@@ -1,13 +1,28 @@
 """Turns a built static network into a KernelWarehouse network, in place, by a plan."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import nn
 
 from ..checkpoints import check_checkpoint
 from ..layers import DYNAMIC_LAYERS, KernelShape, PlanError, WarehouseManager, kernel_shape
 from ..layers.dynamic_conv import DEFAULT_NORM_CFG
+from ..layers.value_projection import fused_projections, split_projections
 from .plan import SharingPlan
+
+_building_static: ContextVar[bool] = ContextVar('building static networks', default=False)
+
+
+@contextmanager
+def static_networks() -> Iterator[None]:
+    """Leaves out every conversion: a config builds the static network beside its dynamic one."""
+    token = _building_static.set(True)
+    try:
+        yield
+    finally:
+        _building_static.reset(token)
 
 
 def convert(
@@ -15,13 +30,15 @@ def convert(
     plan: SharingPlan,
     attention_norm_cfg: dict = DEFAULT_NORM_CFG,
     absent: Sequence[KernelShape] = (),
+    start_tau: float = 0.0,
 ) -> nn.Module:
     """Replaces the planned layers of a network by dynamic ones with shared warehouses.
 
-    The network gains a submodule ``warehouse_manager`` and refuses state dicts with other
-    warehouses; every other name stays. Layers that do not
-    require gradients (a frozen stage) give frozen attentions; a warehouse is frozen only if all its
-    layers are. The static kernels are dropped, the biases kept. Checked before anything changes.
+    The network gains a submodule ``warehouse_manager``; every other name stays. It loads state
+    dicts of its own and those of the static network (a warm start), and refuses others. Layers that
+    do not require gradients (a frozen stage) give frozen attentions; a warehouse is frozen only if
+    all its layers are. The static kernels are dropped, the biases kept. Checked before anything
+    changes, but that a fused projection of which the plan names the value is split in two.
 
     Args:
         network: The static network. Its planned layers must be plain ``torch.nn`` convolutions or
@@ -30,14 +47,20 @@ def convert(
         attention_norm_cfg: Norm of the attentions, for ``mmcv.cnn.build_norm_layer``.
         absent: Kernels of planned layers that the network lacks. Their cells stay in the warehouses
             for the others to mix, so that checkpoints of the whole network fit.
+        start_tau: The temperature at which a static checkpoint starts the network: 0, or 1 where a
+            :class:`~mmkw.engine.hooks.TemperatureHook` anneals it. See
+            :func:`~mmkw.layers.warm_start`.
 
     Returns:
-        The same network.
+        The same network; inside of :func:`static_networks` unchanged.
 
     Raises:
+        ValueError: If ``start_tau`` is neither 0 nor 1.
         PlanError: If the network is a Sequential, if a planned layer is missing or cannot be
             dynamic, if two names are one layer, or if the cells of a warehouse do not come out.
     """
+    if _building_static.get():
+        return network
     if hasattr(network, 'warehouse_manager'):
         raise PlanError(f'{type(network).__name__} has a warehouse_manager: it is converted.')
     if isinstance(network, nn.Sequential):
@@ -45,12 +68,16 @@ def convert(
             'The network is a Sequential, which would run its warehouses as a layer. Convert a '
             'module that holds it.'
         )
+    planned = {layer for layer, _ in plan.layers}
+    split_projections(
+        network, [name for name in fused_projections(network) if f'{name}.value' in planned]
+    )
     kernels = {kernel.layer: kernel for kernel in absent}
     static_layers = _find_layers(network, plan, kernels)
     kernels |= {name: kernel_shape(name, layer) for name, layer in static_layers.items()}
     partitions = plan.partition(kernels)
 
-    manager = WarehouseManager(partitions)
+    manager = WarehouseManager(partitions, start_tau)
     twins: dict[nn.Module, nn.Module] = {}
     for index, partition in enumerate(partitions):
         layers = {

@@ -6,7 +6,8 @@ from torch import nn
 
 from ..layers import DYNAMIC_LAYERS
 
-_RESNET_LAYER = re.compile(r'layer(\d+)\.(\d+)\.(conv\d+|downsample\.\d+)')
+# Res2Net has several 3x3 convolutions, ``convs``, in the place of conv2.
+_RESNET_LAYER = re.compile(r'layer(\d+)\.(\d+)\.(conv\d+|convs\.\d+|downsample\.\d+)')
 
 
 def resnet_rule(network: nn.Module) -> list[tuple[str, str]]:

@@ -309,16 +309,6 @@ def test_files_of_other_networks_are_refused_and_nothing_is_loaded(source, targe
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
-def test_static_checkpoints_are_refused():
-    from mmdet.models import ResNet
-
-    file = {f'backbone.{k}': v for k, v in ResNet(18, base_channels=8).state_dict().items()}
-    detector = torch.nn.ModuleDict(dict(backbone=KWResNet(18, base_channels=8)))
-    message = r'static kernels for 19 of the 19 dynamic layers.*layer1.0.conv1.weight'
-    with pytest.raises(CheckpointMismatchError, match=message):
-        load_state_dict(detector, file)
-
-
 def test_a_file_without_the_last_warehouse_is_refused():
     network = KWResNet(18, base_channels=8)
     file = network.state_dict()

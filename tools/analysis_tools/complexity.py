@@ -1,13 +1,13 @@
 """Counts parameters and FLOPs of configs: ``complexity.py CONFIG... [--shape HEIGHT WIDTH]``."""
 
 import argparse
-import copy
 from typing import NamedTuple
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 from torch.utils.flop_counter import FlopCounterMode
+
+from mmkw.engine.building import build_model
 
 
 class Complexity(NamedTuple):
@@ -36,14 +36,8 @@ def count(config: Config, shape: tuple[int, int] | None = None) -> Complexity:
     """
     size = config.model.data_preprocessor.get('size') or (800, 1280)
     height, width = shape or size
-    init_default_scope(config.default_scope)
-    cfg = copy.deepcopy(config.model)
-    cfg.backbone.init_cfg = None
-    if 'pretrained' in cfg:
-        cfg.pretrained = None
     with torch.device('meta'):
-        model = MODELS.build(cfg)
-    model.eval()
+        model = build_model(config).eval()
     image = torch.empty(1, 3, height, width, device='meta')
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.backbone(image)

@@ -54,13 +54,15 @@ def entry(path: Path, old: dict[str, Any], collection: str) -> dict[str, Any]:
     config = Config.fromfile(path)
     complexity = count(config)
     backbone = config.model.backbone
-    checkpoint = (backbone.get('init_cfg') or {}).get('checkpoint') or config.model.get(
-        'pretrained'
-    )
+    wrapped = backbone.get('backbone') or {}
+    initial = wrapped.get('init_cfg') or backbone.get('init_cfg') or {}
+    checkpoint = initial.get('checkpoint') or config.model.get('pretrained')
+    name = backbone.type.removeprefix('mmkw.') + (f' of {wrapped.type}' if wrapped else '')
+    dataset = config.train_dataloader.dataset
     height, width = complexity.shape
     metadata = {
-        'Training Data': DATA[config.train_dataloader.dataset.type],
-        'Backbone': backbone.type.removeprefix('mmkw.'),
+        'Training Data': DATA[dataset.get('dataset', dataset).type],
+        'Backbone': name,
         'Backbone Weights': checkpoint,
         'Parameters': complexity.parameters,
         'Backbone Parameters': complexity.backbone_parameters,

@@ -11,19 +11,15 @@ import torch
 from harness import Case, compare, make_cases, parse_shape, parser
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 from torch import nn
 
+from mmkw.engine.building import build_model
+
 
 def build(config: Config) -> nn.Module:
-    """Builds a model with the random weights it trains from, without pretrained ones."""
-    init_default_scope(config.default_scope)
-    cfg = copy.deepcopy(config.model)
-    cfg.backbone.init_cfg = None
-    if 'pretrained' in cfg:
-        cfg.pretrained = None
-    return revert_sync_batchnorm(MODELS.build(cfg))
+    """Builds a model with the random weights it trains from."""
+    return revert_sync_batchnorm(build_model(config))
 
 
 def make_batch(config: Config, model: nn.Module, shape: tuple[int, int, int]) -> dict:

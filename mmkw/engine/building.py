@@ -1,0 +1,47 @@
+"""Builds the models of configs apart from training: for tools that look at them."""
+
+import copy
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+
+def build_model(config: Config) -> nn.Module:
+    """Builds the model of a config with random weights: pretrained ones are left aside.
+
+    Args:
+        config: Of a detector or segmentor; not changed.
+    """
+    init_default_scope(config.default_scope)
+    return MODELS.build(_without_weights(copy.deepcopy(config.model)))
+
+
+def dynamic_networks(model: nn.Module) -> dict[str, nn.Module]:
+    """The parts of a model that have warehouses, by name.
+
+    Args:
+        model: Any model with networks converted by :func:`~mmkw.sharing.convert`.
+    """
+    return {name: module for name, module in model.named_modules() if _is_dynamic(module)}
+
+
+def _is_dynamic(module: nn.Module) -> bool:
+    # A single layer in conv_cfg has a manager too, but no layers by name.
+    return hasattr(module, 'warehouse_manager') and not hasattr(module, 'static_class')
+
+
+def _without_weights(cfg: Any) -> Any:
+    if isinstance(cfg, dict):
+        for name, value in cfg.items():
+            if name == 'pretrained' or (
+                isinstance(value, dict) and value.get('type') == 'Pretrained'
+            ):
+                cfg[name] = None
+            else:
+                _without_weights(value)
+    elif isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            _without_weights(value)
+    return cfg

@@ -1,0 +1,194 @@
+"""Makes the value projection of an attention, fused with others, a layer of its own.
+
+KernelWarehouse makes the value projection of a transformer dynamic, not query and key. Libraries
+keep the three in one matrix: ``nn.MultiheadAttention.in_proj_weight``, or the ``qkv`` of windowed
+attention. The modules here take their place and read their state dicts.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Windowed attentions of mmdet and mmseg, whose images reach ``qkv`` as windows.
+_WINDOWED = 'ShiftWindowMSA'
+
+
+class SplitProjection(nn.Module):
+    """A fused projection of queries, keys and values in two layers.
+
+    Args:
+        weight: Tensor[3 * channels, channels].
+        bias: Tensor[3 * channels], or None.
+
+    Attributes:
+        query_key: Linear layer to the queries and keys.
+        value: Linear layer to the values.
+    """
+
+    # What a state dict calls the fused parameters, before ``weight`` and ``bias``.
+    fused_prefix = ''
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        channels = weight.shape[1]
+        kwargs = dict(bias=bias is not None, device=weight.device, dtype=weight.dtype)
+        self.query_key = nn.Linear(channels, 2 * channels, **kwargs)
+        self.value = nn.Linear(channels, channels, **kwargs)
+        for name, fused in (('weight', weight), ('bias', bias)):
+            if fused is not None:
+                parts = fused.detach().split([2 * channels, channels])
+                for layer, part in zip((self.query_key, self.value), parts):
+                    parameter = getattr(layer, name)
+                    parameter.data.copy_(part)
+                    parameter.requires_grad_(fused.requires_grad)
+
+    def split_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Splits the fused parameters of a state dict, in place, if it has them.
+
+        Args:
+            state_dict: Of a network with this module, or with the fused one in its place.
+            prefix: The module's place in it.
+        """
+        for name in ('weight', 'bias'):
+            fused = state_dict.pop(f'{prefix}{self.fused_prefix}{name}', None)
+            if fused is not None:
+                query_key, value = fused.split([len(fused) * 2 // 3, len(fused) // 3])
+                state_dict[f'{prefix}query_key.{name}'] = query_key
+                state_dict[f'{prefix}value.{name}'] = value
+
+
+class WindowProjection(SplitProjection):
+    """The ``qkv`` of windowed attention. All windows of an image share its value kernel.
+
+    The average that the kernel follows from is that of all tokens, those of padding among them.
+    """
+
+    def __init__(self, qkv: nn.Linear) -> None:
+        super().__init__(qkv.weight, qkv.bias)
+        self._images = 1
+
+    def count_images(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict) -> None:
+        """Notes how many images the windows come from; a hook before the windows are cut."""
+        self._images = len(inputs[0] if inputs else named['query'])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor[images * windows, tokens, channels] to the same with 3 * channels."""
+        images = x.reshape(self._images, -1, x.shape[-1])
+        return torch.cat([self.query_key(x), self.value(images).view(x.shape)], -1)
+
+
+class SplitMultiheadAttention(SplitProjection):
+    """A ``torch.nn.MultiheadAttention`` with a value projection of its own.
+
+    Args:
+        attention: Of queries, keys and values with the same channels, without ``add_bias_kv`` and
+            ``add_zero_attn``.
+
+    Raises:
+        ValueError: If the attention is of another kind.
+    """
+
+    fused_prefix = 'in_proj_'
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        if attention.in_proj_weight is None or attention.bias_k is not None:
+            raise ValueError('Only attentions with one fused projection, without add_bias_kv.')
+        if attention.add_zero_attn:
+            raise ValueError('Only attentions without add_zero_attn.')
+        super().__init__(attention.in_proj_weight, attention.in_proj_bias)
+        self.out_proj = attention.out_proj
+        self.embed_dim = attention.embed_dim
+        self.num_heads = attention.num_heads
+        self.dropout = attention.dropout
+        self.batch_first = attention.batch_first
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """As in ``torch.nn.MultiheadAttention``, for batches; the weights are not returned."""
+        if not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        weights = self.query_key.weight.chunk(2)
+        biases = (None, None) if self.query_key.bias is None else self.query_key.bias.chunk(2)
+        heads = [
+            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x in (
+                F.linear(query, weights[0], biases[0]),
+                F.linear(key, weights[1], biases[1]),
+                self.value(value),
+            )
+        ]
+        dropout = self.dropout if self.training else 0.0
+        mask = self._mask(attn_mask, key_padding_mask, heads[0])
+        y = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout)
+        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        return (y if self.batch_first else y.transpose(0, 1)), None
+
+    def _mask(
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor
+    ) -> Tensor | None:
+        """What is added to the logits: Tensor[batch, heads or 1, queries or 1, keys]."""
+        masks = []
+        if attn_mask is not None:
+            per_head = attn_mask.dim() == 3
+            masks.append(attn_mask.unflatten(0, (len(query), -1)) if per_head else attn_mask)
+        if key_padding_mask is not None:
+            masks.append(key_padding_mask[:, None, None, :])
+        total = None
+        for mask in masks:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask, -torch.inf)
+            total = mask if total is None else total + mask
+        return total
+
+
+def fused_projections(network: nn.Module) -> dict[str, nn.Module]:
+    """The fused projections of a network that can be split, by name, in module order."""
+    found = {}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            found[name] = module
+        elif type(module).__name__ == _WINDOWED:
+            found[f'{name}.w_msa.qkv'] = module.w_msa.qkv
+    return found
+
+
+def split_projections(network: nn.Module, names: list[str]) -> None:
+    """Splits fused projections of a network, in place; it goes on reading its state dicts.
+
+    Args:
+        network: With :func:`fused_projections`.
+        names: Which of them.
+
+    Raises:
+        ValueError: If one is of a kind that cannot be split.
+    """
+    for name in names:
+        parent_name, _, child = name.rpartition('.')
+        parent = network.get_submodule(parent_name)
+        fused = getattr(parent, child)
+        if isinstance(fused, nn.MultiheadAttention):
+            split = SplitMultiheadAttention(fused)
+        else:
+            split = WindowProjection(fused)
+            windows = network.get_submodule(parent_name.rpartition('.')[0])
+            windows.register_forward_pre_hook(split.count_images, with_kwargs=True)
+        setattr(parent, child, split.train(fused.training))
+    if names:
+        network._register_load_state_dict_pre_hook(_split_state_dict, with_module=True)
+
+
+def _split_state_dict(
+    network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
+    for name, module in network.named_modules():
+        if isinstance(module, SplitProjection):
+            module.split_state_dict(state_dict, f'{prefix}{name}.')

@@ -1,0 +1,191 @@
+"""Which layers of any network share a warehouse: known families, and a general rule."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import nn
+
+from ..layers import DYNAMIC_LAYERS, WarehouseOptions, kernel_shape
+from ..layers.attention import MIN_WIDTH
+from ..layers.partition import partition_warehouse
+from ..layers.value_projection import fused_projections
+from .rules import convnext_rule, mobilenet_v2_rule, resnet_rule
+
+# Layers of fewer channels see the image or make predictions; their cells could hold nothing.
+MIN_CHANNELS = 16
+# Parameters of the attentions of a warehouse, relative to its cells at a budget of 1, from which on
+# its cells are too small to be worth them.
+MAX_OVERHEAD = 1.0
+
+
+def plannable_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a network that can be dynamic, by name, in module order.
+
+    A value projection that is fused with others is among them, as ``NAME.value``.
+
+    Args:
+        network: A static network.
+    """
+    layers = {}
+    fused = fused_projections(network)
+    for name, module in network.named_modules():
+        if name in fused:
+            channels = module.embed_dim if hasattr(module, 'embed_dim') else module.in_features
+            layers[f'{name}.value'] = nn.Linear(channels, channels, device='meta')
+        elif type(module) in DYNAMIC_LAYERS and module._parameters.get('weight') is not None:
+            layers[name] = module
+    return layers
+
+
+def family_rule(network: nn.Module) -> list[tuple[str, str]]:
+    """Shares the layers of a network by the rule of its family; of an unknown one, by the general.
+
+    ResNets (ResNeXt, Res2Net, RegNet and what else is derived), ConvNeXt and MobileNetV2 share as
+    in the paper. In transformers (ViT, Swin, MiT) the value projections of a stage share a
+    warehouse, and its MLPs another; the layers of a ViT count as four stages. Elsewhere the
+    convolutions of a stage share, and its grouped, depthwise and linear layers each among
+    themselves; a stage is what the name says up to its first number, and layers of fewer than
+    16 channels (the image, the predictions) are static. Groups whose common divisor makes cells
+    useless are split; see :func:`split_groups`.
+
+    Args:
+        network: A static network.
+
+    Returns:
+        Pairs of layer and warehouse in module order.
+    """
+    layers = plannable_layers(network)
+    names = {parent.__name__ for parent in type(network).__mro__}
+    rule = next((rule for family, rule in _FAMILIES.items() if family in names), _general_rule)
+    return split_groups(rule(network), layers)
+
+
+def split_groups(
+    pairs: Iterable[tuple[str, str]], layers: Mapping[str, nn.Module]
+) -> list[tuple[str, str]]:
+    """Splits warehouses whose cells would be uselessly small.
+
+    Cells have the greatest common divisor of the layers' channels. Where it is small there are many
+    cells, and a mixture attends to all of them: a warehouse is useless when its attentions have
+    more parameters than its cells. It is split by the shapes of its kernels, those that fit
+    together joined again; then, if one shape has too many layers, into runs of layers.
+
+    Args:
+        pairs: Pairs of layer and warehouse in module order.
+        layers: The static layers.
+
+    Returns:
+        The pairs, in their order, with a number appended to the warehouses that were split.
+    """
+    pairs = list(pairs)
+    groups: dict[str, list[str]] = {}
+    for layer, warehouse in pairs:
+        groups.setdefault(warehouse, []).append(layer)
+    home = {}
+    for warehouse, members in groups.items():
+        parts = _split([member for member in members if member in layers], layers)
+        for number, part in enumerate(parts, 1):
+            name = warehouse if len(parts) == 1 else f'{warehouse}_{number}'
+            home |= dict.fromkeys(part, name)
+    return [(layer, home[layer]) for layer, _ in pairs if layer in home]
+
+
+def attention_overhead(members: Sequence[str], layers: Mapping[str, nn.Module]) -> float:
+    """Parameters of the attentions of layers that share a warehouse, relative to its cells.
+
+    Args:
+        members: Names of the layers.
+        layers: The static layers.
+    """
+    kernels = [kernel_shape(name, layers[name]) for name in members]
+    options = WarehouseOptions()
+    partition = partition_warehouse('', kernels, options)
+    weights = 0.0
+    for share in partition.layers:
+        groups = getattr(layers[share.kernel.layer], 'groups', 1)
+        width = max(share.kernel.in_channels * groups * options.reduction, MIN_WIDTH)
+        weights += share.num_mixtures * (partition.num_cells + 1) * width
+    return weights / (partition.num_cells * math.prod(partition.cell_shape))
+
+
+def _split(members: list[str], layers: Mapping[str, nn.Module]) -> list[list[str]]:
+    dims = {layers[name].weight.dim() for name in members}
+    if len(members) < 2 or (len(dims) == 1 and attention_overhead(members, layers) <= MAX_OVERHEAD):
+        return [members] if members else []
+    shapes: dict[tuple, list[str]] = {}
+    for name in members:
+        shapes.setdefault(tuple(layers[name].weight.shape), []).append(name)
+    if len(shapes) == 1:
+        half = len(members) // 2
+        return _split(members[:half], layers) + _split(members[half:], layers)
+    joined: list[list[str]] = []
+    for part in (part for same in shapes.values() for part in _split(same, layers)):
+        for other in joined:
+            fits = layers[other[0]].weight.dim() == layers[part[0]].weight.dim()
+            if fits and attention_overhead(other + part, layers) <= MAX_OVERHEAD:
+                other += part
+                break
+        else:
+            joined.append(list(part))
+    order = {name: place for place, name in enumerate(members)}
+    return sorted((sorted(part, key=order.get) for part in joined), key=lambda part: order[part[0]])
+
+
+def _general_rule(network: nn.Module) -> list[tuple[str, str]]:
+    pairs = []
+    for name, layer in plannable_layers(network).items():
+        shape = kernel_shape(name, layer)
+        groups = getattr(layer, 'groups', 1)
+        depthwise = groups == shape.out_channels and shape.in_channels == 1
+        if shape.out_channels < MIN_CHANNELS or shape.in_channels * groups < MIN_CHANNELS:
+            continue
+        if isinstance(layer, nn.Linear):
+            kind = 'linear'
+        else:
+            kind = 'depthwise' if depthwise else 'grouped' if groups > 1 else 'conv'
+        pairs.append((name, f'{_stage(name)}_{kind}'))
+    return pairs
+
+
+def _stage(name: str) -> str:
+    """The first parts of a name, up to the first with a number."""
+    parts = name.split('.')
+    for index, part in enumerate(parts[:-1]):
+        if re.search(r'\d', part):
+            return '_'.join(parts[: index + 1])
+    return parts[0] if len(parts) > 1 else 'network'
+
+
+_VALUE_OR_MLP = re.compile(r'(.+?)\.(?:(attn|ga)\b.*\.value|ffn\..+)')
+
+
+def _transformer_rule(network: nn.Module) -> list[tuple[str, str]]:
+    found = []
+    for name, layer in plannable_layers(network).items():
+        match = _VALUE_OR_MLP.fullmatch(name)
+        # MiT's MLP has a depthwise convolution, which is no matrix.
+        if match is None or getattr(layer, 'groups', 1) > 1:
+            continue
+        found.append((name, match[1], 'value' if match[2] else 'mlp'))
+    blocks = list(dict.fromkeys(block for _, block, _ in found))
+    stages = {block: _stage(f'{block}.') for block in blocks}
+    if len(set(stages.values())) == len(blocks):
+        # A row of blocks without stages: four of them, as feature pyramids take them.
+        stages = {block: f'stage{4 * i // len(blocks)}' for i, block in enumerate(blocks)}
+    return [(name, f'{stages[block]}_{kind}') for name, block, kind in found]
+
+
+def _mobilenet_v2_rule(network: nn.Module) -> list[tuple[str, str]]:
+    return mobilenet_v2_rule(network, 'joint')
+
+
+# By the class, or the nearest class it is derived from.
+_FAMILIES: dict[str, Callable[[nn.Module], list[tuple[str, str]]]] = {
+    'ResNet': resnet_rule,
+    'ConvNeXt': convnext_rule,
+    'MobileNetV2': _mobilenet_v2_rule,
+    'SwinTransformer': _transformer_rule,
+    'VisionTransformer': _transformer_rule,
+    'MixVisionTransformer': _transformer_rule,
+}

@@ -1,0 +1,86 @@
+"""Plans that a user writes as a list of patterns of layer names."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..layers import PlanError, WarehouseOptions
+from .families import plannable_layers
+from .plan import SharingPlan
+
+
+def pattern_plan(
+    network: nn.Module, patterns: Sequence[Mapping[str, Any]], **options: Any
+) -> SharingPlan:
+    r"""Makes a plan from patterns: the first that a name matches decides; the rest is static.
+
+    Args:
+        network: A static network.
+        patterns: Of each a regular expression ``match`` for whole names, ``warehouse``, a name that
+            may refer to groups of the expression (``r'stage\1'``; the expression itself if there
+            is none), and any options of :class:`~mmkw.layers.WarehouseOptions`.
+        **options: Options of the warehouses whose patterns do not give them.
+
+    Raises:
+        PlanError: If a pattern is malformed or matches no layer that an earlier one has left, if it
+            matches a layer that cannot be dynamic, or if two give one warehouse different options.
+    """
+    layers = plannable_layers(network)
+    kernels = {
+        name: module
+        for name, module in network.named_modules()
+        if getattr(module, 'weight', None) is not None and module.weight.dim() > 1
+    }
+    names = [name for name, _ in network.named_modules()] + list(layers)
+    compiled = [_compiled(number, pattern) for number, pattern in enumerate(patterns)]
+    home: dict[str, str] = {}
+    settings: dict[str, WarehouseOptions] = {}
+    for expression, pattern in compiled:
+        own = {k: v for k, v in pattern.items() if k not in ('match', 'warehouse')}
+        chosen = WarehouseOptions(**{**options, **own})
+        matched = {name: match for name in names if (match := expression.fullmatch(name))}
+        found = [name for name in matched if name in layers and name not in home]
+        wrong = [name for name in matched if name in kernels and name not in layers]
+        if wrong:
+            kind = type(kernels[wrong[0]]).__name__
+            raise PlanError(
+                f'patterns: match={expression.pattern!r} catches {wrong[0]}, a {kind}, which has '
+                'no dynamic twin. Only plain convolutions and linear layers have one: narrow the '
+                'pattern.'
+            )
+        if not found:
+            earlier = [name for name in matched if name in home]
+            reason = f'earlier patterns have taken {earlier[0]}' if earlier else 'no layer matches'
+            examples = ', '.join(list(layers)[:4])
+            raise PlanError(
+                f'patterns: match={expression.pattern!r} decides nothing: {reason}. It has to '
+                f'match the whole name; {type(network).__name__} has layers such as {examples}.'
+            )
+        for name in found:
+            warehouse = matched[name].expand(pattern.get('warehouse', '')) or expression.pattern
+            if settings.setdefault(warehouse, chosen) != chosen:
+                raise PlanError(
+                    f'patterns: match={expression.pattern!r} gives warehouse {warehouse!r} other '
+                    'options than an earlier pattern. Give both the same, or name two warehouses.'
+                )
+            home[name] = warehouse
+    return SharingPlan(tuple((name, home[name]) for name in layers if name in home), settings)
+
+
+def _compiled(number: int, pattern: Any) -> tuple[re.Pattern, Mapping[str, Any]]:
+    if not isinstance(pattern, Mapping) or 'match' not in pattern:
+        raise PlanError(
+            f'patterns[{number}] must be a dict(match=..., warehouse=..., ...), got {pattern!r}.'
+        )
+    known = {'match', 'warehouse', *WarehouseOptions.__dataclass_fields__}
+    unknown = set(pattern) - known
+    if unknown:
+        raise PlanError(
+            f'patterns[{number}] has the unknown {sorted(unknown)}; known are {sorted(known)}.'
+        )
+    try:
+        return re.compile(pattern['match']), pattern
+    except re.error as error:
+        raise PlanError(f'patterns[{number}]: match={pattern["match"]!r}: {error}.') from error

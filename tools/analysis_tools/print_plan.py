@@ -1,0 +1,251 @@
+"""Shows the warehouses of a config before anything is trained: ``print_plan.py CONFIG``.
+
+Cells, mixtures and parameters of every warehouse, the channels that make its cells small, and
+totals against the static network. ``--budget-params 30M`` looks for budgets that meet a total.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from mmengine.config import Config, DictAction
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmkw.engine.building import build_model, dynamic_networks
+from mmkw.layers import Attention, PlanError, WarehousePartition, partition_warehouse
+from mmkw.sharing import static_networks
+
+# Budgets that are tried, those of the paper and between.
+BUDGETS = (1 / 16, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, *range(1, 17))
+
+COLUMNS = (
+    'warehouse',
+    'layers',
+    'budget',
+    'cell',
+    'cells',
+    'mixtures',
+    'parameters of the cells',
+    'of the attentions',
+    'channels that force small cells',
+)
+
+
+def parameters(module: nn.Module) -> int:
+    """Counts the parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def small_channels(sizes: list[int]) -> str:
+    """The channels without which the common divisor of all would be larger."""
+    divisor = math.gcd(*sizes)
+    found = []
+    for size in sorted(set(sizes)):
+        others = [other for other in sizes if other != size]
+        if size != divisor and others and math.gcd(*others) > divisor:
+            found.append(str(size))
+    return ', '.join(found)
+
+
+def plan_lines(name: str, network: nn.Module) -> Iterator[str]:
+    """A table of the warehouses of a network.
+
+    Args:
+        name: Of the network in its model.
+        network: A converted network.
+    """
+    layers = dict(network.named_modules())
+    kind = type(network).__name__
+    yield f'{name} ({kind})'
+    yield ''
+    yield '| ' + ' | '.join(COLUMNS) + ' |'
+    yield '|---' * len(COLUMNS) + '|'
+    for partition in network.warehouse_manager.partitions:
+        shares = partition.layers
+        attentions = [layers[s.kernel.layer].attention for s in shares if s.kernel.layer in layers]
+        small = [
+            f'{side} {channels}'
+            for side, channels in (
+                ('out', small_channels([s.kernel.out_channels for s in shares])),
+                ('in', small_channels([s.kernel.in_channels for s in shares])),
+            )
+            if channels
+        ]
+        yield (
+            f'| {partition.name} | {len(shares)} | {partition.options.cell_num_ratio:g} '
+            f'| {"x".join(map(str, partition.cell_shape))} | {partition.num_cells} '
+            f'| {sum(s.num_mixtures for s in shares)} '
+            f'| {partition.num_cells * math.prod(partition.cell_shape):,} '
+            f'| {sum(map(parameters, attentions)):,} | {"; ".join(small)} |'
+        )
+    yield ''
+    for partition in network.warehouse_manager.partitions:
+        yield f'{partition.name}: {", ".join(str(share.kernel) for share in partition.layers)}'
+    yield ''
+
+
+def cost(partition: WarehousePartition, network: nn.Module, budget: float) -> int | None:
+    """Parameters of a warehouse's cells and attentions under a budget; None if it does not fit.
+
+    Args:
+        partition: The warehouse as it is.
+        network: The network it belongs to.
+        budget: ``cell_num_ratio`` to try.
+    """
+    options = replace(partition.options, cell_num_ratio=budget)
+    kernels = [share.kernel for share in partition.layers]
+    try:
+        cut = partition_warehouse(partition.name, kernels, options)
+    except PlanError:
+        return None
+    total = cut.num_cells * math.prod(cut.cell_shape)
+    layers = dict(network.named_modules())
+    for share in cut.layers:
+        if share.kernel.layer in layers:
+            old = layers[share.kernel.layer].attention
+            norm = dict(type='LN' if old.fc1.bias is not None else 'BN1d')
+            with torch.device('meta'):
+                total += parameters(
+                    Attention(old.fc1.in_features, share, cut.num_cells, options, norm)
+                )
+    return total
+
+
+def solve(costs: list[dict[float, int]], target: int) -> list[float] | None:
+    """Chooses a budget for every warehouse, as even as the total allows.
+
+    The largest budget that all can have comes first; then warehouses are raised one by one, those
+    with the smallest budget first, of these the one that costs most and still fits.
+
+    Args:
+        costs: For every warehouse the parameters of every budget it can have.
+        target: Parameters of all together, at most.
+
+    Returns:
+        Budgets, or None if the smallest are too large.
+    """
+    chosen = [min(cost) for cost in costs]
+    common = set.intersection(*(set(cost) for cost in costs))
+    for budget in sorted(common):
+        if sum(cost[budget] for cost in costs) <= target:
+            chosen = [budget] * len(costs)
+    spent = sum(cost[budget] for cost, budget in zip(costs, chosen))
+    if spent > target:
+        return None
+    while True:
+        raises = []
+        for index, (cost, budget) in enumerate(zip(costs, chosen)):
+            more = min((b for b in cost if b > budget), default=None)
+            if more is not None and spent + cost[more] - cost[budget] <= target:
+                raises.append((-budget, cost[more] - cost[budget], index, more))
+        if not raises:
+            return chosen
+        _, added, index, more = max(raises)
+        chosen[index] = more
+        spent += added
+
+
+def flops(model: nn.Module, shape: tuple[int, int]) -> int:
+    """Multiply-adds of a model's backbone for one image."""
+    image = torch.empty(1, 3, *shape, device='meta')
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval().backbone(image)
+    # The counter counts a multiply-add as two.
+    return counter.get_total_flops() // 2
+
+
+def amount(text: str) -> int:
+    """Reads ``30M``, ``28.9m`` or ``30000000``."""
+    units = {'K': 1e3, 'M': 1e6, 'G': 1e9}
+    unit = units.get(text[-1:].upper(), 1)
+    try:
+        value = float(text[:-1] if unit > 1 else text) * unit
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is no number of parameters such as 30M')
+    return int(value)
+
+
+def main() -> None:
+    """Reads the command line and prints."""
+    parser = argparse.ArgumentParser(description='Show the warehouses of a config')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
+    parser.add_argument(
+        '--shape', nargs=2, type=int, default=(800, 1280), help='height and width for the FLOPs'
+    )
+    parser.add_argument(
+        '--budget-params',
+        type=amount,
+        help='parameters of the networks with warehouses, such as 30M: look for budgets',
+    )
+    args = parser.parse_args()
+    config = Config.fromfile(args.config)
+    config.merge_from_dict(args.cfg_options)
+    with torch.device('meta'):
+        model = build_model(config)
+        with static_networks():
+            static = build_model(config)
+    networks = dynamic_networks(model)
+    if not networks:
+        parser.error(
+            f'{args.config} builds no network with warehouses; use a backbone such as '
+            "'mmkw.KWResNet' or 'mmkw.KWBackbone'"
+        )
+    for name, network in networks.items():
+        print('\n'.join(plan_lines(name, network)))
+    cells = sum(parameters(network.warehouse_manager) for network in networks.values())
+    attentions = sum(parameters(m) for m in model.modules() if isinstance(m, Attention))
+    dynamic = sum(map(parameters, networks.values()))
+    plain = sum(parameters(static.get_submodule(name)) for name in networks)
+    height, width = args.shape
+    print('| | static | dynamic | ratio |\n|---|---|---|---|')
+    rows = [
+        ('parameters of the model', parameters(static), parameters(model)),
+        ('parameters of the networks above', plain, dynamic),
+        (
+            f'backbone FLOPs at {height} x {width}',
+            flops(static, args.shape),
+            flops(model, args.shape),
+        ),
+    ]
+    for label, before, after in rows:
+        print(f'| {label} | {before:,} | {after:,} | {after / before:.3f} |')
+    print(f'\nOf these {cells:,} are cells and {attentions:,} attentions.')
+    if args.budget_params:
+        print_budgets(parser, networks, dynamic, args.budget_params)
+
+
+def print_budgets(
+    parser: argparse.ArgumentParser, networks: dict[str, nn.Module], dynamic: int, target: int
+) -> None:
+    """Prints the budgets that meet a total, network by network."""
+    places = [(net, p) for net in networks.values() for p in net.warehouse_manager.partitions]
+    costs = []
+    for network, partition in places:
+        found = {budget: cost(partition, network, budget) for budget in BUDGETS}
+        costs.append({budget: price for budget, price in found.items() if price is not None})
+    now = [cost(p, network, p.options.cell_num_ratio) for network, p in places]
+    fixed = dynamic - sum(now)
+    budgets = solve(costs, target - fixed)
+    if budgets is None:
+        least = fixed + sum(min(prices.values()) for prices in costs)
+        parser.error(
+            f'--budget-params {target:,}: the least is {least:,}, of which {fixed:,} are static; '
+            'smaller cells (cell_inplane_ratio, cell_outplane_ratio) allow smaller budgets'
+        )
+    total = fixed + sum(prices[budget] for prices, budget in zip(costs, budgets))
+    print(f'\nFor {target:,} parameters, {total:,} with')
+    chosen = iter(budgets)
+    for name, network in networks.items():
+        own = [next(chosen) for _ in network.warehouse_manager.partitions]
+        value = own[0] if len(set(own)) == 1 else own
+        print(f'{name}: cell_num_ratio={value}')
+
+
+if __name__ == '__main__':
+    main()
