@@ -3,19 +3,29 @@
 import copy
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 
-def build_model(config: Config) -> nn.Module:
+def build_model(config: Config, on_meta: bool = False) -> nn.Module:
     """Builds the model of a config with random weights: pretrained ones are left aside.
 
     Args:
         config: Of a detector or segmentor; not changed.
+        on_meta: Tensors without memory, for counting.
     """
     init_default_scope(config.default_scope)
-    return MODELS.build(_without_weights(copy.deepcopy(config.model)))
+    cfg = _without_weights(copy.deepcopy(config.model))
+    if not on_meta:
+        return MODELS.build(cfg)
+    try:
+        with torch.device('meta'):
+            return MODELS.build(copy.deepcopy(cfg))
+    except RuntimeError:
+        # Some networks read numbers from tensors while they are built.
+        return MODELS.build(cfg).to('meta')
 
 
 def dynamic_networks(model: nn.Module) -> dict[str, nn.Module]:

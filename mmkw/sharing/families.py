@@ -12,8 +12,11 @@ from ..layers.partition import partition_warehouse
 from ..layers.value_projection import fused_projections
 from .rules import convnext_rule, mobilenet_v2_rule, resnet_rule
 
-# Layers of fewer channels see the image or make predictions; their cells could hold nothing.
+# Layers of fewer channels see the image or make predictions.
 MIN_CHANNELS = 16
+# Parameters of a layer's attention in a warehouse of its own, relative to its kernel, from which on
+# the general rule leaves it static.
+MAX_OWN_OVERHEAD = 0.25
 # Parameters of the attentions of a warehouse, relative to its cells at a budget of 1, from which on
 # its cells are too small to be worth them.
 MAX_OVERHEAD = 1.0
@@ -44,10 +47,11 @@ def family_rule(network: nn.Module) -> list[tuple[str, str]]:
     ResNets (ResNeXt, Res2Net, RegNet and what else is derived), ConvNeXt and MobileNetV2 share as
     in the paper. In transformers (ViT, Swin, MiT) the value projections of a stage share a
     warehouse, and its MLPs another; the layers of a ViT count as four stages. Elsewhere the
-    convolutions of a stage share, and its grouped, depthwise and linear layers each among
-    themselves; a stage is what the name says up to its first number, and layers of fewer than
-    16 channels (the image, the predictions) are static. Groups whose common divisor makes cells
-    useless are split; see :func:`split_groups`.
+    convolutions of a stage share, and its grouped and its linear layers among themselves; a stage
+    is what the name says up to its first number. Static there are layers of fewer than 16 channels
+    (the image, the predictions) and kernels too small to be worth an attention (most depthwise
+    ones).
+    Groups whose common divisor makes cells useless are split; see :func:`split_groups`.
 
     Args:
         network: A static network.
@@ -137,13 +141,11 @@ def _general_rule(network: nn.Module) -> list[tuple[str, str]]:
     for name, layer in plannable_layers(network).items():
         shape = kernel_shape(name, layer)
         groups = getattr(layer, 'groups', 1)
-        depthwise = groups == shape.out_channels and shape.in_channels == 1
         if shape.out_channels < MIN_CHANNELS or shape.in_channels * groups < MIN_CHANNELS:
             continue
-        if isinstance(layer, nn.Linear):
-            kind = 'linear'
-        else:
-            kind = 'depthwise' if depthwise else 'grouped' if groups > 1 else 'conv'
+        if attention_overhead([name], {name: layer}) > MAX_OWN_OVERHEAD:
+            continue
+        kind = 'linear' if isinstance(layer, nn.Linear) else 'grouped' if groups > 1 else 'conv'
         pairs.append((name, f'{_stage(name)}_{kind}'))
     return pairs
 

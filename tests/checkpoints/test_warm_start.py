@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,6 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_checkpoint, load_state_dict
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmkw.checkpoints import CheckpointMismatchError
 from mmkw.layers import KWConv2d, KWLinear, WarehouseOptions, partition_warehouse
@@ -17,7 +18,11 @@ from mmkw.layers.attention import Attention
 from mmkw.layers.partition import KernelShape
 from mmkw.layers.warm_start import warm_start
 from mmkw.ops import mix_cells
-from mmkw.sharing import SharingPlan, convert, static_networks
+from mmkw.sharing import SharingPlan, convert
+
+sys.path.insert(0, str(Path(__file__).parents[2] / 'tools/analysis_tools'))
+import exactness
+from exactness import difference, outputs
 
 HRNET = {
     f'stage{stage}': dict(
@@ -85,49 +90,16 @@ NETWORKS = {
 }
 
 
-@contextlib.contextmanager
-def scope(name):
-    pytest.importorskip(name if name != 'mmkw' else 'mmdet', reason='the network is its')
-    with DefaultScope.overwrite_default_scope('mmdet' if name == 'mmkw' else name):
-        yield
-
-
 def build(name, **wrapper):
-    """The static network, or with options of the wrapper the dynamic one."""
     library, config, _ = NETWORKS[name]
-    config = dict(config, type=f'{library}.{config["type"]}')
-    with scope(library):
-        return MODELS.build(dict(type='mmkw.KWBackbone', backbone=config, **wrapper))
+    pytest.importorskip('mmdet' if library == 'mmkw' else library, reason='the network is its')
+    return exactness.build(library, config, **wrapper)
 
 
 def build_static(name):
-    """With weights and statistics that no layer can be left out with."""
-    with static_networks():
-        network = build(name)
-    network.init_weights()
-    for module in network.modules():
-        if isinstance(module, (_BatchNorm, nn.LayerNorm)):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-        if isinstance(module, _BatchNorm):
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-        if isinstance(getattr(module, 'gamma', None), nn.Parameter):
-            # A layer scale of 1e-6 would hide its block.
-            nn.init.uniform_(module.gamma, 0.5, 1.5)
-    return network
-
-
-def outputs(network, side, dtype=torch.float32):
-    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1)).to(dtype)
-    # mmdet's ResNet.eval() returns None.
-    network.eval()
-    with torch.no_grad():
-        return network(x)
-
-
-def difference(ys, zs):
-    return max(float((y - z).abs().max() / z.abs().max()) for y, z in zip(ys, zs, strict=True))
+    library, config, _ = NETWORKS[name]
+    pytest.importorskip('mmdet' if library == 'mmkw' else library, reason='the network is its')
+    return exactness.build_static(library, config)
 
 
 @pytest.mark.parametrize('budget, tau', [(1, 1), (2, 0), (4, 0)])
@@ -295,7 +267,7 @@ def test_a_layer_alone_takes_a_static_kernel():
 
 
 def test_a_static_kernel_for_a_part_of_a_network_is_refused():
-    with pytest.raises(RuntimeError, match='shares its warehouse. Load static weights into the'):
+    with pytest.raises(RuntimeError, match='shares its warehouse'):
         net().a.load_state_dict(Net().a.state_dict())
 
 
@@ -335,7 +307,7 @@ def test_a_config_s_pretrained_file_starts_the_network(tmp_path):
     state = static.state_dict() | {'fc.weight': torch.zeros(5, 128)}
     torch.save(state, tmp_path / 'resnet18.pth')
     weights = dict(type='Pretrained', checkpoint=str(tmp_path / 'resnet18.pth'))
-    with scope('mmdet'):
+    with DefaultScope.overwrite_default_scope('mmdet'):
         cfg = dict(type='mmkw.KWResNet', depth=18, base_channels=16, init_cfg=weights)
         network = MODELS.build(dict(cfg, cell_num_ratio=4))
     network.init_weights()
@@ -369,7 +341,7 @@ def test_load_from_starts_a_whole_model(tmp_path):
 )
 def test_a_static_checkpoint_of_another_depth_is_refused(depths, message):
     stored, wanted = depths
-    with scope('mmdet'):
+    with DefaultScope.overwrite_default_scope('mmdet'):
         static = MODELS.build(dict(type='mmkw.ResNet', depth=stored, base_channels=16))
         network = MODELS.build(dict(type='mmkw.KWResNet', depth=wanted, base_channels=16))
     before = {key: value.clone() for key, value in network.state_dict().items()}
@@ -379,8 +351,10 @@ def test_a_static_checkpoint_of_another_depth_is_refused(depths, message):
 
 
 def test_a_static_checkpoint_of_another_width_is_refused():
-    with scope('mmdet'):
+    with DefaultScope.overwrite_default_scope('mmdet'):
         static = MODELS.build(dict(type='mmkw.ResNet', depth=18, base_channels=8))
         network = MODELS.build(dict(type='mmkw.KWResNet', depth=18, base_channels=16))
-    with pytest.raises(CheckpointMismatchError, match=r'of \(16, 16, 3, 3\), it has \(8, 8, 3, 3\)'):
+    with pytest.raises(
+        CheckpointMismatchError, match=r'of \(16, 16, 3, 3\), it has \(8, 8, 3, 3\)'
+    ):
         network.load_state_dict(static.state_dict())

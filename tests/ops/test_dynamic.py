@@ -258,6 +258,25 @@ def test_the_sum_is_handed_over_without_a_copy(monkeypatch):
     assert {w.grad.data_ptr() for w in network.warehouse_manager.weights} == set(sums)
 
 
+@pytest.mark.parametrize(
+    'layer, shape',
+    [
+        (KWConv2d(4, 6, 1), (2, 4, 5, 5)),
+        (KWConv2d(4, 4, 3, groups=4, padding=1), (2, 4, 5, 5)),
+        (KWConv2d(4, 6, 3), (2, 4, 5, 5)),
+        (KWConv2d(4, 6, 3), (1, 4, 5, 5)),
+        (KWLinear(4, 6), (2, 5, 4)),
+    ],
+)
+def test_results_may_be_changed_in_place(layer, shape):
+    """As activations do that follow a layer."""
+    x = torch.randn(shape)
+    layer.eval()
+    (expected,) = torch.autograd.grad(layer(x).relu().square().sum(), layer.cells)
+    (found,) = torch.autograd.grad(layer(x).relu_().square().sum(), layer.cells)
+    torch.testing.assert_close(found, expected)
+
+
 def test_no_kernel_is_kept_for_the_backward_pass():
     layer = KWConv2d(64, 64, 3, bias=False)
     x, kept = torch.randn(8, 64, 4, 4), []

@@ -36,8 +36,7 @@ def count(config: Config, shape: tuple[int, int] | None = None) -> Complexity:
     """
     size = config.model.data_preprocessor.get('size') or (800, 1280)
     height, width = shape or size
-    with torch.device('meta'):
-        model = build_model(config).eval()
+    model = build_model(config, on_meta=True).eval()
     image = torch.empty(1, 3, height, width, device='meta')
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.backbone(image)

@@ -45,7 +45,7 @@ def small_channels(sizes: list[int]) -> str:
     found = []
     for size in sorted(set(sizes)):
         others = [other for other in sizes if other != size]
-        if size != divisor and others and math.gcd(*others) > divisor:
+        if others and math.gcd(*others) > divisor:
             found.append(str(size))
     return ', '.join(found)
 
@@ -186,10 +186,9 @@ def main() -> None:
     args = parser.parse_args()
     config = Config.fromfile(args.config)
     config.merge_from_dict(args.cfg_options)
-    with torch.device('meta'):
-        model = build_model(config)
-        with static_networks():
-            static = build_model(config)
+    model = build_model(config, on_meta=True)
+    with static_networks():
+        static = build_model(config, on_meta=True)
     networks = dynamic_networks(model)
     if not networks:
         parser.error(

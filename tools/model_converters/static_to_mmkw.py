@@ -6,6 +6,7 @@ kernels any more, and both networks are run on an image and compared first.
 
 import argparse
 import os.path as osp
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,13 +37,12 @@ def calls_of(model: nn.Module, networks: dict[str, nn.Module], image: Tensor) ->
         image: Tensor[1, 3, height, width].
     """
     calls: dict[str, tuple] = {}
+
+    def note(name: str, _: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        calls.setdefault(name, (args, kwargs, output))
+
     handles = [
-        network.register_forward_hook(
-            lambda module, args, kwargs, output, name=name: calls.setdefault(
-                name, (args, kwargs, output)
-            ),
-            with_kwargs=True,
-        )
+        network.register_forward_hook(partial(note, name), with_kwargs=True)
         for name, network in networks.items()
     ]
     with torch.no_grad():
@@ -132,7 +132,9 @@ def main() -> None:
         parser.error(str(error))
     torch.manual_seed(0)
     image = torch.randn(1, 3, *args.shape)
-    differences = largest_difference(model.eval(), static.eval(), networks, image)
+    # Some networks' eval() returns nothing.
+    model.eval(), static.eval()
+    differences = largest_difference(model, static, networks, image)
     for name in networks:
         seen = f'{differences[name]:.1e}' if name in differences else 'not run'
         print(f'{name or "backbone"}: largest difference of an output, relative: {seen}')

@@ -1,0 +1,5 @@
+"""Goes on from the static network's weights: ``load_from`` its checkpoint."""
+
+_base_ = './mask-rcnn_r18_fpn_mini-coco.py'
+
+model = dict(backbone=dict(type='mmkw.KWResNet', cell_num_ratio=1))

@@ -1,0 +1,91 @@
+"""KWBackbone: any registered module, its own class, its own arguments."""
+
+import pytest
+import torch
+from mmengine.registry import MODELS, DefaultScope
+
+from mmkw.layers import KWConv2d, PlanError
+from mmkw.layers.attention import Attention
+from mmkw.sharing import static_networks
+
+pytest.importorskip('mmdet', reason='the modules are its')
+
+
+@pytest.fixture(autouse=True)
+def _mmdet():
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        yield
+
+
+def build(**config):
+    return MODELS.build(dict(type='mmkw.KWBackbone', **config))
+
+
+def test_arguments_of_the_static_module_may_stand_beside_it():
+    """As they do where a config inherits them from the static one."""
+    merged = build(backbone=dict(type='ResNet'), depth=18, base_channels=8, frozen_stages=1)
+    nested = build(backbone=dict(type='ResNet', depth=18, base_channels=8, frozen_stages=1))
+    assert type(merged).__name__ == 'ResNet'
+    assert {n: p.requires_grad for n, p in merged.named_parameters()} == {
+        n: p.requires_grad for n, p in nested.named_parameters()
+    }
+    both = build(backbone=dict(type='ResNet', depth=18, base_channels=8), depth=50)
+    assert both.depth == 18
+
+
+def test_it_is_kw_resnet_where_that_is_the_family():
+    with torch.device('meta'):
+        wrapped = build(backbone=dict(type='ResNet', depth=18), cell_num_ratio=2)
+        own = MODELS.build(dict(type='mmkw.KWResNet', depth=18, cell_num_ratio=2))
+    assert {k: v.shape for k, v in wrapped.state_dict().items()} == {
+        k: v.shape for k, v in own.state_dict().items()
+    }
+
+
+def test_patterns_and_options():
+    patterns = [dict(match=r'layer4\.\d\.conv2', warehouse='last', cell_num_ratio=2)]
+    config = dict(type='ResNet', depth=18, base_channels=8)
+    network = build(backbone=config, patterns=patterns, reduction=0.5)
+    dynamic = [n for n, m in network.named_modules() if isinstance(m, KWConv2d)]
+    assert dynamic == ['layer4.0.conv2', 'layer4.1.conv2']
+    assert network.layer4[0].conv2.attention.fc1.out_features == 32
+    with pytest.raises(PlanError, match="match='nothing' decides nothing"):
+        build(backbone=config, patterns=[dict(match='nothing')])
+
+
+@pytest.mark.parametrize(
+    'static, kind', [(dict(norm_cfg=dict(type='SyncBN')), 'SyncBatchNorm'), ({}, 'BatchNorm1d')]
+)
+def test_the_norm_of_the_attentions_follows_the_module(static, kind):
+    network = build(backbone=dict(type='ResNet', depth=18, base_channels=8, **static))
+    norms = {type(m.norm1).__name__ for m in network.modules() if isinstance(m, Attention)}
+    assert norms == {kind}
+    swin = dict(type='SwinTransformer', embed_dims=24, num_heads=(1, 2, 3, 4))
+    norms = {
+        type(m.norm1).__name__ for m in build(backbone=swin).modules() if isinstance(m, Attention)
+    }
+    assert norms == {'LayerNorm'}
+
+
+def test_a_neck_and_a_head():
+    neck = build(backbone=dict(type='FPN', in_channels=[16, 32], out_channels=16, num_outs=3))
+    outputs = neck([torch.randn(2, 16, 8, 8), torch.randn(2, 32, 4, 4)])
+    assert [y.shape[-1] for y in outputs] == [8, 4, 2]
+    towers = [dict(match=r'(cls|reg)_convs\.\d\.conv', warehouse=r'\1')]
+    head = build(
+        backbone=dict(type='RetinaHead', num_classes=3, in_channels=16, feat_channels=16),
+        patterns=towers,
+        train_cfg=None,
+        test_cfg=None,
+    )
+    scores, boxes = head([torch.randn(2, 16, 8, 8), torch.randn(2, 16, 4, 4)])
+    assert len(scores) == len(boxes) == 2
+    assert len(head.warehouse_manager.weights) == 2
+
+
+def test_the_static_twin_of_a_config_is_built_beside_it():
+    config = dict(type='ResNet', depth=18, base_channels=8)
+    with static_networks():
+        static = build(backbone=config)
+    assert not hasattr(static, 'warehouse_manager')
+    assert hasattr(build(backbone=config), 'warehouse_manager')

@@ -1,0 +1,96 @@
+"""Split projections compute what the fused ones did, and one kernel serves an image."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmkw.layers import KWLinear
+from mmkw.layers.value_projection import (
+    SplitMultiheadAttention,
+    WindowProjection,
+    fused_projections,
+    split_projections,
+)
+from mmkw.sharing import SharingPlan, convert
+
+
+@pytest.mark.parametrize('batch_first', [True, False])
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('masks', ['none', 'bool', 'float', 'padding', 'per head'])
+def test_split_attention_equals_torch_s(batch_first, bias, masks):
+    fused = nn.MultiheadAttention(12, 3, bias=bias, batch_first=batch_first).eval()
+    if bias:
+        nn.init.normal_(fused.in_proj_bias)
+    split = SplitMultiheadAttention(fused).eval()
+    query, memory = torch.randn(2, 5, 12), torch.randn(2, 7, 12)
+    if not batch_first:
+        query, memory = query.transpose(0, 1), memory.transpose(0, 1)
+    causal = torch.ones(5, 7, dtype=torch.bool).triu(1)
+    arguments = {
+        'none': {},
+        'bool': dict(attn_mask=causal),
+        'float': dict(attn_mask=torch.randn(5, 7)),
+        'per head': dict(attn_mask=torch.randn(6, 5, 7)),
+        'padding': dict(key_padding_mask=torch.tensor([[False] * 7, [False] * 4 + [True] * 3])),
+    }[masks]
+    expected, _ = fused(query, memory, memory, **arguments)
+    found, weights = split(query, memory, memory, **arguments)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert weights is None
+
+
+class Holder(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (dict(kdim=8), 'one fused projection'),
+        (dict(add_bias_kv=True), 'without add_bias_kv'),
+        (dict(add_zero_attn=True), 'without add_zero_attn'),
+    ],
+)
+def test_attentions_of_other_kinds_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        split_projections(Holder(nn.MultiheadAttention(12, 3, **arguments)), ['attention'])
+
+
+def test_state_dicts_of_the_fused_module_and_its_own_are_read():
+    holder = Holder(nn.MultiheadAttention(12, 3))
+    state = {key: torch.randn_like(value) for key, value in holder.state_dict().items()}
+    split_projections(holder, ['attention'])
+    holder.load_state_dict(state)
+    fused = torch.cat([holder.attention.query_key.weight, holder.attention.value.weight])
+    assert fused.equal(state['attention.in_proj_weight'])
+    other = Holder(nn.MultiheadAttention(12, 3))
+    split_projections(other, ['attention'])
+    other.load_state_dict(holder.state_dict())
+    assert other.attention.value.weight.equal(holder.attention.value.weight)
+
+
+def test_a_frozen_projection_stays_frozen():
+    holder = Holder(nn.MultiheadAttention(12, 3)).requires_grad_(False)
+    split_projections(holder, ['attention'])
+    assert not any(p.requires_grad for p in holder.parameters())
+
+
+def test_windows_of_an_image_share_its_value_kernel():
+    swin = pytest.importorskip('mmdet.models.backbones.swin', reason='the windows are its')
+    block = Holder(swin.ShiftWindowMSA(8, 2, 2, shift_size=1))
+    assert list(fused_projections(block)) == ['attention.w_msa.qkv']
+    plan = SharingPlan.make([('attention.w_msa.qkv.value', 'value')], cell_num_ratio=4)
+    convert(block, plan, dict(type='LN'))
+    projection = block.attention.w_msa.qkv
+    assert isinstance(projection, WindowProjection) and isinstance(projection.value, KWLinear)
+    seen = []
+    projection.value.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    tokens = torch.randn(3, 16, 8)
+    together = block.attention(tokens, (4, 4))
+    assert seen == [(3, 16, 8)]
+    alone = torch.cat([block.attention(tokens[i : i + 1], (4, 4)) for i in range(3)])
+    torch.testing.assert_close(together, alone)
+    named = block.attention(query=tokens, hw_shape=(4, 4))
+    torch.testing.assert_close(together, named)

@@ -1,0 +1,147 @@
+"""print_plan and static_to_mmkw, as a user runs them."""
+
+import os
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+from configs_util import build_model
+from mmengine.config import Config
+
+from mmkw.engine import building
+from mmkw.sharing import static_networks
+
+pytest.importorskip('mmdet', reason='the configs are for it')
+DEMO = 'configs/demo/mask-rcnn_kw1x-r18_fpn_warm-start_mini-coco.py'
+
+
+def run(root, script, *arguments):
+    """A script in a process of its own."""
+    command = [sys.executable, '-W', 'ignore', str(root / 'tools' / script), *map(str, arguments)]
+    environment = dict(os.environ, PYTHONPATH=str(root))
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def run_here(root, monkeypatch, capsys):
+    """A script in this process, which spares it the imports; what it prints."""
+
+    def run_script(script, *arguments, fails=False):
+        path = str(root / 'tools' / script)
+        monkeypatch.setattr(sys, 'argv', [path, *map(str, arguments)])
+        if fails:
+            with pytest.raises(SystemExit) as error:
+                runpy.run_path(path, run_name='__main__')
+            assert error.value.code not in (0, None)
+            return capsys.readouterr().err
+        runpy.run_path(path, run_name='__main__')
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(root)
+    return run_script
+
+
+def test_the_plan_of_the_paper_s_resnet50(root):
+    config = 'configs/mask_rcnn/mask-rcnn_kw1x-r50_fpn_adamw-1x_coco.py'
+    out = run(root, 'analysis_tools/print_plan.py', config, '--budget-params', '60M')
+    assert (
+        '| stage3 | 8 | 1 | 512x512x1x1 | 47 | 47 | 12,320,768 | 734,800 | out 512; in 512 |' in out
+    )
+    assert 'layer4.0.conv2 (512, 512, 3x3), layer4.0.conv3 (2048, 512, 1x1)' in out
+    assert '| parameters of the networks above | 23,508,032 | 26,003,310 | 1.106 |' in out
+    assert 'Of these 23,425,024 are cells and 2,495,278 attentions.' in out
+    # What it says comes out when the config is built so.
+    head, budgets = out.split('For 60,000,000 parameters, ')[1].split(
+        ' with\nbackbone: cell_num_ratio='
+    )
+    cfg = Config.fromfile(root / config)
+    cfg.model.backbone.cell_num_ratio = eval(budgets)
+    backbone = building.build_model(cfg, on_meta=True).backbone
+    total = sum(p.numel() for p in backbone.parameters())
+    assert f'{total:,}' == head
+    assert 55e6 < total <= 60e6
+
+
+@pytest.mark.parametrize(
+    'config, options, message',
+    [
+        ('configs/demo/mask-rcnn_r18_fpn_mini-coco.py', [], 'builds no network with warehouses'),
+        (DEMO, ['--budget-params', '1K'], r'--budget-params 1,000: the least is'),
+        (DEMO, ['--budget-params', 'few'], "'few' is no number of parameters such as 30M"),
+    ],
+)
+def test_mistakes_in_plans_are_named(run_here, config, options, message):
+    assert message in run_here('analysis_tools/print_plan.py', config, *options, fails=True)
+
+
+@pytest.fixture(scope='module')
+def static(root, tmp_path_factory):
+    torch.manual_seed(0)
+    with static_networks():
+        model = build_model(Config.fromfile(root / DEMO))
+    path = tmp_path_factory.mktemp('static') / 'static.pth'
+    torch.save(
+        dict(meta=dict(dataset_meta=dict(classes=('a',))), state_dict=model.state_dict()), path
+    )
+    return path
+
+
+def test_a_whole_model_is_converted_and_compared(root, static, tmp_path):
+    target = tmp_path / 'kw.pth'
+    options = ['--shape', 64, 64, '--cfg-options', 'model.backbone.cell_num_ratio=4']
+    out = run(root, 'model_converters/static_to_mmkw.py', DEMO, static, target, *options)
+    (line,) = [line for line in out.splitlines() if 'largest difference' in line]
+    assert 0 <= float(line.split()[-1]) < 1e-4
+    assert line.startswith('backbone: ')
+    stored = torch.load(target, weights_only=True)
+    assert stored['meta'] == dict(source='static.pth', dataset_meta=dict(classes=('a',)))
+    config = Config.fromfile(root / DEMO)
+    config.model.backbone.cell_num_ratio = 4
+    result = build_model(config).load_state_dict(stored['state_dict'])
+    assert not result.missing_keys and not result.unexpected_keys
+
+
+def test_a_backbone_is_converted_for_temperature_1(run_here, static, tmp_path):
+    state = torch.load(static, weights_only=True)['state_dict']
+    state = {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')}
+    source, target = tmp_path / 'backbone.pth', tmp_path / 'kw.pth'
+    torch.save(state, source)
+    options = ['--shape', 64, 64, '--cfg-options', 'model.backbone.start_tau=1']
+    out = run_here('model_converters/static_to_mmkw.py', DEMO, source, target, *options)
+    assert 'for a start at temperature 1' in out
+    stored = torch.load(target, weights_only=True)
+    assert stored['meta']['temperature'] == 1
+    assert 'layer1.0.conv1.attention.fc1.weight' in stored['state_dict']
+    message = run_here(
+        'model_converters/static_to_mmkw.py', DEMO, target, tmp_path / 'b.pth', fails=True
+    )
+    assert 'is a KernelWarehouse checkpoint, not a static one' in message
+    message = run_here('model_converters/static_to_mmkw.py', DEMO, source, target, fails=True)
+    assert 'exists; remove it' in message
+
+
+def test_a_neck_and_a_head_are_compared_too(run_here, root, tmp_path):
+    config = 'configs/retinanet/retinanet_r50_kw1x-fpn-head_1x_coco.py'
+    with static_networks():
+        model = build_model(Config.fromfile(root / config))
+    torch.save(model.state_dict(), tmp_path / 'static.pth')
+    arguments = [config, tmp_path / 'static.pth', tmp_path / 'kw.pth', '--shape', 64, 64]
+    out = run_here('model_converters/static_to_mmkw.py', *arguments)
+    found = {line.split(':')[0]: line.split()[-1] for line in out.splitlines() if 'largest' in line}
+    assert set(found) == {'neck', 'bbox_head'}
+    assert all(float(value) < 1e-4 for value in found.values())
+
+
+def test_a_static_checkpoint_of_another_depth_is_refused(run_here, tmp_path):
+    config = 'configs/mask_rcnn/mask-rcnn_kw1x-r50_fpn_adamw-1x_coco.py'
+    from mmdet.models import ResNet
+
+    torch.save(ResNet(18).state_dict(), tmp_path / 'static.pth')
+    arguments = [config, tmp_path / 'static.pth', tmp_path / 'kw.pth']
+    message = run_here('model_converters/static_to_mmkw.py', *arguments, fails=True)
+    assert 'It was made for another architecture' in message
+    assert not (tmp_path / 'kw.pth').exists()
