@@ -108,7 +108,7 @@ def table(models: list[dict[str, Any]]) -> list[str]:
             f'{metadata["Backbone FLOPs"] / 1e9:.2f} G',
             metadata['FLOPs Input'],
             *(str(found.get(metric, '')) for metric in metrics),
-            f'`{weights}`',
+            f'`{weights}`' if weights else 'from scratch',
         ]
         if published:
             cells.append(model.get('Published Weights', ''))
