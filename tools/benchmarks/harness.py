@@ -310,22 +310,29 @@ def report(title: str, rows: Sequence[Row], args: argparse.Namespace, speed: dic
 
 
 def draw(title: str, rows: Sequence[Row], path: Path) -> None:
-    """Draws the ratios over the settings, a line a network, limits dotted."""
+    """Draws the ratios over the settings, a line a network, limits dotted.
+
+    Where there are more networks than settings (budgets), over the networks, a line a setting.
+    """
     import matplotlib
 
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    settings = list(dict.fromkeys(row.setting for row in rows))
-    figure, axes = pyplot.subplots(figsize=(1.5 + 1.3 * max(len(settings), 3), 4.2))
-    for name in dict.fromkeys(row.name for row in rows):
-        own = [row for row in rows if row.name == name]
-        places = [settings.index(row.setting) for row in own]
-        (line,) = axes.plot(places, [row.ratio for row in own], 'o-', label=name)
-        if own[0].limit is not None and not name.startswith('published'):
-            limits = [row.limit for row in own]
-            axes.plot(places, limits, ':', color=line.get_color(), label=f'{name}, limit')
-    axes.set_xticks(range(len(settings)), settings, rotation=20)
+    lines = list(dict.fromkeys(row.name for row in rows))
+    places = list(dict.fromkeys(row.setting for row in rows))
+    over_networks = len(lines) > len(places) + 3
+    if over_networks:
+        lines, places = places, lines
+    figure, axes = pyplot.subplots(figsize=(1.5 + 1.3 * max(len(places), 3), 4.2))
+    for name in lines:
+        own = [row for row in rows if name == (row.setting if over_networks else row.name)]
+        x = [places.index(row.name if over_networks else row.setting) for row in own]
+        (line,) = axes.plot(x, [row.ratio for row in own], 'o-', label=name)
+        limits = [(at, row.limit) for at, row in zip(x, own) if row.limit is not None]
+        if limits and not name.startswith('published'):
+            axes.plot(*zip(*limits), ':', color=line.get_color(), label=f'{name}, limit')
+    axes.set_xticks(range(len(places)), places, rotation=20)
     axes.set_ylabel('time relative to the static network')
     axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize='medium')
