@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import split_options
+from ..layers.residual import take_over_checkpoints
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, family_rule, pattern_plan
 
@@ -46,6 +47,7 @@ def KWBackbone(
     """
     options, more = split_options(arguments)
     network = MMENGINE_MODELS.build({**more, **backbone})
+    take_over_checkpoints(network)
     if patterns is None:
         plan = SharingPlan.make(family_rule(network), **options)
     else:

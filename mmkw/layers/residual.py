@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
@@ -62,14 +63,30 @@ def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
     part of the one backward pass.
 
     Args:
-        blocks: Modules that take and give one tensor.
+        blocks: Modules that take a tensor, and what else they like, and give one.
     """
     for block in blocks:
         block.forward = partial(_checkpointed_forward, block)
 
 
-def _checkpointed_forward(block: nn.Module, x: Tensor) -> Tensor:
+def take_over_checkpoints(network: nn.Module) -> None:
+    """Lets :func:`checkpoint_blocks` do what the ``with_cp`` of a network's blocks would.
+
+    Args:
+        network: Its blocks, in the style of mmdet and mmseg, have an attribute ``with_cp``.
+    """
+    asking = [module for module in network.modules() if getattr(module, 'with_cp', False)]
+    # Networks and stages hand the wish to their blocks.
+    blocks = [
+        module for module in asking if not any(m in asking for m in list(module.modules())[1:])
+    ]
+    for block in blocks:
+        block.with_cp = False
+    checkpoint_blocks(blocks)
+
+
+def _checkpointed_forward(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     forward = type(block).forward
     if not x.requires_grad:
-        return forward(block, x)
-    return checkpoint(forward, block, x, use_reentrant=False)
+        return forward(block, x, *args, **kwargs)
+    return checkpoint(forward, block, x, *args, use_reentrant=False, **kwargs)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS, DefaultScope
 
-from mmkw.layers import KWConv2d, PlanError
+from mmkw.layers import KWConv2d, PlanError, residual
 from mmkw.layers.attention import Attention
 from mmkw.sharing import static_networks
 
@@ -81,6 +81,32 @@ def test_a_neck_and_a_head():
     scores, boxes = head([torch.randn(2, 16, 8, 8), torch.randn(2, 16, 4, 4)])
     assert len(scores) == len(boxes) == 2
     assert len(head.warehouse_manager.weights) == 2
+
+
+@pytest.mark.parametrize(
+    'config, blocks',
+    [
+        (dict(type='ResNet', depth=18, base_channels=8), 8),
+        (dict(type='SwinTransformer', embed_dims=24, num_heads=(1, 2, 3, 4), drop_path_rate=0), 12),
+    ],
+)
+def test_activations_are_recomputed_within_the_one_backward_pass(config, blocks, monkeypatch):
+    """Re-entrant passes would mark a shared warehouse ready once a block."""
+    torch.manual_seed(0)
+    network = build(backbone=config)
+    torch.manual_seed(0)
+    saving = build(backbone=config, with_cp=True)
+    calls = []
+    checkpoint = residual.checkpoint
+    monkeypatch.setattr(
+        residual, 'checkpoint', lambda *a, **k: calls.append(k) or checkpoint(*a, **k)
+    )
+    x = torch.randn(2, 3, 64, 64)
+    for model in (network, saving):
+        sum(y.square().mean() for y in model(x)).backward()
+    assert calls == [dict(use_reentrant=False)] * blocks
+    for (name, p), q in zip(network.named_parameters(), saving.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, msg=name, atol=1e-6, rtol=1e-4)
 
 
 def test_the_static_twin_of_a_config_is_built_beside_it():
