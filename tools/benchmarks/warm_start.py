@@ -1,6 +1,6 @@
 """Trains a static Mask R-CNN on mini-COCO, then goes on with it and with its dynamic twins.
 
-``warm_start.py [--epochs 2] [--seeds 0 1 2]``: AP of the static network and of KernelWarehouse 1x
+``warm_start.py [--epochs 1] [--seeds 0 1 2]``: AP of the static network and of KernelWarehouse 1x
 and 4x started from it, before and after the same further training. Everything lies in
 ``work_dirs/warm_start``; what is there already is not done again.
 """
@@ -17,6 +17,8 @@ DATA = 'data/mini_coco'
 WORK = 'work_dirs/warm_start'
 STATIC = 'configs/demo/mask-rcnn_r18_fpn_mini-coco.py'
 DYNAMIC = 'configs/demo/mask-rcnn_kw1x-r18_fpn_warm-start_mini-coco.py'
+# Of the config.
+SOURCE_EPOCHS = 6
 # Config and overrides of every network.
 NETWORKS = {
     'static': (STATIC, []),
@@ -32,12 +34,13 @@ def run(script: str, *arguments: str) -> None:
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def train(config: str, folder: str, *overrides: str) -> str:
+def train(config: str, folder: str, epochs: int, *overrides: str) -> str:
     """Trains unless it was done; the last checkpoint."""
-    last = ROOT / folder / 'last_checkpoint'
-    options = ['--cfg-options', *overrides] if overrides else []
-    run('train.py', config, '--work-dir', folder, '--resume', *options)
-    return last.read_text()
+    last = ROOT / folder / f'epoch_{epochs}.pth'
+    if not last.exists():
+        options = ['--cfg-options', *overrides] if overrides else []
+        run('train.py', config, '--work-dir', folder, *options)
+    return str(last)
 
 
 def average_precision(
@@ -55,12 +58,12 @@ def average_precision(
 def main() -> None:
     """Reads the command line, trains, tests and prints a table."""
     parser = argparse.ArgumentParser(description='Compare warm starts on mini-COCO')
-    parser.add_argument('--epochs', type=int, default=2, help='of further training')
+    parser.add_argument('--epochs', type=int, default=1, help='of further training')
     parser.add_argument('--lr', type=float, default=3e-4, help='of further training')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     args = parser.parse_args()
     run('dataset_converters/make_mini_coco.py', DATA, '--train', '1200', '--val', '200')
-    source = train(STATIC, f'{WORK}/source')
+    source = train(STATIC, f'{WORK}/source', SOURCE_EPOCHS)
     before, after = {}, {}
     for name, (config, overrides) in NETWORKS.items():
         folder = f'{WORK}/{name.replace(" ", "_")}'
@@ -77,7 +80,7 @@ def main() -> None:
                 f'param_scheduler.1.T_max={args.epochs}',
             ]
             own = f'{folder}/seed{seed}_{args.epochs}_epochs'
-            checkpoint = train(config, own, *schedule, *overrides)
+            checkpoint = train(config, own, args.epochs, *schedule, *overrides)
             found = average_precision(config, checkpoint, f'{own}/test', overrides)
             after[name].append(found)
             print(f'{name}, seed {seed}: box AP {found[0]:.1f}, mask AP {found[1]:.1f}', flush=True)
