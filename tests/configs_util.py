@@ -1,28 +1,13 @@
 """Makes any config of the project small enough to run on the CPU in a test."""
 
-import copy
-
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
 
+from mmkw.engine import building
+
 SIZE = 64
-
-
-def without_weights(cfg):
-    """Removes weights to download or to be put in place by the user."""
-    if isinstance(cfg, dict):
-        if isinstance(cfg.get('init_cfg'), dict) and cfg['init_cfg'].get('type') == 'Pretrained':
-            cfg.pop('init_cfg')
-        cfg.pop('pretrained', None)
-        for value in cfg.values():
-            without_weights(value)
-    elif isinstance(cfg, (list, tuple)):
-        for value in cfg:
-            without_weights(value)
-    return cfg
 
 
 def made_small(cfg):
@@ -48,8 +33,7 @@ def made_small(cfg):
 
 def build_model(config: Config):
     """Builds the detector or segmentor of a config with random weights, for one process."""
-    init_default_scope(config.default_scope)
-    model = MODELS.build(without_weights(copy.deepcopy(config.model)))
+    model = building.build_model(config)
     model.init_weights()
     return revert_sync_batchnorm(model)
 

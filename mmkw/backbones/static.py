@@ -5,6 +5,7 @@ from typing import Any
 
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def static_network(name: str) -> type[nn.Module]:
@@ -62,10 +63,14 @@ def _check_size(side: int, network: nn.Module, inputs: tuple[Any, ...]) -> None:
         )
 
 
-def attention_norm(network: nn.Module) -> dict:
+def attention_norm(network: nn.Module, otherwise: str = 'BN1d') -> dict:
     """The norm of the attentions: over all processes where the network's own is, else BatchNorm.
 
     Args:
-        network: ResNet or MobileNetV2 of mmdet or mmseg.
+        network: A static network.
+        otherwise: The type where the network has no BatchNorm.
     """
-    return dict(type='SyncBN' if network.norm_cfg['type'] == 'SyncBN' else 'BN1d')
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
+        return dict(type='SyncBN')
+    return dict(type='BN1d' if norms else otherwise)

@@ -5,12 +5,12 @@ from typing import Any
 
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import split_options
 from ..layers.residual import take_over_checkpoints
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, family_rule, pattern_plan
+from .static import attention_norm
 
 
 @MODELS.register_module()
@@ -52,12 +52,5 @@ def KWBackbone(
         plan = SharingPlan.make(family_rule(network), **options)
     else:
         plan = pattern_plan(network, patterns, **options)
-    norm = attention_norm_cfg or _attention_norm(network)
+    norm = attention_norm_cfg or attention_norm(network, 'LN')
     return convert(network, plan, norm, start_tau=start_tau)
-
-
-def _attention_norm(network: nn.Module) -> dict:
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
-        return dict(type='SyncBN')
-    return dict(type='BN1d' if norms else 'LN')

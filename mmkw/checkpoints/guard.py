@@ -56,9 +56,8 @@ def check_checkpoint(
     elif stored:
         _check_warehouses(network, stored, state_dict, prefix)
         _check_layers(network, state_dict, prefix)
-        # Only the authors' ImageNet files have a classifier.
-        published = any(f'{prefix}warehouse_manager' not in key for key in unused)
-        source = 'published KernelWarehouse' if published else 'KernelWarehouse'
+        # Only the authors' ImageNet files have more than the network.
+        source = 'published KernelWarehouse' if unused else 'KernelWarehouse'
         cells = sum(len(weight) for weight in stored.values())
         found = f'{source} checkpoint, {cells} cells into {len(stored)} warehouses'
     else:
@@ -76,11 +75,12 @@ def _static_kernels(
     network: nn.Module, state_dict: dict[str, Tensor], prefix: str
 ) -> dict[str, Tensor]:
     """The kernels of a static network's state dict, by dynamic layer, checked."""
+    own = dict(network.named_modules())
     layers = {
         share.kernel.layer: share.kernel
         for partition in network.warehouse_manager.partitions
         for share in partition.layers
-        if share.kernel.layer in dict(network.named_modules())
+        if share.kernel.layer in own
     }
     found = {
         name: state_dict[f'{prefix}{name}.weight']
@@ -91,21 +91,15 @@ def _static_kernels(
         return {}
     kind = type(network).__name__
     for name, kernel in layers.items():
-        shape = (kernel.out_channels, kernel.in_channels, *kernel.kernel_size)
         weight = found.get(name)
-        # A linear layer's kernel may be a convolution's of size one, and the other way round.
-        if (
-            weight is None
-            or weight.dim() < 2
-            or _without_ones(weight.shape) != _without_ones(shape)
-        ):
+        if weight is None or not kernel.fits(weight.shape):
             has = 'has none' if weight is None else f'has {tuple(weight.shape)}'
             raise CheckpointMismatchError(
                 f'The checkpoint holds static kernels for {len(found)} of the {len(layers)} '
-                f'dynamic layers of this {kind}; for {name}, of {shape}, it {has}. It was made for '
-                'another architecture: check depth, width and arch.'
+                f'dynamic layers of this {kind}; for {name}, of {kernel.shape}, it {has}. It was '
+                'made for another architecture: check depth, width and arch.'
             )
-    beyond = _deeper(layers, network, state_dict, prefix)
+    beyond = _deeper(layers, own, state_dict, prefix)
     if beyond:
         raise CheckpointMismatchError(
             f'The checkpoint holds static kernels of layers that this {kind} lacks, such as '
@@ -114,13 +108,8 @@ def _static_kernels(
     return found
 
 
-def _without_ones(shape: Sequence[int]) -> list[int]:
-    """Output and input channels, and the kernel size unless it is one."""
-    return [*shape[:2], *(side for side in shape[2:] if side != 1)]
-
-
 def _deeper(
-    layers: Collection[str], network: nn.Module, state_dict: dict[str, Tensor], prefix: str
+    layers: Collection[str], own: Collection[str], state_dict: dict[str, Tensor], prefix: str
 ) -> list[str]:
     """Names of kernels like a dynamic layer's, but for their numbers, that the network lacks."""
 
@@ -128,7 +117,6 @@ def _deeper(
         return re.sub(r'\d+', '#', name)
 
     kinds = {pattern(f'{name}.weight') for name in layers}
-    own = dict(network.named_modules())
     names = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
     return [
         name for name in names if pattern(name) in kinds and name.removesuffix('.weight') not in own
@@ -149,10 +137,8 @@ def _load_static(
         )
         state_dict[f'{prefix}warehouse_manager.weights.{index}'] = started
     for name, layer in layers.items():
-        layer.attention.temperature = manager.start_tau
         del state_dict[f'{prefix}{name}.weight']
-        for part, tensor in layer.attention.state_dict().items():
-            state_dict[f'{prefix}{name}.attention.{part}'] = tensor
+        layer.attention.take_start(manager.start_tau, state_dict, f'{prefix}{name}.attention.')
     worst = max(errors, key=errors.get)
     exact = 'exactly'
     if errors[worst] > 0:
@@ -304,7 +290,7 @@ def _advice(
 def _fitting(partition: WarehousePartition, found: Tensor) -> dict[str, Any]:
     """The options, but for the attentions', that a stored warehouse was cut with."""
     kernels = [share.kernel for share in partition.layers]
-    values = sum(math.prod((k.out_channels, k.in_channels, *k.kernel_size)) for k in kernels)
+    values = sum(math.prod(k.shape) for k in kernels)
     budget = found.numel() / values
     # The number of cells was rounded down.
     whole = round(budget) if budget >= 1 else 1 / max(round(1 / budget), 1)

@@ -127,6 +127,18 @@ class Attention(nn.Module):
         self.fc2.weight.zero_()
         (self.basis_bias if self.has_nonlocal_basis else self.fc2.bias).copy_(logits)
 
+    def take_start(self, tau: float, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Keeps a warm start while the rest of a static network is loaded.
+
+        Args:
+            tau: The temperature of the start.
+            state_dict: Of the static network; gains what this attention has now.
+            prefix: The attention's place in it.
+        """
+        self.temperature = tau
+        for name, tensor in self.state_dict().items():
+            state_dict[f'{prefix}{name}'] = tensor
+
     def forward(self, pooled: Tensor) -> Tensor:
         """Computes the attentions, in the parameters' precision also under autocast.
 

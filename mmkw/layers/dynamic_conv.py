@@ -135,20 +135,17 @@ class DynamicLayer(nn.Module):
                 )
             partition = manager.partitions[0]
             (share,) = partition.layers
-            shape = (share.kernel.out_channels, share.kernel.in_channels, *share.kernel.kernel_size)
-            if kernel.numel() != math.prod(shape) or kernel.shape[:2] != shape[:2]:
+            if not share.kernel.fits(kernel.shape):
                 raise RuntimeError(
                     f'{prefix}weight is a static kernel of {tuple(kernel.shape)}; this layer has '
-                    f'kernels of {shape}.'
+                    f'kernels of {share.kernel.shape}.'
                 )
-            name, tau = share.kernel.layer, manager.start_tau
+            name = share.kernel.layer
             cells, _ = warm_start(
-                partition, {name: kernel}, {name: self.attention}, self.cells, tau
+                partition, {name: kernel}, {name: self.attention}, self.cells, manager.start_tau
             )
-            self.attention.temperature = tau
             state_dict[f'{prefix}warehouse_manager.weights.0'] = cells
-            for part, tensor in self.attention.state_dict().items():
-                state_dict[f'{prefix}attention.{part}'] = tensor
+            self.attention.take_start(manager.start_tau, state_dict, f'{prefix}attention.')
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

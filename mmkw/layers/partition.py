@@ -74,9 +74,27 @@ class KernelShape:
     in_channels: int
     kernel_size: tuple[int, ...]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the static layer's weight."""
+        return (self.out_channels, self.in_channels, *self.kernel_size)
+
+    def fits(self, weight: Sequence[int]) -> bool:
+        """Whether a weight of this shape can be the kernel.
+
+        Args:
+            weight: Shape of a static weight; one of size one may be linear or a convolution.
+        """
+        return len(weight) > 1 and _without_ones(weight) == _without_ones(self.shape)
+
     def __str__(self) -> str:
         size = 'x'.join(map(str, self.kernel_size))
         return f'{self.layer} ({self.out_channels}, {self.in_channels}, {size})'
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    """Output and input channels, and the kernel size unless it is one."""
+    return [*shape[:2], *(side for side in shape[2:] if side != 1)]
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def apply_mixed(
 
     Equal to ``sample_map(x, mix_cells(attention, cells, grid), bias)``, differentiable as often as
     it is, and computed so wherever a transformation (``torch.func``, forward-mode differentiation,
-    ``torch.export``, ``torch.compile`` while training) has to look inside.
+    ``torch.export``, ``torch.compile``) has to look inside.
 
     Args:
         x: Tensor[batch, ...], the images or tokens. Under autocast they and the kernels are cast;

@@ -50,8 +50,7 @@ def family_rule(network: nn.Module) -> list[tuple[str, str]]:
     convolutions of a stage share, and its grouped and its linear layers among themselves; a stage
     is what the name says up to its first number. Static there are layers of fewer than 16 channels
     (the image, the predictions) and kernels too small to be worth an attention (most depthwise
-    ones).
-    Groups whose common divisor makes cells useless are split; see :func:`split_groups`.
+    ones). Groups whose common divisor makes cells useless are split; see :func:`split_groups`.
 
     Args:
         network: A static network.
