@@ -39,6 +39,7 @@ def native_extension() -> dict:
     extension = CppExtension(
         'mmkw.ops._native',
         ['mmkw/ops/csrc/mixing.cpp'],
+        depends=['mmkw/ops/csrc/blocks.h'],
         extra_compile_args=['-O3', '-Wno-psabi', *openmp],
     )
     return dict(
@@ -54,7 +55,7 @@ setup(
     long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     packages=find_packages(include=['mmkw', 'mmkw.*']),
-    package_data={'mmkw.ops': ['csrc/*.cpp']},
+    package_data={'mmkw.ops': ['csrc/*']},
     python_requires='>=3.10',
     install_requires=[
         requirement('torch'),

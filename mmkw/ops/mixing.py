@@ -115,23 +115,27 @@ def mix_backward(
     Returns:
         The gradient of ``attention``, and the kernels, mixed again, as of :func:`mixed_kernels`.
     """
+    # Few gradients wait in the sum for others; many are added to it right away.
     place = None if total is None else total.place(attention)
-    shape = (*attention.shape[:2], *cells.shape[1:])
     if native.serves(attention, cells, grid):
         gradients = [kernel.to(cells.dtype) for kernel in grad_kernels]
-        rows = cells.new_empty(shape) if place is None else place
         kernels = scratch(cells, (attention.shape[0], *kernel_shape(cells.shape[1:], grid)))
-        arguments = (gradients, attention, cells, grid, rows, kernels)
-        grad_attention = torch.ops.mmkw.mix_backward(*arguments)
+        so_far = (None, False) if total is None or place is not None else total.opened()
+        grad_attention = torch.ops.mmkw.mix_backward(
+            gradients, attention, cells, grid, kernels, place, *so_far
+        )
         mixed = iter([(slice(None), kernels)])
     else:
+        shape = (*attention.shape[:2], *cells.shape[1:])
         rows = scratch(cells, shape) if place is None else place
         cut_kernels(grad_kernels, grid, rows)
         grad_attention = rows.flatten(0, 1).flatten(1) @ cells.flatten(1).t()
+        if total is not None and place is None:
+            total.add(attention, rows)
         # Takes the scratch memory over, but not before it is asked for kernels.
         mixed = mixed_kernels(attention, cells, grid)
-    if total is not None:
-        total.add(attention, rows, waits=place is not None)
+    if place is not None:
+        total.wait(attention)
     return grad_attention.view(attention.shape), mixed
 
 
@@ -232,8 +236,8 @@ class CellSum:
             attention: Tensor[images, mixtures, cells], that the kernels were mixed by.
 
         Returns:
-            Tensor[images, mixtures, cell_out, cell_in, *cell_kernel], to be filled before it is
-            added; ``None`` where there are enough for a product of their own.
+            Tensor[images, mixtures, cell_out, cell_in, *cell_kernel], to be filled before
+            :meth:`wait` is called; ``None`` where there are enough for a product of their own.
         """
         cell = self._cells[0]
         count = attention.shape[:2].numel()
@@ -247,20 +251,30 @@ class CellSum:
         rows = self._rows[self._waiting : self._waiting + count]
         return rows.unflatten(0, attention.shape[:2])
 
-    def add(self, attention: Tensor, rows: Tensor, waits: bool) -> None:
+    def wait(self, attention: Tensor) -> None:
+        """Keeps what is in the place last given until it is added.
+
+        Args:
+            attention: The one that :meth:`place` was given.
+        """
+        self._weights.append(attention.flatten(0, 1))
+        self._waiting += len(self._weights[-1])
+
+    def add(self, attention: Tensor, rows: Tensor) -> None:
         """Adds the part of some images of a layer.
 
         Args:
             attention: Tensor[images, mixtures, cells].
             rows: Tensor[images, mixtures, cell_out, cell_in, *cell_kernel].
-            waits: Whether ``rows`` are in the place last given.
         """
-        weights = attention.flatten(0, 1)
-        if waits:
-            self._weights.append(weights)
-            self._waiting += len(weights)
-        else:
-            self._add_product(weights, rows.flatten(0, 1))
+        self._add_product(attention.flatten(0, 1), rows.flatten(0, 1))
+
+    def opened(self) -> tuple[Tensor, bool]:
+        """The sum so far, to be added to in place, and whether it has to be begun instead."""
+        begin = self._sum is None
+        if begin:
+            self._sum = torch.empty_like(self._cells, memory_format=torch.contiguous_format)
+        return self._sum, begin
 
     def total(self) -> Tensor:
         """The sum of everything added, shaped like the cells."""
@@ -273,8 +287,10 @@ class CellSum:
             self._weights, self._waiting = [], 0
 
     def _add_product(self, weights: Tensor, rows: Tensor) -> None:
-        if self._sum is None:
-            self._sum = torch.empty_like(self._cells, memory_format=torch.contiguous_format)
-            torch.mm(weights.t(), rows.flatten(1), out=self._sum.flatten(1))
+        total, begin = self.opened()
+        if native.computes(total):
+            torch.ops.mmkw.add_to_cells(weights, rows, total, begin)
+        elif begin:
+            torch.mm(weights.t(), rows.flatten(1), out=total.flatten(1))
         else:
-            self._sum.flatten(1).addmm_(weights.t(), rows.flatten(1))
+            total.flatten(1).addmm_(weights.t(), rows.flatten(1))

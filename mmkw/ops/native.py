@@ -36,16 +36,23 @@ def _load() -> bool:
 
 built = _load()
 
-# Mixtures of all images together that the kernels take; beyond, BLAS is as fast.
-MAX_MIXTURES = 36
+
+def computes(cells: Tensor) -> bool:
+    """Whether the compiled kernels are for a warehouse: of float32 on the CPU.
+
+    An exported program shall run where mmkw is not installed, hence is made of PyTorch's operators.
+
+    Args:
+        cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
+    """
+    on_cpu = cells.device.type == 'cpu' and cells.dtype == torch.float32
+    return built and enabled and on_cpu and not modes.is_exporting()
 
 
 def serves(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bool:
     """Whether the compiled kernels are for a mixing.
 
-    They are for float32 on the CPU, for few mixtures, and for cells that have one place of the
-    kernel or all. An exported program shall run where mmkw is not installed, hence is made of
-    PyTorch's operators.
+    Cells must have one place of the kernel or all.
 
     Args:
         attention: Tensor[batch, mixtures, cells].
@@ -53,11 +60,7 @@ def serves(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bool:
         grid: Cells of the kernel along ``(*spatial, out, in)``.
     """
     return (
-        built
-        and enabled
-        and not modes.is_exporting()
-        and cells.device.type == 'cpu'
-        and cells.dtype == attention.dtype == torch.float32
-        and attention.shape[0] * attention.shape[1] <= MAX_MIXTURES
+        computes(cells)
+        and attention.dtype == cells.dtype
         and 1 in (math.prod(grid[:-2]), cells.shape[3:].numel())
     )

@@ -1,177 +1,140 @@
-// The float32 CPU kernels behind mmkw/ops/native.py, for few mixtures at a time.
+// The float32 CPU kernels behind mmkw/ops/native.py: mixing, and its backward pass.
 //
-// A warehouse (n cells of `size` values each) is far larger than the caches next to a core, and few
-// mixtures use every value few times: the machine waits for memory. What counts is that a warehouse
-// is read once, in long runs, while its next rows are on their way. Its columns are worked on in
-// blocks: the result of a block stays in the innermost caches while the cells stream past,
-// LANE_CELLS at a time, and is put in its place in the kernel from there.
+// A warehouse (n cells of `size` values each) is far larger than the caches next to a core, and its
+// rows lie a power of two apart, so that the same columns of all of them fall into few sets of a
+// cache. Columns are therefore worked on in blocks. Few mixtures use every value few times: the
+// machine waits for memory, and a few cells at a time are worked into the result as they arrive, in
+// long runs. For many mixtures arithmetic counts: the block of the warehouse is copied to where it
+// stays in the caches, and serves all of them from there. blocks.h has the arithmetic.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include <Python.h>
 
-// One function body, compiled for several generations of x86 and chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    __GNUC__ >= 12
-#define EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EVERY_CPU
-#endif
-#define INLINE inline __attribute__((always_inline))
-
 namespace {
 
-constexpr int64_t LANES = 16;
-constexpr int64_t LANE_CELLS = 8;
-constexpr int64_t COLUMNS = 512;
-// A block of this many values stays in the innermost cache.
-constexpr int64_t BLOCK_VALUES = 9 << 10;
-// Mixtures of all images together; from there on arithmetic counts, which BLAS does best.
-constexpr int64_t MAX_ROWS = 36;
-// Rows of a block are kept apart by one line more than a power of two, so that they do not all
-// fall into one set of the cache.
-constexpr int64_t BLOCK_STRIDE = COLUMNS + LANES;
+// --- products of blocks, for every generation of processors ------------------------------------
 
-// Sixteen values; GCC and Clang split it where a register holds fewer.
-typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
+int64_t num_parts(int64_t count, int64_t fitting) { return (count + fitting - 1) / fitting; }
 
-INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
-INLINE void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
-
-INLINE float sum_of(Vec value) {
-  typedef float Half __attribute__((vector_size(32), aligned(4), may_alias));
-  typedef float Quarter __attribute__((vector_size(16), aligned(4), may_alias));
-  const Half* halves = reinterpret_cast<const Half*>(&value);
-  const Half half = halves[0] + halves[1];
-  const Quarter* quarters = reinterpret_cast<const Quarter*>(&half);
-  const Quarter quarter = quarters[0] + quarters[1];
-  return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
-}
-
-// --- result[row, column] (+)= sum over J cells of weights[row, J] * cells[J, column] -----------
-
-template <int J, int ROWS>
-INLINE void mix_rows(float* result, const float* weights, const Vec (&cells)[J][2], bool begin) {
-  Vec sum[ROWS][2];
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < 2; v++)
-      sum[r][v] = begin ? Vec{} : load(result + r * BLOCK_STRIDE + v * LANES);
-  for (int j = 0; j < J; j++)
-    for (int r = 0; r < ROWS; r++) {
-      const float weight = weights[r * LANE_CELLS + j];
-      for (int v = 0; v < 2; v++) sum[r][v] += weight * cells[j][v];
-    }
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < 2; v++) store(result + r * BLOCK_STRIDE + v * LANES, sum[r][v]);
-}
-
-template <int J>
-INLINE void mix_cells_of_lane(float* result, int64_t rows, const float* weights,
-                              const float* cells, int64_t size, int64_t columns, bool begin,
-                              bool more) {
-  int64_t c = 0;
-  for (; c + 2 * LANES <= columns; c += 2 * LANES) {
-    Vec lane[J][2];
-    for (int j = 0; j < J; j++)
-      for (int v = 0; v < 2; v++) {
-        const float* from = cells + j * size + c + v * LANES;
-        lane[j][v] = load(from);
-        if (more) __builtin_prefetch(from + J * size, 0, 2);
-      }
-    int64_t row = 0;
-    for (; row + 2 <= rows; row += 2)
-      mix_rows<J, 2>(result + row * BLOCK_STRIDE + c, weights + row * LANE_CELLS, lane, begin);
-    if (row < rows)
-      mix_rows<J, 1>(result + row * BLOCK_STRIDE + c, weights + row * LANE_CELLS, lane, begin);
-  }
-  for (; c < columns; c++)
-    for (int64_t row = 0; row < rows; row++) {
-      float sum = begin ? 0.f : result[row * BLOCK_STRIDE + c];
-      for (int j = 0; j < J; j++) sum += weights[row * LANE_CELLS + j] * cells[j * size + c];
-      result[row * BLOCK_STRIDE + c] = sum;
-    }
-}
-
-// `weights` as packed by pack_weights.
-EVERY_CPU void mix_block(float* result, int64_t rows, const float* weights, const float* cells,
-                         int64_t num_cells, int64_t size, int64_t columns) {
-  for (int64_t first = 0; first < num_cells; first += LANE_CELLS) {
-    const float* from = cells + first * size;
-    const float* by = weights + first * rows;
-    if (first + LANE_CELLS <= num_cells) {
-      const bool more = first + 2 * LANE_CELLS <= num_cells;
-      mix_cells_of_lane<LANE_CELLS>(result, rows, by, from, size, columns, first == 0, more);
-    } else {
-      for (int64_t j = 0; first + j < num_cells; j++)
-        mix_cells_of_lane<1>(result, rows, by + j, from + j * size, size, columns,
-                             first + j == 0, false);
-    }
+// Cuts a count into as few parts of at most `fitting` as there can be, as even as possible.
+template <typename Work>
+void for_tiles(int64_t count, int64_t fitting, const Work& work) {
+  const int64_t parts = num_parts(count, fitting);
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t first = count * part / parts;
+    work(first, count * (part + 1) / parts - first);
   }
 }
 
-// (rows, n) -> (n / LANE_CELLS, rows, LANE_CELLS), the last part filled up.
-std::vector<float> pack_weights(const float* weights, int64_t rows, int64_t num_cells) {
-  const int64_t parts = (num_cells + LANE_CELLS - 1) / LANE_CELLS;
-  std::vector<float> packed(parts * rows * LANE_CELLS);
-  for (int64_t row = 0; row < rows; row++)
-    for (int64_t j = 0; j < num_cells; j++)
-      packed[(j / LANE_CELLS * rows + row) * LANE_CELLS + j % LANE_CELLS] =
-          weights[row * num_cells + j];
-  return packed;
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int Indices __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Indices{__VA_ARGS__})
+#endif
+
+// What blocks.h offers.
+struct Blocks {
+  // Of a product's tile: the most rows, and the columns.
+  int64_t rows, width;
+  void (*product)(float* result, int64_t result_stride, int64_t num_rows, const float* weights,
+                  const float* rows, int64_t rows_stride, int64_t count, int64_t columns,
+                  bool begin);
+  void (*dots)(float* result, int64_t result_stride, const float* rows, int64_t num_rows,
+               int64_t rows_stride, const float* cells, int64_t num_cells, int64_t cells_stride,
+               int64_t columns);
+};
+
+#if defined(__x86_64__) && defined(__GNUC__)
+namespace avx512 {
+#define TARGET __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma")))
+#define LANES 16
+#define ROWS 12
+#define VECTORS 2
+#define DOT_ROWS 4
+#define DOT_CELLS 6
+#include "blocks.h"
+}  // namespace avx512
+namespace avx2 {
+#define TARGET __attribute__((target("avx2,fma")))
+#define LANES 8
+#define ROWS 6
+#define VECTORS 2
+#define DOT_ROWS 3
+#define DOT_CELLS 4
+#include "blocks.h"
+}  // namespace avx2
+#endif
+namespace any_processor {
+#define TARGET
+#define LANES 4
+#define ROWS 6
+#define VECTORS 2
+#define DOT_ROWS 3
+#define DOT_CELLS 4
+#include "blocks.h"
+}  // namespace any_processor
+
+const Blocks& blocks() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const Blocks& best = __builtin_cpu_supports("avx512f") &&
+                                      __builtin_cpu_supports("avx512vl") &&
+                                      __builtin_cpu_supports("avx512dq") &&
+                                      __builtin_cpu_supports("avx512bw")
+                                  ? avx512::blocks
+                              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+                                  ? avx2::blocks
+                                  : any_processor::blocks;
+  return best;
+#else
+  return any_processor::blocks;
+#endif
 }
 
-// --- result[i, j] += sum over columns of rows[i, column] * cells[j, column] --------------------
-
-template <int I, int J>
-INLINE void dot_tile(float* result, int64_t num_cells, const float* rows, const float* cells,
-                     int64_t size, int64_t columns) {
-  Vec sum[I][J];
-  for (int i = 0; i < I; i++)
-    for (int j = 0; j < J; j++) sum[i][j] = Vec{};
-  int64_t c = 0;
-  for (; c + LANES <= columns; c += LANES) {
-    Vec row[I];
-    for (int i = 0; i < I; i++) row[i] = load(rows + i * BLOCK_STRIDE + c);
-    for (int j = 0; j < J; j++) {
-      const Vec cell = load(cells + j * size + c);
-      for (int i = 0; i < I; i++) sum[i][j] += row[i] * cell;
-    }
+// Weights (rows, terms) in the order in which `product` reads them: in parts of at most so many
+// terms, and of a part tile by tile.
+class Weights {
+ public:
+  Weights(const float* weights, int64_t rows, int64_t row_stride, int64_t terms,
+          int64_t term_stride, int64_t part_terms)
+      : rows_(rows), terms_(terms), part_terms_(part_terms), packed_(rows * terms) {
+    float* to = packed_.data();
+    for_parts([&](int64_t first, int64_t count) {
+      for_tiles(rows, blocks().rows, [&](int64_t row, int64_t tile_rows) {
+        for (int64_t term = first; term < first + count; term++)
+          for (int64_t r = row; r < row + tile_rows; r++)
+            *to++ = weights[r * row_stride + term * term_stride];
+      });
+    });
   }
-  for (int i = 0; i < I; i++)
-    for (int j = 0; j < J; j++) {
-      float total = sum_of(sum[i][j]);
-      for (int64_t rest = c; rest < columns; rest++)
-        total += rows[i * BLOCK_STRIDE + rest] * cells[j * size + rest];
-      result[i * num_cells + j] += total;
-    }
-}
 
-template <int J>
-INLINE void dot_rows(float* result, int64_t num_cells, const float* rows, int64_t num_rows,
-                     const float* cells, int64_t size, int64_t columns) {
-  int64_t i = 0;
-  for (; i + 4 <= num_rows; i += 4)
-    dot_tile<4, J>(result + i * num_cells, num_cells, rows + i * BLOCK_STRIDE, cells, size,
-                   columns);
-  for (; i < num_rows; i++)
-    dot_tile<1, J>(result + i * num_cells, num_cells, rows + i * BLOCK_STRIDE, cells, size,
-                   columns);
-}
+  // Calls work(first term, terms) for every part.
+  template <typename Work>
+  void for_parts(const Work& work) const {
+    for_tiles(terms_, part_terms_, work);
+  }
 
-EVERY_CPU void dot_block(float* result, const float* rows, int64_t num_rows, const float* cells,
-                         int64_t num_cells, int64_t size, int64_t columns) {
-  int64_t j = 0;
-  for (; j + 6 <= num_cells; j += 6)
-    dot_rows<6>(result + j, num_cells, rows, num_rows, cells + j * size, size, columns);
-  for (; j < num_cells; j++)
-    dot_rows<1>(result + j, num_cells, rows, num_rows, cells + j * size, size, columns);
-}
+  // result (rows, columns) (+)= weights of a part * values (terms of the part, columns), columns a
+  // multiple of the width.
+  void multiply(int64_t first, int64_t terms, float* result, int64_t result_stride,
+                const float* values, int64_t stride, int64_t columns, bool begin) const {
+    blocks().product(result, result_stride, rows_, packed_.data() + first * rows_, values, stride,
+                     terms, columns, begin);
+  }
+
+ private:
+  int64_t rows_, terms_, part_terms_;
+  std::vector<float> packed_;
+};
 
 // --- the place of a cell's values in a kernel --------------------------------------------------
 
@@ -197,7 +160,7 @@ Places places(at::IntArrayRef grid, at::IntArrayRef cell_shape) {
 }
 
 template <int TAPS, bool INTO_KERNEL, typename Kernel, typename Rows>
-INLINE void move_run(Kernel* kernel, Rows* rows, int64_t tap_stride, int64_t taps, int64_t run) {
+inline void move_run(Kernel* kernel, Rows* rows, int64_t tap_stride, int64_t taps, int64_t run) {
   const int64_t step = TAPS ? TAPS : taps;
   for (int64_t r = 0; r < run; r++)
     for (int64_t tap = 0; tap < step; tap++)
@@ -210,15 +173,16 @@ INLINE void move_run(Kernel* kernel, Rows* rows, int64_t tap_stride, int64_t tap
 // Moves columns [begin, end) of one image's rows, in a block that begins there, into its kernel or,
 // the other way, out of it.
 template <bool INTO_KERNEL, typename Kernel, typename Rows>
-INLINE void move_columns(Kernel* kernel, Rows* rows, const Places& p, int64_t begin, int64_t end) {
+void move_columns(Kernel* kernel, Rows* rows, int64_t stride, const Places& p, int64_t begin,
+                  int64_t end) {
   for (int64_t c = begin; c < end;) {
     const int64_t out = c / p.run, in = c % p.run;
     const int64_t run = std::min(p.run - in, end - c);
     for (int64_t ob = 0; ob < p.out_blocks; ob++)
       for (int64_t ib = 0; ib < p.in_blocks; ib++) {
         Kernel* at = kernel + (((ob * p.cell_out + out) * p.in_blocks + ib) * p.run + in) * p.taps;
-        Rows* first = rows + (ob * p.in_blocks + ib) * BLOCK_STRIDE + (c - begin);
-        const int64_t tap_stride = p.out_blocks * p.in_blocks * BLOCK_STRIDE;
+        Rows* first = rows + (ob * p.in_blocks + ib) * stride + (c - begin);
+        const int64_t tap_stride = p.out_blocks * p.in_blocks * stride;
         if (p.taps == 1) {
           if constexpr (INTO_KERNEL)
             std::memcpy(at, first, run * sizeof(float));
@@ -234,50 +198,113 @@ INLINE void move_columns(Kernel* kernel, Rows* rows, const Places& p, int64_t be
   }
 }
 
-EVERY_CPU void rows_to_kernel(float* kernel, const float* rows, const Places& p, int64_t begin,
-                              int64_t end) {
-  move_columns<true>(kernel, rows, p, begin, end);
+// --- blocks of columns -------------------------------------------------------------------------
+
+// Columns of blocks come in multiples of this, which is one of every `width`.
+constexpr int64_t COLUMNS_STEP = 64;
+// The most of them: long runs help where rows are read as they lie, and are needless for copies.
+constexpr int64_t STREAMED_COLUMNS = 2048;
+constexpr int64_t COPIED_COLUMNS = 256;
+// Terms that a product sums up at a time: of rows that are read as they lie; and of copied ones, as
+// many as the innermost cache holds of a tile's columns.
+constexpr int64_t STREAMED_TERMS = 8;
+constexpr int64_t COPIED_TERMS = 192;
+// Mixtures from which on arithmetic counts, not memory.
+constexpr int64_t MANY_ROWS = 40;
+// Values in the blocks of one thread: they should stay in the cache that a core has for itself.
+constexpr int64_t BLOCK_VALUES = 96 << 10;
+// Rows of a block are kept apart by one line more than a power of two.
+constexpr int64_t PADDING = 16;
+
+// Some columns of a matrix in memory of their own.
+struct Block {
+  float* values;
+  int64_t stride;
+};
+
+// Columns [begin, begin + count) of a matrix.
+struct Span {
+  int64_t begin, count;
+};
+
+// What is computed of so many columns, where the last tile is filled up.
+int64_t padded(int64_t count) { return num_parts(count, blocks().width) * blocks().width; }
+
+// How many columns of so many rows a block has.
+int64_t block_columns(int64_t size, int64_t rows, int64_t most) {
+  const int64_t shared = size / (4 * at::get_num_threads());
+  return std::max<int64_t>(std::min({most, BLOCK_VALUES / rows, shared}) / COLUMNS_STEP, 1) *
+         COLUMNS_STEP;
 }
 
-EVERY_CPU void kernel_to_rows(float* rows, const float* kernel, const Places& p, int64_t begin,
-                              int64_t end) {
-  move_columns<false>(kernel, rows, p, begin, end);
-}
-
-// Runs work(begin, end) over the columns of a cell, a block of so many rows at a time, on all
-// threads.
+// Runs work(span, memory) for blocks of all `size` columns, on all threads, with so many values of
+// memory. The next block goes to whichever thread is free: cores are not equally fast.
 template <typename Work>
-void for_blocks(int64_t size, int64_t rows, const Work& work) {
-  const int64_t fitting = BLOCK_VALUES / rows / (4 * LANES) * (4 * LANES);
-  const int64_t columns = std::clamp<int64_t>(fitting, COLUMNS / 4, COLUMNS);
-  at::parallel_for(0, (size + columns - 1) / columns, 1, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; b++) work(b * columns, std::min((b + 1) * columns, size));
+void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work) {
+  const int64_t count = num_parts(size, columns);
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    // Kept: fresh pages for every call would cost more than it does.
+    thread_local std::vector<float> memory;
+    if (memory.size() < static_cast<size_t>(values)) memory.resize(values);
+    for (int64_t b = next++; b < count; b = next++)
+      work(Span{b * columns, std::min(columns, size - b * columns)}, memory.data());
   });
+}
+
+// Zeros between the last column and the last that is computed with.
+void clear_rest(const Block& block, int64_t rows, int64_t count) {
+  if (count < padded(count))
+    for (int64_t row = 0; row < rows; row++)
+      std::memset(block.values + row * block.stride + count, 0,
+                  (padded(count) - count) * sizeof(float));
+}
+
+// Copies some columns of a matrix (rows, size).
+void copy_columns(const Block& block, const float* matrix, int64_t rows, int64_t size, Span span) {
+  constexpr int64_t AHEAD = 3, LINE = 16;
+  for (int64_t row = 0; row < rows; row++) {
+    const float* from = matrix + row * size + span.begin;
+    if (row + AHEAD < rows)
+      for (int64_t c = 0; c < span.count; c += LINE)
+        __builtin_prefetch(from + AHEAD * size + c, 0, 2);
+    std::memcpy(block.values + row * block.stride, from, span.count * sizeof(float));
+  }
+  clear_rest(block, rows, span.count);
 }
 
 // --- the operators -----------------------------------------------------------------------------
 
-// What all of them are given: the warehouse, and every mixture's weights on its cells.
+// What mixing is given: the warehouse, and every mixture's weights on its cells.
 struct Mixing {
   Places p;
   int64_t batch, rows, num_cells, size, kernel_size;
-  at::Tensor cells;
-  std::vector<float> packed;
+  // Whether products may read the warehouse as it lies: blocks of its columns fill their tiles.
+  bool aligned;
+  // Whether they should: there are few mixtures.
+  bool streamed;
+  at::Tensor cells, attention;
+  Weights weights;
 
-  Mixing(const at::Tensor& attention, const at::Tensor& warehouse, at::IntArrayRef grid)
+  Mixing(const at::Tensor& attention_of_images, const at::Tensor& warehouse, at::IntArrayRef grid)
       : p(places(grid, warehouse.sizes().slice(1))),
-        batch(attention.size(0)),
+        batch(attention_of_images.size(0)),
         rows(batch * p.rows()),
         num_cells(warehouse.size(0)),
         size(p.size()),
         kernel_size(p.rows() * size),
-        cells(warehouse.contiguous()) {
-    TORCH_CHECK(attention.size(1) == p.rows() && attention.size(2) == num_cells, "attention of ",
-                attention.sizes(), " does not fit grid ", grid, " and cells of ",
-                warehouse.sizes());
-    TORCH_CHECK(rows <= MAX_ROWS, rows, " mixtures, of at most ", MAX_ROWS);
-    const at::Tensor weights = attention.reshape({rows, num_cells}).contiguous();
-    packed = pack_weights(weights.const_data_ptr<float>(), rows, num_cells);
+        aligned(size % blocks().width == 0),
+        streamed(aligned && rows < MANY_ROWS),
+        cells(warehouse.contiguous()),
+        attention(checked(attention_of_images, grid).contiguous()),
+        weights(attention.const_data_ptr<float>(), rows, num_cells, num_cells, 1,
+                streamed ? STREAMED_TERMS : COPIED_TERMS) {}
+
+  const at::Tensor& checked(const at::Tensor& given, at::IntArrayRef grid) const {
+    TORCH_CHECK(given.size(1) == p.rows() && given.size(2) == num_cells, "attention of ",
+                given.sizes(), " does not fit grid ", grid, " and cells of ", cells.sizes());
+    return given;
   }
 
   void check_kernels(const at::Tensor& kernels) const {
@@ -286,13 +313,30 @@ struct Mixing {
                 cells.sizes());
   }
 
-  // Columns [begin, end) of all kernels, by way of a block.
-  void mix(float* kernels, float* block, int64_t begin, int64_t end) const {
-    const float* from = cells.const_data_ptr<float>() + begin;
-    mix_block(block, rows, packed.data(), from, num_cells, size, end - begin);
+  const float* warehouse() const { return cells.const_data_ptr<float>(); }
+
+  // mixed (+)= what a part of the cells, as they lie, contributes.
+  void mix_part(const Block& mixed, Span span, int64_t first, int64_t count) const {
+    weights.multiply(first, count, mixed.values, mixed.stride,
+                     warehouse() + first * size + span.begin, size, span.count, first == 0);
+  }
+
+  // mixed = columns of the mixtures, from a copy of the cells' columns.
+  void mix_copied(const Block& mixed, const Block& copy, int64_t count) const {
+    const int64_t width = blocks().width;
+    weights.for_parts([&](int64_t first, int64_t terms) {
+      // A tile's columns of the part serve all mixtures from the innermost cache.
+      for (int64_t c = 0; c < count; c += width)
+        weights.multiply(first, terms, mixed.values + c, mixed.stride,
+                         copy.values + first * copy.stride + c, copy.stride, width, first == 0);
+    });
+  }
+
+  void into_kernels(float* kernels, const Block& mixed, Span span) const {
     for (int64_t image = 0; image < batch; image++)
-      rows_to_kernel(kernels + image * kernel_size, block + image * p.rows() * BLOCK_STRIDE, p,
-                     begin, end);
+      move_columns<true>(kernels + image * kernel_size,
+                         mixed.values + image * p.rows() * mixed.stride, mixed.stride, p,
+                         span.begin, span.begin + span.count);
   }
 };
 
@@ -303,9 +347,21 @@ void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::In
   const Mixing m(attention, cells, grid);
   m.check_kernels(kernels);
   float* to = kernels.mutable_data_ptr<float>();
-  for_blocks(m.size, m.rows, [&](int64_t begin, int64_t end) {
-    float block[MAX_ROWS * BLOCK_STRIDE];
-    m.mix(to, block, begin, end);
+  const int64_t rows = m.streamed ? m.rows : m.rows + m.num_cells;
+  const int64_t most = m.streamed ? STREAMED_COLUMNS : COPIED_COLUMNS;
+  const int64_t columns = block_columns(m.size, rows, most), stride = columns + PADDING;
+  for_blocks(m.size, columns, rows * stride, [&](Span span, float* memory) {
+    const Block mixed{memory, stride};
+    if (m.streamed) {
+      m.weights.for_parts([&](int64_t first, int64_t count) {
+        m.mix_part(mixed, span, first, count);
+      });
+    } else {
+      const Block copy{memory + m.rows * stride, stride};
+      copy_columns(copy, m.warehouse(), m.num_cells, m.size, span);
+      m.mix_copied(mixed, copy, span.count);
+    }
+    m.into_kernels(to, mixed, span);
   });
 }
 
@@ -320,16 +376,68 @@ at::Tensor mix_cells(const at::Tensor& attention, const at::Tensor& cells, at::I
   return kernels;
 }
 
-// The backward pass in one pass over the warehouse. From the gradients of the kernels, a list of
-// (out, in, ...): fills rows (batch, mixtures, cell_out, cell_in, ...) with them, cut into cells, and
-// kernels (batch, out, in, ...) with the mixtures; returns the gradient of the attention.
+// Weights (terms, n), transposed.
+Weights transposed_weights(const at::Tensor& weights) {
+  const int64_t num_cells = weights.size(-1);
+  return Weights(weights.const_data_ptr<float>(), num_cells, 1, weights.numel() / num_cells,
+                 num_cells, COPIED_TERMS);
+}
+
+// Columns of sum (n, size) (+)= weights (n, terms) * rows (terms, columns).
+void add_columns(const Weights& weights, const Block& rows, const at::Tensor& sum, bool begin,
+                 Span span) {
+  const int64_t num_cells = sum.size(0), size = sum.numel() / num_cells, width = blocks().width;
+  const int64_t whole = span.count / width * width, rest = span.count - whole;
+  float* to = sum.mutable_data_ptr<float>() + span.begin;
+  // The last columns, where they are fewer than a tile has, are summed up in memory of their own.
+  std::vector<float> last(rest ? num_cells * width : 0);
+  weights.for_parts([&](int64_t first, int64_t count) {
+    const float* values = rows.values + first * rows.stride;
+    weights.multiply(first, count, to, size, values, rows.stride, whole, begin && first == 0);
+    if (rest)
+      weights.multiply(first, count, last.data(), width, values + whole, rows.stride, width,
+                       first == 0);
+  });
+  for (int64_t cell = 0; rest && cell < num_cells; cell++)
+    for (int64_t c = 0; c < rest; c++) {
+      float& total = to[cell * size + whole + c];
+      total = (begin ? 0 : total) + last[cell * width + c];
+    }
+}
+
+// sum (n, cell_out, cell_in, ...) (+)= weights (mixtures, n) transposed * rows (mixtures, cell_out,
+// cell_in, ...).
+void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor sum, bool begin) {
+  const int64_t terms = weights.size(0), num_cells = weights.size(1);
+  TORCH_CHECK(rows.size(0) == terms && sum.size(0) == num_cells &&
+                  rows.numel() * num_cells == sum.numel() * terms,
+              "weights of ", weights.sizes(), ", rows of ", rows.sizes(), " and a sum of ",
+              sum.sizes());
+  TORCH_CHECK(rows.is_contiguous() && sum.is_contiguous(), "rows and sum must be contiguous");
+  const Weights transposed = transposed_weights(weights.contiguous());
+  const int64_t size = sum.numel() / num_cells;
+  const int64_t columns = block_columns(size, terms, STREAMED_COLUMNS), stride = columns + PADDING;
+  for_blocks(size, columns, terms * stride, [&](Span span, float* memory) {
+    const Block copy{memory, stride};
+    copy_columns(copy, rows.const_data_ptr<float>(), terms, size, span);
+    add_columns(transposed, copy, sum, begin, span);
+  });
+}
+
+// The backward pass in one pass over the warehouse, from the gradients of the kernels, a list of
+// (out, in, ...). Fills kernels (batch, out, in, ...) with the mixtures. The gradients, cut into
+// cells, go to rows (batch, mixtures, cell_out, cell_in, ...), for add_to_cells, or are added to sum
+// as it does. Returns the gradient of the attention.
 at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention,
-                        const at::Tensor& cells, at::IntArrayRef grid, at::Tensor rows,
-                        at::Tensor kernels) {
+                        const at::Tensor& cells, at::IntArrayRef grid, at::Tensor kernels,
+                        std::optional<at::Tensor> rows, std::optional<at::Tensor> sum,
+                        bool begin) {
   const Mixing m(attention, cells, grid);
   m.check_kernels(kernels);
-  TORCH_CHECK(rows.is_contiguous() && rows.numel() == m.rows * m.size, "rows of ", rows.sizes(),
-              " for attention of ", attention.sizes());
+  TORCH_CHECK(!rows || (rows->is_contiguous() && rows->numel() == m.rows * m.size),
+              "rows for attention of ", attention.sizes());
+  TORCH_CHECK(!sum || (sum->is_contiguous() && sum->numel() == cells.numel()), "sum for cells of ",
+              cells.sizes());
   TORCH_CHECK(static_cast<int64_t>(grad_kernels.size()) == m.batch, grad_kernels.size(),
               " gradients for ", m.batch, " images");
   std::vector<at::Tensor> gradients;
@@ -338,24 +446,56 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
                 " does not fit grid ", grid, " and cells of ", cells.sizes());
     gradients.push_back(gradient.contiguous());
   }
-  // A sum for every thread: their blocks are not disjoint in the attention.
+  std::optional<Weights> transposed;
+  if (sum) transposed.emplace(transposed_weights(m.attention));
+  // A sum for every thread: their columns are not disjoint in the attention.
   const at::Tensor parts =
       at::zeros({at::get_num_threads(), m.rows, m.num_cells}, cells.options());
-  float* to = kernels.mutable_data_ptr<float>();
-  float* part = parts.mutable_data_ptr<float>();
-  float* row = rows.mutable_data_ptr<float>();
-  const float* from = m.cells.const_data_ptr<float>();
-  for_blocks(m.size, m.rows, [&](int64_t begin, int64_t end) {
-    float block[MAX_ROWS * BLOCK_STRIDE];
-    m.mix(to, block, begin, end);
+  float* const to = kernels.mutable_data_ptr<float>();
+  float* const row = rows ? rows->mutable_data_ptr<float>() : nullptr;
+  float* const part = parts.mutable_data_ptr<float>();
+  // Many mixtures take the gradients' place, from copies of a few columns at a time.
+  const int64_t num_rows = m.streamed ? 2 * m.rows : m.rows;
+  const int64_t columns = block_columns(m.size, num_rows, STREAMED_COLUMNS);
+  const int64_t stride = columns + PADDING, copy_stride = COLUMNS_STEP + PADDING;
+  const int64_t values = num_rows * stride + (m.streamed ? 0 : m.num_cells * copy_stride);
+  for_blocks(m.size, columns, values, [&](Span span, float* memory) {
+    const Block gradient{memory, stride};
     for (int64_t image = 0; image < m.batch; image++)
-      kernel_to_rows(block + image * m.p.rows() * BLOCK_STRIDE,
-                     gradients[image].const_data_ptr<float>(), m.p, begin, end);
-    for (int64_t r = 0; r < m.rows; r++)
-      std::memcpy(row + r * m.size + begin, block + r * BLOCK_STRIDE,
-                  (end - begin) * sizeof(float));
-    dot_block(part + at::get_thread_num() * m.rows * m.num_cells, block, m.rows, from + begin,
-              m.num_cells, m.size, end - begin);
+      move_columns<false>(gradients[image].const_data_ptr<float>(),
+                          gradient.values + image * m.p.rows() * stride, stride, m.p, span.begin,
+                          span.begin + span.count);
+    clear_rest(gradient, m.rows, span.count);
+    for (int64_t r = 0; row && r < m.rows; r++)
+      std::memcpy(row + r * m.size + span.begin, gradient.values + r * stride,
+                  span.count * sizeof(float));
+    if (sum) add_columns(*transposed, gradient, *sum, begin, span);
+
+    float* const grad_attention = part + at::get_thread_num() * m.rows * m.num_cells;
+    const auto dots = [&](int64_t column, const float* from, int64_t from_stride, int64_t first,
+                          int64_t count, int64_t width) {
+      blocks().dots(grad_attention + first, m.num_cells, gradient.values + column, m.rows, stride,
+                    from, count, from_stride, padded(width));
+    };
+    const float* warehouse = m.warehouse() + span.begin;
+    if (m.streamed) {
+      const Block mixed{memory + m.rows * stride, stride};
+      m.weights.for_parts([&](int64_t first, int64_t count) {
+        dots(0, warehouse + first * m.size, m.size, first, count, span.count);
+        m.mix_part(mixed, span, first, count);
+      });
+      m.into_kernels(to, mixed, span);
+      return;
+    }
+    if (m.aligned) dots(0, warehouse, m.size, 0, m.num_cells, span.count);
+    const Block copy{memory + m.rows * stride, copy_stride};
+    for (int64_t c = 0; c < span.count; c += COLUMNS_STEP) {
+      const int64_t count = std::min(COLUMNS_STEP, span.count - c);
+      copy_columns(copy, m.warehouse(), m.num_cells, m.size, {span.begin + c, count});
+      if (!m.aligned) dots(c, copy.values, copy_stride, 0, m.num_cells, count);
+      m.mix_copied({gradient.values + c, stride}, copy, count);
+    }
+    m.into_kernels(to, gradient, span);
   });
   return parts.sum(0).view(attention.sizes());
 }
@@ -365,16 +505,18 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
 TORCH_LIBRARY(mmkw, library) {
   library.def("mix_cells(Tensor attention, Tensor cells, int[] grid) -> Tensor");
   library.def(
-      "mix_backward(Tensor[] grad_kernels, Tensor attention, Tensor cells, int[] grid, "
-      "Tensor(a!) rows, Tensor(b!) kernels) -> Tensor");
-  library.def(
       "mix_cells_into(Tensor attention, Tensor cells, int[] grid, Tensor(a!) kernels) -> ()");
+  library.def(
+      "mix_backward(Tensor[] grad_kernels, Tensor attention, Tensor cells, int[] grid, "
+      "Tensor(a!) kernels, Tensor(b!)? rows, Tensor(c!)? sum, bool begin) -> Tensor");
+  library.def("add_to_cells(Tensor weights, Tensor rows, Tensor(a!) sum, bool begin) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
   library.impl("mix_cells", &mix_cells);
   library.impl("mix_cells_into", &mix_cells_into);
   library.impl("mix_backward", &mix_backward);
+  library.impl("add_to_cells", &add_to_cells);
 }
 
 // Importing the module is what loads the library.
