@@ -145,7 +145,7 @@ def _backward(
         if need_attention or need_cells:
             grad_kernels = (
                 kernel
-                for part in image_parts(weights, cells)
+                for part in image_parts(weights, cells, grid)
                 for kernel in sample_map.backward_kernels(grad_block[part], x_block[part], shape)
             )
             grad_attention, mixed = mix_backward(grad_kernels, weights, cells, grid, total)

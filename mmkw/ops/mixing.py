@@ -2,13 +2,13 @@
 
 import itertools
 import math
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from . import native
+from .memory import scratch
 
 
 def mix_cells(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
@@ -86,14 +86,24 @@ def mixed_kernels(
         Images and their kernels.
     """
     if native.serves(attention, cells, grid):
-        kernels = scratch(cells, (attention.shape[0], *kernel_shape(cells.shape[1:], grid)))
+        kernels = _kernels(attention, cells, grid)
         torch.ops.mmkw.mix_cells_into(attention, cells, grid, kernels)
         yield slice(None), kernels
         return
-    rows = scratch(cells, (*attention.shape[:2], *cells.shape[1:]))
+    rows = _rows(attention, cells)
     torch.mm(attention.flatten(0, 1), cells.flatten(1), out=rows.flatten(0, 1).flatten(1))
-    for images in image_parts(attention, cells):
+    for images in image_parts(attention, cells, grid):
         yield images, _assembled(rows[images], grid)
+
+
+def _kernels(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
+    """Memory for kernels: Tensor[batch, out, in, *kernel_size]."""
+    return scratch(cells, (len(attention), *kernel_shape(cells.shape[1:], grid)), 'mixing')
+
+
+def _rows(attention: Tensor, cells: Tensor, use: str = 'mixing') -> Tensor:
+    """Memory for mixtures: Tensor[batch, mixtures, cell_out, cell_in, *cell_kernel]."""
+    return scratch(cells, (*attention.shape[:2], *cells.shape[1:]), use)
 
 
 def mix_backward(
@@ -106,7 +116,8 @@ def mix_backward(
     """Goes back through :func:`mix_cells`.
 
     Args:
-        grad_kernels: For every image the gradient of its kernel; read once, one after the other.
+        grad_kernels: For every image the gradient of its kernel; those of one of the
+            :func:`image_parts` may be gone when the next are asked for.
         attention: Tensor[batch, mixtures, cells], as much of a batch as :func:`batch_blocks` says.
         cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
         grid: As in :func:`mix_cells`.
@@ -115,27 +126,24 @@ def mix_backward(
     Returns:
         The gradient of ``attention``, and the kernels, mixed again, as of :func:`mixed_kernels`.
     """
-    # Few gradients wait in the sum for others; many are added to it right away.
     place = None if total is None else total.place(attention)
     if native.serves(attention, cells, grid):
+        rows = place
+        if total is not None and place is None:
+            rows = _rows(attention, cells, 'rows')
         gradients = [kernel.to(cells.dtype) for kernel in grad_kernels]
-        kernels = scratch(cells, (attention.shape[0], *kernel_shape(cells.shape[1:], grid)))
-        so_far = (None, False) if total is None or place is not None else total.opened()
-        grad_attention = torch.ops.mmkw.mix_backward(
-            gradients, attention, cells, grid, kernels, place, *so_far
-        )
+        kernels = _kernels(attention, cells, grid)
+        arguments = (gradients, attention, cells, grid, kernels, rows)
+        grad_attention = torch.ops.mmkw.mix_backward(*arguments)
         mixed = iter([(slice(None), kernels)])
     else:
-        shape = (*attention.shape[:2], *cells.shape[1:])
-        rows = scratch(cells, shape) if place is None else place
+        rows = _rows(attention, cells) if place is None else place
         cut_kernels(grad_kernels, grid, rows)
         grad_attention = rows.flatten(0, 1).flatten(1) @ cells.flatten(1).t()
-        if total is not None and place is None:
-            total.add(attention, rows)
         # Takes the scratch memory over, but not before it is asked for kernels.
         mixed = mixed_kernels(attention, cells, grid)
-    if place is not None:
-        total.wait(attention)
+    if total is not None:
+        total.add(attention, rows, waits=place is not None)
     return grad_attention.view(attention.shape), mixed
 
 
@@ -160,7 +168,7 @@ def cut_kernels(kernels: Iterable[Tensor], grid: Sequence[int], rows: Tensor) ->
 
 
 # Bytes of kernels that are mixed by one product: the more, the fewer passes over a warehouse.
-BLOCK_BYTES = {'cpu': 80 << 20}
+BLOCK_BYTES = {'cpu': 40 << 20}
 # Bytes of kernels that are put together at a time. On the CPU they should stay in the caches, and
 # below the size from which the C library asks the system for fresh pages on every call.
 PART_BYTES = {'cpu': 30 << 20}
@@ -172,8 +180,13 @@ def batch_blocks(attention: Tensor, cells: Tensor) -> list[slice]:
     return _slices(attention, cells, BLOCK_BYTES)
 
 
-def image_parts(attention: Tensor, cells: Tensor) -> list[slice]:
-    """Images whose kernels are put together at a time, for one of the blocks."""
+def image_parts(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> list[slice]:
+    """Images whose kernels are put together at a time, for one of the blocks.
+
+    The compiled kernels put them together as they mix them.
+    """
+    if native.serves(attention, cells, grid):
+        return [slice(None)]
     return _slices(attention, cells, PART_BYTES)
 
 
@@ -184,28 +197,6 @@ def _slices(attention: Tensor, cells: Tensor, limits: Mapping[str, int]) -> list
     count = max(math.ceil(batch / fitting), 1)
     bounds = [batch * index // count for index in range(count + 1)]
     return [slice(*ends) for ends in itertools.pairwise(bounds)]
-
-
-_scratch = threading.local()
-
-
-def scratch(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Memory whose content may be lost as soon as the same thread asks for scratch memory again.
-
-    On the CPU a thread has one piece of it, which it keeps: tens of megabytes of fresh pages, layer
-    by layer, would cost as much as mixing. Elsewhere PyTorch's allocator keeps what is freed.
-
-    Args:
-        like: Tensor of the device and the dtype that are wanted.
-        shape: Of the result.
-    """
-    if like.device.type != 'cpu':
-        return like.new_empty(shape)
-    size = math.prod(shape)
-    memory = getattr(_scratch, 'memory', None)
-    if memory is None or memory.dtype != like.dtype or memory.numel() < size:
-        _scratch.memory = memory = torch.empty(size, dtype=like.dtype)
-    return memory[:size].view(shape)
 
 
 class CellSum:
@@ -236,8 +227,8 @@ class CellSum:
             attention: Tensor[images, mixtures, cells], that the kernels were mixed by.
 
         Returns:
-            Tensor[images, mixtures, cell_out, cell_in, *cell_kernel], to be filled before
-            :meth:`wait` is called; ``None`` where there are enough for a product of their own.
+            Tensor[images, mixtures, cell_out, cell_in, *cell_kernel], to be filled before it is
+            added; ``None`` where there are enough for a product of their own.
         """
         cell = self._cells[0]
         count = attention.shape[:2].numel()
@@ -251,30 +242,20 @@ class CellSum:
         rows = self._rows[self._waiting : self._waiting + count]
         return rows.unflatten(0, attention.shape[:2])
 
-    def wait(self, attention: Tensor) -> None:
-        """Keeps what is in the place last given until it is added.
-
-        Args:
-            attention: The one that :meth:`place` was given.
-        """
-        self._weights.append(attention.flatten(0, 1))
-        self._waiting += len(self._weights[-1])
-
-    def add(self, attention: Tensor, rows: Tensor) -> None:
+    def add(self, attention: Tensor, rows: Tensor, waits: bool) -> None:
         """Adds the part of some images of a layer.
 
         Args:
             attention: Tensor[images, mixtures, cells].
             rows: Tensor[images, mixtures, cell_out, cell_in, *cell_kernel].
+            waits: Whether ``rows`` are in the place last given.
         """
-        self._add_product(attention.flatten(0, 1), rows.flatten(0, 1))
-
-    def opened(self) -> tuple[Tensor, bool]:
-        """The sum so far, to be added to in place, and whether it has to be begun instead."""
-        begin = self._sum is None
-        if begin:
-            self._sum = torch.empty_like(self._cells, memory_format=torch.contiguous_format)
-        return self._sum, begin
+        weights = attention.flatten(0, 1)
+        if waits:
+            self._weights.append(weights)
+            self._waiting += len(weights)
+        else:
+            self._add_product(weights, rows.flatten(0, 1))
 
     def total(self) -> Tensor:
         """The sum of everything added, shaped like the cells."""
@@ -287,10 +268,12 @@ class CellSum:
             self._weights, self._waiting = [], 0
 
     def _add_product(self, weights: Tensor, rows: Tensor) -> None:
-        total, begin = self.opened()
-        if native.computes(total):
-            torch.ops.mmkw.add_to_cells(weights, rows, total, begin)
+        begin = self._sum is None
+        if begin:
+            self._sum = torch.empty_like(self._cells, memory_format=torch.contiguous_format)
+        if native.computes(self._cells):
+            torch.ops.mmkw.add_to_cells(weights, rows, self._sum, begin)
         elif begin:
-            torch.mm(weights.t(), rows.flatten(1), out=total.flatten(1))
+            torch.mm(weights.t(), rows.flatten(1), out=self._sum.flatten(1))
         else:
-            total.flatten(1).addmm_(weights.t(), rows.flatten(1))
+            self._sum.flatten(1).addmm_(weights.t(), rows.flatten(1))

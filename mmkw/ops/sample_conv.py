@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import modes
+from .memory import scratch
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -66,6 +67,8 @@ class SampleConv:
     def backward_kernels(self, grad: Tensor, x: Tensor, shape: tuple[int, ...]) -> Sequence[Tensor]:
         """For every image the gradient of its kernel, as a constant.
 
+        They may be gone when others are asked for.
+
         Args:
             grad: Gradient of the call's result.
             x: The call's images.
@@ -76,7 +79,9 @@ class SampleConv:
         kernels = x.new_empty(batch, *shape)
         if self._is_matrix(kernels):
             sampled = self._columns(self._sampled(x))
-            return torch.bmm(self._columns(grad), sampled.transpose(1, 2)).view(kernels.shape)
+            gradients = scratch(grad, self._matrices(kernels).shape, 'kernel gradients')
+            torch.bmm(self._columns(grad), sampled.transpose(1, 2), out=gradients)
+            return gradients.view(kernels.shape)
         if self._is_merged(x, kernels):
             return self._merged_backward(grad, x, kernels, 1).view(kernels.shape)
         return [
@@ -176,7 +181,8 @@ class SampleLinear:
 
     def backward_kernels(self, grad: Tensor, x: Tensor, shape: tuple[int, ...]) -> Sequence[Tensor]:
         """For every sample the gradient of its kernel; see :class:`SampleConv`."""
-        return torch.bmm(_tokens(grad).transpose(1, 2), _tokens(x)).unsqueeze(-1)
+        gradients = scratch(grad, (len(x), *shape[:2]), 'kernel gradients')
+        return torch.bmm(_tokens(grad).transpose(1, 2), _tokens(x), out=gradients).unsqueeze(-1)
 
     def backward_x(self, grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
         """The gradient of the samples; see :class:`SampleConv`."""

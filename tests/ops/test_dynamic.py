@@ -2,9 +2,11 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
+from command_util import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -105,14 +107,14 @@ def test_equals_its_definition(path, case, batch, pieces):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 3),
-    cells=st.integers(1, 20),
+    cells=st.integers(1, 20) | st.integers(190, 200),
     blocks=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    channels=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    channels=st.tuples(st.integers(1, 40), st.integers(1, 40) | st.sampled_from([16, 64, 256])),
     taps=st.sampled_from([(1, 1), (2, 1), (3, 3), (5, 1)]),
     whole=st.booleans(),
 )
 def test_compiled_kernels_equal_pytorch(batch, cells, blocks, channels, taps, whole):
-    """Blocks, lanes and tails of all lengths."""
+    """Blocks, lanes and tails of all lengths; few mixtures and many, few cells and many."""
     spatial, size = ((1, 1), taps) if whole else (taps, (1, 1))
     grid = (*spatial, *blocks)
     attention = torch.randn(batch, math.prod(grid), cells)
@@ -121,14 +123,31 @@ def test_compiled_kernels_equal_pytorch(batch, cells, blocks, channels, taps, wh
     kernels = mix_cells(attention, store, grid)
     gradients = list(torch.randn_like(kernels))
     total = mixing.CellSum(store)
-    grad_attention, parts = mixing.mix_backward(gradients, attention, store, grid, total)
+    for _ in range(2):
+        grad_attention, parts = mixing.mix_backward(gradients, attention, store, grid, total)
     [(_, mixed)] = parts
-    results = [kernels, mixed, grad_attention, total.total()]
+    results = [kernels, mixed, grad_attention, total.total() / 2]
 
     attention, store = (t.double().requires_grad_() for t in (attention, store))
     slow = mix_cells(attention, store, grid)
     slow_gradients = torch.autograd.grad(slow, (attention, store), torch.stack(gradients).double())
     assert_close(results, [slow, slow, *slow_gradients], 1e-5)
+
+
+CAPABILITIES = ['default', 'avx2', 'avx512']
+
+
+@needs_native
+@pytest.mark.parametrize('capability', CAPABILITIES)
+def test_compiled_kernels_of_every_processor_equal_pytorch(capability, root):
+    """PyTorch's variable chooses among the generations of x86 that the machine knows."""
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    if best not in CAPABILITIES[CAPABILITIES.index(capability) :]:
+        pytest.skip(f'this processor has {best}')
+    command = [sys.executable, '-m', 'pytest', __file__, '-k', 'test_compiled_kernels_equal']
+    result, output = run(root, *command, ATEN_CPU_CAPABILITY=capability)
+    assert result.returncode == 0, output
+    assert '1 passed' in output
 
 
 @needs_native

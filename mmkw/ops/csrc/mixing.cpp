@@ -9,12 +9,14 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include <Python.h>
@@ -84,16 +86,13 @@ namespace any_processor {
 #include "blocks.h"
 }  // namespace any_processor
 
+// As PyTorch chooses its own, hence by the environment variable ATEN_CPU_CAPABILITY, too.
 const Blocks& blocks() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  static const Blocks& best = __builtin_cpu_supports("avx512f") &&
-                                      __builtin_cpu_supports("avx512vl") &&
-                                      __builtin_cpu_supports("avx512dq") &&
-                                      __builtin_cpu_supports("avx512bw")
-                                  ? avx512::blocks
-                              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
-                                  ? avx2::blocks
-                                  : any_processor::blocks;
+  static const std::string capability = at::get_cpu_capability();
+  static const Blocks& best = capability == "AVX512"  ? avx512::blocks
+                              : capability == "AVX2" ? avx2::blocks
+                                                      : any_processor::blocks;
   return best;
 #else
   return any_processor::blocks;
@@ -376,35 +375,6 @@ at::Tensor mix_cells(const at::Tensor& attention, const at::Tensor& cells, at::I
   return kernels;
 }
 
-// Weights (terms, n), transposed.
-Weights transposed_weights(const at::Tensor& weights) {
-  const int64_t num_cells = weights.size(-1);
-  return Weights(weights.const_data_ptr<float>(), num_cells, 1, weights.numel() / num_cells,
-                 num_cells, COPIED_TERMS);
-}
-
-// Columns of sum (n, size) (+)= weights (n, terms) * rows (terms, columns).
-void add_columns(const Weights& weights, const Block& rows, const at::Tensor& sum, bool begin,
-                 Span span) {
-  const int64_t num_cells = sum.size(0), size = sum.numel() / num_cells, width = blocks().width;
-  const int64_t whole = span.count / width * width, rest = span.count - whole;
-  float* to = sum.mutable_data_ptr<float>() + span.begin;
-  // The last columns, where they are fewer than a tile has, are summed up in memory of their own.
-  std::vector<float> last(rest ? num_cells * width : 0);
-  weights.for_parts([&](int64_t first, int64_t count) {
-    const float* values = rows.values + first * rows.stride;
-    weights.multiply(first, count, to, size, values, rows.stride, whole, begin && first == 0);
-    if (rest)
-      weights.multiply(first, count, last.data(), width, values + whole, rows.stride, width,
-                       first == 0);
-  });
-  for (int64_t cell = 0; rest && cell < num_cells; cell++)
-    for (int64_t c = 0; c < rest; c++) {
-      float& total = to[cell * size + whole + c];
-      total = (begin ? 0 : total) + last[cell * width + c];
-    }
-}
-
 // sum (n, cell_out, cell_in, ...) (+)= weights (mixtures, n) transposed * rows (mixtures, cell_out,
 // cell_in, ...).
 void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor sum, bool begin) {
@@ -414,30 +384,44 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
               "weights of ", weights.sizes(), ", rows of ", rows.sizes(), " and a sum of ",
               sum.sizes());
   TORCH_CHECK(rows.is_contiguous() && sum.is_contiguous(), "rows and sum must be contiguous");
-  const Weights transposed = transposed_weights(weights.contiguous());
-  const int64_t size = sum.numel() / num_cells;
+  const at::Tensor given = weights.contiguous();
+  const Weights transposed(given.const_data_ptr<float>(), num_cells, 1, terms, num_cells,
+                           COPIED_TERMS);
+  const int64_t size = sum.numel() / num_cells, width = blocks().width;
   const int64_t columns = block_columns(size, terms, STREAMED_COLUMNS), stride = columns + PADDING;
   for_blocks(size, columns, terms * stride, [&](Span span, float* memory) {
     const Block copy{memory, stride};
     copy_columns(copy, rows.const_data_ptr<float>(), terms, size, span);
-    add_columns(transposed, copy, sum, begin, span);
+    float* to = sum.mutable_data_ptr<float>() + span.begin;
+    const int64_t whole = span.count / width * width, rest = span.count - whole;
+    // The last columns, where they are fewer than a tile has, get memory of their own.
+    std::vector<float> last(rest ? num_cells * width : 0);
+    transposed.for_parts([&](int64_t first, int64_t count) {
+      const float* values = copy.values + first * stride;
+      transposed.multiply(first, count, to, size, values, stride, whole, begin && first == 0);
+      if (rest)
+        transposed.multiply(first, count, last.data(), width, values + whole, stride, width,
+                            first == 0);
+    });
+    for (int64_t cell = 0; rest && cell < num_cells; cell++)
+      for (int64_t c = 0; c < rest; c++) {
+        float& total = to[cell * size + whole + c];
+        total = (begin ? 0 : total) + last[cell * width + c];
+      }
   });
 }
 
 // The backward pass in one pass over the warehouse, from the gradients of the kernels, a list of
-// (out, in, ...). Fills kernels (batch, out, in, ...) with the mixtures. The gradients, cut into
-// cells, go to rows (batch, mixtures, cell_out, cell_in, ...), for add_to_cells, or are added to sum
-// as it does. Returns the gradient of the attention.
+// (out, in, ...). Fills kernels (batch, out, in, ...) with the mixtures, and rows (batch, mixtures,
+// cell_out, cell_in, ...), if given, with the gradients cut into cells, for add_to_cells. Returns the
+// gradient of the attention.
 at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention,
                         const at::Tensor& cells, at::IntArrayRef grid, at::Tensor kernels,
-                        std::optional<at::Tensor> rows, std::optional<at::Tensor> sum,
-                        bool begin) {
+                        std::optional<at::Tensor> rows) {
   const Mixing m(attention, cells, grid);
   m.check_kernels(kernels);
   TORCH_CHECK(!rows || (rows->is_contiguous() && rows->numel() == m.rows * m.size),
               "rows for attention of ", attention.sizes());
-  TORCH_CHECK(!sum || (sum->is_contiguous() && sum->numel() == cells.numel()), "sum for cells of ",
-              cells.sizes());
   TORCH_CHECK(static_cast<int64_t>(grad_kernels.size()) == m.batch, grad_kernels.size(),
               " gradients for ", m.batch, " images");
   std::vector<at::Tensor> gradients;
@@ -446,8 +430,6 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
                 " does not fit grid ", grid, " and cells of ", cells.sizes());
     gradients.push_back(gradient.contiguous());
   }
-  std::optional<Weights> transposed;
-  if (sum) transposed.emplace(transposed_weights(m.attention));
   // A sum for every thread: their columns are not disjoint in the attention.
   const at::Tensor parts =
       at::zeros({at::get_num_threads(), m.rows, m.num_cells}, cells.options());
@@ -456,7 +438,7 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
   float* const part = parts.mutable_data_ptr<float>();
   // Many mixtures take the gradients' place, from copies of a few columns at a time.
   const int64_t num_rows = m.streamed ? 2 * m.rows : m.rows;
-  const int64_t columns = block_columns(m.size, num_rows, STREAMED_COLUMNS);
+  const int64_t columns = block_columns(m.size, num_rows, STREAMED_COLUMNS / 2);
   const int64_t stride = columns + PADDING, copy_stride = COLUMNS_STEP + PADDING;
   const int64_t values = num_rows * stride + (m.streamed ? 0 : m.num_cells * copy_stride);
   for_blocks(m.size, columns, values, [&](Span span, float* memory) {
@@ -469,30 +451,31 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
     for (int64_t r = 0; row && r < m.rows; r++)
       std::memcpy(row + r * m.size + span.begin, gradient.values + r * stride,
                   span.count * sizeof(float));
-    if (sum) add_columns(*transposed, gradient, *sum, begin, span);
 
+    // Of some of the cells and some of the columns.
     float* const grad_attention = part + at::get_thread_num() * m.rows * m.num_cells;
-    const auto dots = [&](int64_t column, const float* from, int64_t from_stride, int64_t first,
-                          int64_t count, int64_t width) {
+    const auto add_dots = [&](int64_t first, int64_t count, const float* from, int64_t from_stride,
+                              int64_t column, int64_t width) {
       blocks().dots(grad_attention + first, m.num_cells, gradient.values + column, m.rows, stride,
                     from, count, from_stride, padded(width));
     };
-    const float* warehouse = m.warehouse() + span.begin;
+    const float* from = m.warehouse() + span.begin;
     if (m.streamed) {
       const Block mixed{memory + m.rows * stride, stride};
       m.weights.for_parts([&](int64_t first, int64_t count) {
-        dots(0, warehouse + first * m.size, m.size, first, count, span.count);
+        add_dots(first, count, from + first * m.size, m.size, 0, span.count);
         m.mix_part(mixed, span, first, count);
       });
       m.into_kernels(to, mixed, span);
       return;
     }
-    if (m.aligned) dots(0, warehouse, m.size, 0, m.num_cells, span.count);
+    // Inner products of long rows cost least.
+    if (m.aligned) add_dots(0, m.num_cells, from, m.size, 0, span.count);
     const Block copy{memory + m.rows * stride, copy_stride};
     for (int64_t c = 0; c < span.count; c += COLUMNS_STEP) {
       const int64_t count = std::min(COLUMNS_STEP, span.count - c);
       copy_columns(copy, m.warehouse(), m.num_cells, m.size, {span.begin + c, count});
-      if (!m.aligned) dots(c, copy.values, copy_stride, 0, m.num_cells, count);
+      if (!m.aligned) add_dots(0, m.num_cells, copy.values, copy_stride, c, count);
       m.mix_copied({gradient.values + c, stride}, copy, count);
     }
     m.into_kernels(to, gradient, span);
@@ -508,7 +491,7 @@ TORCH_LIBRARY(mmkw, library) {
       "mix_cells_into(Tensor attention, Tensor cells, int[] grid, Tensor(a!) kernels) -> ()");
   library.def(
       "mix_backward(Tensor[] grad_kernels, Tensor attention, Tensor cells, int[] grid, "
-      "Tensor(a!) kernels, Tensor(b!)? rows, Tensor(c!)? sum, bool begin) -> Tensor");
+      "Tensor(a!) kernels, Tensor(b!)? rows) -> Tensor");
   library.def("add_to_cells(Tensor weights, Tensor rows, Tensor(a!) sum, bool begin) -> ()");
 }
 
