@@ -37,16 +37,33 @@ def _load() -> bool:
 built = _load()
 
 
-def computes(cells: Tensor) -> bool:
-    """Whether the compiled kernels are for a warehouse: of float32 on the CPU.
+def computes(*tensors: Tensor) -> bool:
+    """Whether the compiled kernels are for tensors: of float32 on the CPU.
 
     An exported program shall run where mmkw is not installed, hence is made of PyTorch's operators.
 
     Args:
-        cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
+        *tensors: Of any shapes.
     """
-    on_cpu = cells.device.type == 'cpu' and cells.dtype == torch.float32
-    return built and enabled and on_cpu and not modes.is_exporting()
+    return (
+        built
+        and enabled
+        and all(t.dtype == torch.float32 and t.device.type == 'cpu' for t in tensors)
+        and not modes.is_exporting()
+    )
+
+
+def infers(*tensors: Tensor | None) -> bool:
+    """Whether the compiled kernels may compute from tensors what has no gradient.
+
+    Args:
+        *tensors: Of any shapes.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    return (
+        not learns and computes(*given) and not modes.is_compiling() and not modes.is_transforming()
+    )
 
 
 def serves(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bool:
@@ -59,8 +76,4 @@ def serves(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bool:
         cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
         grid: Cells of the kernel along ``(*spatial, out, in)``.
     """
-    return (
-        computes(cells)
-        and attention.dtype == cells.dtype
-        and 1 in (math.prod(grid[:-2]), cells.shape[3:].numel())
-    )
+    return computes(attention, cells) and 1 in (math.prod(grid[:-2]), cells.shape[3:].numel())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmkw.layers import KWConv2d, KWLinear, set_temperature
+from mmkw.ops import native
 
 
 def test_batch_of_one_trains_on_the_running_statistics():
@@ -39,6 +40,9 @@ def test_empty_batch_gives_empty_output_and_zero_gradients():
     assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in layer.parameters())
     linear = KWLinear(4, 6).train()
     assert linear(torch.randn(0, 3, 4)).shape == (0, 3, 6)
+    with torch.no_grad():
+        assert layer.eval()(torch.randn(0, 4, 5, 5)).shape == (0, 8, 5, 5)
+        assert linear.eval()(torch.randn(0, 3, 4)).shape == (0, 3, 6)
 
 
 def test_attention_is_float32_under_autocast():
@@ -51,6 +55,34 @@ def test_attention_is_float32_under_autocast():
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(alpha, layer.attention(x.float().mean((2, 3))))
     torch.testing.assert_close(y.float(), layer(x.float()), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.skipif(not native.built, reason='the CPU kernels are not built here')
+@pytest.mark.parametrize('norm', ['BN1d', 'LN'])
+@pytest.mark.parametrize('channels', [3, 40, 384])
+def test_compiled_attention_equals_the_modules(norm, channels, monkeypatch):
+    layer = KWConv2d(channels, 8, 3, cell_num_ratio=2, attention_norm_cfg=dict(type=norm)).eval()
+    for parameter in layer.attention.parameters():
+        parameter.data.uniform_(-1, 2)
+    if norm == 'BN1d':
+        layer.attention.norm1.running_mean.normal_()
+        layer.attention.norm1.running_var.uniform_(0.5, 2)
+    pooled = torch.randn(5, channels)
+    by_modules = layer.attention(pooled)
+    assert by_modules.requires_grad
+    calls = []
+    real = torch.ops.mmkw.attend
+    monkeypatch.setattr(torch.ops.mmkw, 'attend', lambda *args: calls.append(1) or real(*args))
+    with torch.no_grad():
+        torch.testing.assert_close(layer.attention(pooled), by_modules, atol=1e-6, rtol=1e-5)
+        assert layer.attention(pooled[:0]).shape == by_modules[:0].shape
+        assert len(calls) == 2
+        set_temperature(layer, 0.5)
+        assert not torch.equal(layer.attention(pooled), by_modules)
+        set_temperature(layer, 0)
+        layer.train()
+        layer.attention(pooled)
+        assert len(calls) == 2 + (norm == 'LN')
 
 
 def test_autocast_training_step():

@@ -131,7 +131,7 @@ TARGET void dots(float* result, int64_t result_stride, const float* rows, int64_
   });
 }
 
-constexpr Blocks blocks{ROWS, WIDTH, &product, &dots};
+constexpr Blocks blocks{LANES, ROWS, WIDTH, &product, &dots};
 
 #undef INLINE
 #undef TARGET
