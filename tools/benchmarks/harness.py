@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -126,6 +127,15 @@ def machine() -> dict[str, float]:
             times.append(time.perf_counter() - begin)
         best[name] = amount / min(times)
     return best
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        names = re.findall(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def mixing_limit(model: nn.Module, batch: int, train: bool, speed: dict[str, float]) -> float:
@@ -287,12 +297,19 @@ def report(title: str, rows: Sequence[Row], args: argparse.Namespace, speed: dic
         'torch': torch.__version__,
         'mmkw': mmkw.__version__,
         'compiled kernels': native.built and native.enabled,
-        'processor': platform.processor() or platform.machine(),
+        'processor': processor(),
+        'instructions': torch.backends.cpu.get_cpu_capability(),
         'threads': torch.get_num_threads(),
         **speed,
     }
-    print(f'\n{about["title"]}; {about["threads"]} threads, reading {speed["bandwidth"] / 1e9:.0f}')
-    print(f'GB/s, computing {speed["peak"] / 1e9:.0f} GFLOP/s, {args.repeats} repetitions\n')
+    print(
+        f'\n{about["title"]}; {about["threads"]} threads of {about["processor"]} '
+        f'({about["instructions"]}),'
+    )
+    print(
+        f'reading {speed["bandwidth"] / 1e9:.0f} GB/s, computing {speed["peak"] / 1e9:.0f} '
+        f'GFLOP/s, {args.repeats} repetitions\n'
+    )
     print('| setting | network | ms | from - to | ratio | limit | peak MB |')
     print('|---|---|---|---|---|---|---|')
     for row in rows:
