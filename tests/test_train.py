@@ -97,11 +97,12 @@ def test_moving_average_of_the_weights(demo):
     x = torch.randn(1, 3, 64, 64)
     runner.model.eval()
     hook.ema_model.eval()
-    averaged, current = average(x)[-1], network(x)[-1]
-    assert not torch.equal(averaged, current)
-    # During the evaluation the two models exchange their weights.
-    hook._swap_ema_parameters()
-    assert torch.equal(network(x)[-1], averaged) and torch.equal(average(x)[-1], current)
+    with torch.no_grad():
+        averaged, current = average(x)[-1], network(x)[-1]
+        assert not torch.equal(averaged, current)
+        # During the evaluation the two models exchange their weights.
+        hook._swap_ema_parameters()
+        assert torch.equal(network(x)[-1], averaged) and torch.equal(average(x)[-1], current)
 
 
 @pytest.mark.parametrize('with_cp', [False, True])

@@ -239,19 +239,29 @@ int64_t block_columns(int64_t size, int64_t rows, int64_t most) {
          COLUMNS_STEP;
 }
 
-// Runs work(span, memory) for blocks of all `size` columns, on all threads, with so many values of
-// memory. The next block goes to whichever thread is free: cores are not equally fast.
+// Blocks are dealt out in shares, to whichever thread is free, since cores are not equally fast: so
+// many for each thread.
+constexpr int64_t SHARES = 8;
+
+int64_t num_shares(int64_t size, int64_t columns) {
+  return std::min(num_parts(size, columns), SHARES * at::get_num_threads());
+}
+
+// Runs work(span, memory, share) for blocks of all `size` columns, on all threads, with so many values
+// of memory; the blocks of a share one after the other. What is summed up by shares does not depend
+// on which thread had which.
 template <typename Work>
 void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work) {
-  const int64_t count = num_parts(size, columns);
+  const int64_t count = num_parts(size, columns), shares = num_shares(size, columns);
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), shares);
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     // Kept: fresh pages for every call would cost more than it does.
     thread_local std::vector<float> memory;
     if (memory.size() < static_cast<size_t>(values)) memory.resize(values);
-    for (int64_t b = next++; b < count; b = next++)
-      work(Span{b * columns, std::min(columns, size - b * columns)}, memory.data());
+    for (int64_t share = next++; share < shares; share = next++)
+      for (int64_t b = count * share / shares; b < count * (share + 1) / shares; b++)
+        work(Span{b * columns, std::min(columns, size - b * columns)}, memory.data(), share);
   });
 }
 
@@ -352,7 +362,7 @@ void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::In
   const int64_t rows = m.streamed ? m.rows : m.rows + m.num_cells;
   const int64_t most = m.streamed ? STREAMED_COLUMNS : COPIED_COLUMNS;
   const int64_t columns = block_columns(m.size, rows, most), stride = columns + PADDING;
-  for_blocks(m.size, columns, rows * stride, [&](Span span, float* memory) {
+  for_blocks(m.size, columns, rows * stride, [&](Span span, float* memory, int64_t) {
     const Block mixed{memory, stride};
     if (m.streamed) {
       m.weights.for_parts([&](int64_t first, int64_t count) {
@@ -392,7 +402,7 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
                            COPIED_TERMS);
   const int64_t size = sum.numel() / num_cells, width = blocks().width;
   const int64_t columns = block_columns(size, terms, STREAMED_COLUMNS), stride = columns + PADDING;
-  for_blocks(size, columns, terms * stride, [&](Span span, float* memory) {
+  for_blocks(size, columns, terms * stride, [&](Span span, float* memory, int64_t) {
     const Block copy{memory, stride};
     copy_columns(copy, rows.const_data_ptr<float>(), terms, size, span);
     float* to = sum.mutable_data_ptr<float>() + span.begin;
@@ -433,18 +443,18 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
                 " does not fit grid ", grid, " and cells of ", cells.sizes());
     gradients.push_back(gradient.contiguous());
   }
-  // A sum for every thread: their columns are not disjoint in the attention.
-  const at::Tensor parts =
-      at::zeros({at::get_num_threads(), m.rows, m.num_cells}, cells.options());
   float* const to = kernels.mutable_data_ptr<float>();
   float* const row = rows ? rows->mutable_data_ptr<float>() : nullptr;
-  float* const part = parts.mutable_data_ptr<float>();
   // Many mixtures take the gradients' place, from copies of a few columns at a time.
   const int64_t num_rows = m.streamed ? 2 * m.rows : m.rows;
   const int64_t columns = block_columns(m.size, num_rows, STREAMED_COLUMNS / 2);
   const int64_t stride = columns + PADDING, copy_stride = COLUMNS_STEP + PADDING;
   const int64_t values = num_rows * stride + (m.streamed ? 0 : m.num_cells * copy_stride);
-  for_blocks(m.size, columns, values, [&](Span span, float* memory) {
+  // A sum for every share: columns are not disjoint in the attention.
+  const at::Tensor parts =
+      at::zeros({num_shares(m.size, columns), m.rows, m.num_cells}, cells.options());
+  float* const part = parts.mutable_data_ptr<float>();
+  for_blocks(m.size, columns, values, [&](Span span, float* memory, int64_t share) {
     const Block gradient{memory, stride};
     for (int64_t image = 0; image < m.batch; image++)
       move_columns<false>(gradients[image].const_data_ptr<float>(),
@@ -456,7 +466,7 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
                   span.count * sizeof(float));
 
     // Of some of the cells and some of the columns.
-    float* const grad_attention = part + at::get_thread_num() * m.rows * m.num_cells;
+    float* const grad_attention = part + share * m.rows * m.num_cells;
     const auto add_dots = [&](int64_t first, int64_t count, const float* from, int64_t from_stride,
                               int64_t column, int64_t width) {
       blocks().dots(grad_attention + first, m.num_cells, gradient.values + column, m.rows, stride,
