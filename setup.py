@@ -38,8 +38,8 @@ def native_extension() -> dict:
     openmp = [] if sys.platform == 'darwin' else ['-fopenmp']
     extension = CppExtension(
         'mmkw.ops._native',
-        ['mmkw/ops/csrc/mixing.cpp'],
-        depends=['mmkw/ops/csrc/blocks.h'],
+        [f'mmkw/ops/csrc/{name}.cpp' for name in ('blocks', 'mixing', 'attention')],
+        depends=['mmkw/ops/csrc/blocks.h', 'mmkw/ops/csrc/tiles.h'],
         extra_compile_args=['-O3', '-Wno-psabi', *openmp],
     )
     return dict(

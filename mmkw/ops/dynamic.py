@@ -2,7 +2,8 @@
 
 Autograd alone would keep the kernels of every image and layer, and would add up one gradient of the
 whole warehouse for each of its layers. Here kernels live for some images at a time and are mixed
-again in the backward pass; and the layers of a warehouse add their gradients to one sum.
+again in the backward pass, unless that takes long; the layers of a warehouse add their gradients
+to one sum.
 """
 
 import weakref
@@ -18,6 +19,7 @@ from .mixing import (
     CellSum,
     batch_blocks,
     image_parts,
+    kept_bytes,
     kernel_shape,
     mix_backward,
     mix_cells,
@@ -77,7 +79,7 @@ def _apply(
         tensor is not None and tensor.requires_grad for tensor in (x, attention, cells, bias)
     )
     if not learning:
-        return _apply_in_parts(x, attention, cells, bias, settings)
+        return _apply_in_parts(x, attention, cells, bias, settings)[0]
     token = _CellGradients.token(cells) if cells.requires_grad else None
     return _ApplyMixed.apply(x, attention, cells, bias, token, settings)
 
@@ -96,15 +98,23 @@ def _apply_plainly(
 
 
 def _apply_in_parts(
-    x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None, settings: _Settings
-) -> Tensor:
+    x: Tensor,
+    attention: Tensor,
+    cells: Tensor,
+    bias: Tensor | None,
+    settings: _Settings,
+    token: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The result, and of every block of images the kernels that a backward pass shall have."""
     grid, sample_map, dtype = settings
-    parts = []
+    parts, kept = [], []
     for block in batch_blocks(attention, cells):
-        images = x[block]
-        for part, kernels in mixed_kernels(attention[block], cells, grid):
+        images, weights = x[block], attention[block]
+        keeps = token is not None and _CellGradients.keeps(token, weights, cells)
+        kept.append(mix_cells(weights, cells, grid) if keeps else None)
+        for part, kernels in mixed_kernels(weights, cells, grid, kept[-1]):
             parts.append(sample_map(images[part], kernels.to(dtype), bias))
-    return _joined(parts)
+    return _joined(parts), kept
 
 
 class _ApplyMixed(torch.autograd.Function):
@@ -118,29 +128,36 @@ class _ApplyMixed(torch.autograd.Function):
         token: Tensor | None,
         settings: _Settings,
     ) -> Tensor:
-        ctx.save_for_backward(x, attention, cells, bias)
+        result, kept = _apply_in_parts(x, attention, cells, bias, settings, token)
+        ctx.save_for_backward(x, attention, cells, bias, *kept)
         ctx.token, ctx.settings = token, settings
-        return _apply_in_parts(x, attention, cells, bias, settings)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, attention, cells, bias = ctx.saved_tensors
+        x, attention, cells, bias, *kept = ctx.saved_tensors
         if torch.is_grad_enabled():
             gradients = _differentiable_backward(ctx, grad, x, attention, cells, bias)
         else:
-            gradients = _backward(ctx, grad, x, attention, cells)
+            gradients = _backward(ctx, grad, x, attention, cells, kept)
         return *gradients, None, None
 
 
 def _backward(
-    ctx: Any, grad: Tensor, x: Tensor, attention: Tensor, cells: Tensor
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor,
+    attention: Tensor,
+    cells: Tensor,
+    kept: list[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     need_x, need_attention, need_cells, need_bias = ctx.needs_input_grad[:4]
     grid, sample_map, dtype = ctx.settings
     total = _CellGradients.running_sum(ctx.token, cells) if need_cells else None
     shape = kernel_shape(cells.shape[1:], grid)
     grads_x, grads_attention = [], []
-    for block in batch_blocks(attention, cells) if need_x or need_attention or need_cells else ():
+    blocks = batch_blocks(attention, cells) if need_x or need_attention or need_cells else ()
+    for block, kernels in zip(blocks, kept):
         grad_block, x_block, weights = grad[block], x[block], attention[block]
         if need_attention or need_cells:
             grad_kernels = (
@@ -148,14 +165,14 @@ def _backward(
                 for part in image_parts(weights, cells, grid)
                 for kernel in sample_map.backward_kernels(grad_block[part], x_block[part], shape)
             )
-            grad_attention, mixed = mix_backward(grad_kernels, weights, cells, grid, total)
+            grad_attention, mixed = mix_backward(grad_kernels, weights, cells, grid, total, kernels)
             grads_attention.append(grad_attention)
         else:
-            mixed = mixed_kernels(weights, cells, grid)
+            mixed = mixed_kernels(weights, cells, grid, kernels)
         if need_x:
-            for part, kernels in mixed:
+            for part, some in mixed:
                 images = grad_block[part], x_block[part]
-                grads_x.append(sample_map.backward_x(*images, kernels.to(dtype)))
+                grads_x.append(sample_map.backward_x(*images, some.to(dtype)))
     summed = [dim for dim in range(grad.dim()) if dim != sample_map.channel_dim % grad.dim()]
     return (
         _joined(grads_x) if need_x else None,
@@ -205,6 +222,16 @@ class _CellGradients(torch.autograd.Function):
         return token
 
     @staticmethod
+    def keeps(token: Tensor, attention: Tensor, cells: Tensor) -> bool:
+        """Whether a layer should keep the kernels of some images for its backward pass.
+
+        What the layers that hold the token keep counts, until the backward pass.
+        """
+        more = kept_bytes(attention, cells, token.grad_fn.kept)
+        token.grad_fn.kept += more
+        return more > 0
+
+    @staticmethod
     def running_sum(token: Tensor, cells: Tensor) -> CellSum:
         """The sum of the backward pass that is running."""
         sums, task = token.grad_fn.sums, torch._C._current_graph_task_id()
@@ -216,9 +243,11 @@ class _CellGradients(torch.autograd.Function):
     def forward(ctx: Any, cells: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.sums = {}
+        ctx.kept = 0
         return cells.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        ctx.kept = 0
         running = ctx.sums.pop(torch._C._current_graph_task_id(), None)
         return running if running is None else running.total()

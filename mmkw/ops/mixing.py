@@ -71,7 +71,7 @@ if native.built and hasattr(torch.library, 'register_fake'):
 
 
 def mixed_kernels(
-    attention: Tensor, cells: Tensor, grid: Sequence[int]
+    attention: Tensor, cells: Tensor, grid: Sequence[int], kept: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Mixes the kernels of some images, as constants, in parts small enough for the caches.
 
@@ -81,19 +81,22 @@ def mixed_kernels(
         attention: Tensor[batch, mixtures, cells], as much of a batch as :func:`batch_blocks` says.
         cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
         grid: As in :func:`mix_cells`.
+        kept: The kernels of all these images, if they need not be mixed.
 
     Yields:
         Images and their kernels.
     """
-    if native.serves(attention, cells, grid):
+    if kept is not None:
+        yield slice(None), kept
+    elif native.serves(attention, cells, grid):
         kernels = _kernels(attention, cells, grid)
         torch.ops.mmkw.mix_cells_into(attention, cells, grid, kernels)
         yield slice(None), kernels
-        return
-    rows = _rows(attention, cells)
-    torch.mm(attention.flatten(0, 1), cells.flatten(1), out=rows.flatten(0, 1).flatten(1))
-    for images in image_parts(attention, cells, grid):
-        yield images, _assembled(rows[images], grid)
+    else:
+        rows = _rows(attention, cells)
+        torch.mm(attention.flatten(0, 1), cells.flatten(1), out=rows.flatten(0, 1).flatten(1))
+        for images in image_parts(attention, cells, grid):
+            yield images, _assembled(rows[images], grid)
 
 
 def _kernels(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
@@ -112,6 +115,7 @@ def mix_backward(
     cells: Tensor,
     grid: Sequence[int],
     total: 'CellSum | None',
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
     """Goes back through :func:`mix_cells`.
 
@@ -122,9 +126,10 @@ def mix_backward(
         cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
         grid: As in :func:`mix_cells`.
         total: What the gradient of the cells is added to, if it is wanted.
+        kept: The kernels, if they need not be mixed again.
 
     Returns:
-        The gradient of ``attention``, and the kernels, mixed again, as of :func:`mixed_kernels`.
+        The gradient of ``attention``, and the kernels as of :func:`mixed_kernels`.
     """
     place = None if total is None else total.place(attention)
     if native.serves(attention, cells, grid):
@@ -132,19 +137,18 @@ def mix_backward(
         if total is not None and place is None:
             rows = _rows(attention, cells, 'rows')
         gradients = [kernel.to(cells.dtype) for kernel in grad_kernels]
-        kernels = _kernels(attention, cells, grid)
-        arguments = (gradients, attention, cells, grid, kernels, rows)
+        again = _kernels(attention, cells, grid) if kept is None else None
+        arguments = (gradients, attention, cells, grid, again, rows)
         grad_attention = torch.ops.mmkw.mix_backward(*arguments)
-        mixed = iter([(slice(None), kernels)])
+        kept = again if kept is None else kept
     else:
         rows = _rows(attention, cells) if place is None else place
         cut_kernels(grad_kernels, grid, rows)
         grad_attention = rows.flatten(0, 1).flatten(1) @ cells.flatten(1).t()
-        # Takes the scratch memory over, but not before it is asked for kernels.
-        mixed = mixed_kernels(attention, cells, grid)
     if total is not None:
         total.add(attention, rows, waits=place is not None)
-    return grad_attention.view(attention.shape), mixed
+    # Takes the scratch memory over, but not before it is asked for kernels.
+    return grad_attention.view(attention.shape), mixed_kernels(attention, cells, grid, kept)
 
 
 def cut_kernels(kernels: Iterable[Tensor], grid: Sequence[int], rows: Tensor) -> None:
@@ -169,6 +173,10 @@ def cut_kernels(kernels: Iterable[Tensor], grid: Sequence[int], rows: Tensor) ->
 
 # Bytes of kernels that are mixed by one product: the more, the fewer passes over a warehouse.
 BLOCK_BYTES = {'cpu': 40 << 20}
+# Bytes of kernels that the layers of one warehouse may keep for the backward pass, where mixing
+# them again takes far longer than fresh memory for them: from so many cells on.
+KEPT_BYTES = {'cpu': 160 << 20}
+KEPT_CELLS = 256
 # Bytes of kernels that are put together at a time. On the CPU they should stay in the caches, and
 # below the size from which the C library asks the system for fresh pages on every call.
 PART_BYTES = {'cpu': 30 << 20}
@@ -178,6 +186,19 @@ DEFAULT_BYTES = 512 << 20
 def batch_blocks(attention: Tensor, cells: Tensor) -> list[slice]:
     """Images to be mixed together, for a whole batch."""
     return _slices(attention, cells, BLOCK_BYTES)
+
+
+def kept_bytes(attention: Tensor, cells: Tensor, already: int) -> int:
+    """What the kernels of some images take, if they should be kept for the backward pass; else 0.
+
+    Args:
+        attention: Tensor[images, mixtures, cells], that the kernels are mixed by.
+        cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
+        already: Bytes of kernels that the warehouse's layers keep.
+    """
+    more = len(attention) * _image_bytes(attention, cells)
+    limit = KEPT_BYTES.get(cells.device.type, DEFAULT_BYTES)
+    return more if len(cells) >= KEPT_CELLS and already + more <= limit else 0
 
 
 def image_parts(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> list[slice]:
@@ -191,12 +212,16 @@ def image_parts(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> list[s
 
 
 def _slices(attention: Tensor, cells: Tensor, limits: Mapping[str, int]) -> list[slice]:
-    batch, mixtures, _ = attention.shape
-    image_bytes = mixtures * cells[0].numel() * cells.element_size()
-    fitting = max(limits.get(cells.device.type, DEFAULT_BYTES) // image_bytes, 1)
+    batch = len(attention)
+    limit = limits.get(cells.device.type, DEFAULT_BYTES)
+    fitting = max(limit // _image_bytes(attention, cells), 1)
     count = max(math.ceil(batch / fitting), 1)
     bounds = [batch * index // count for index in range(count + 1)]
     return [slice(*ends) for ends in itertools.pairwise(bounds)]
+
+
+def _image_bytes(attention: Tensor, cells: Tensor) -> int:
+    return attention.shape[1] * cells[0].numel() * cells.element_size()
 
 
 class CellSum:

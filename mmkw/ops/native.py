@@ -1,6 +1,6 @@
 """The compiled CPU kernels, where the installation has them; PyTorch serves everywhere else.
 
-Their source is ``csrc/mixing.cpp``. They are float32 and have no gradients of their own:
+Their source is in ``csrc``. They are float32 and have no gradients of their own:
 ``dynamic.py`` calls them from inside its autograd function.
 """
 

@@ -26,10 +26,15 @@ def path(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=['whole', 'parts', 'single images'])
+@pytest.fixture(params=['whole', 'kept', 'parts', 'single images'])
 def pieces(request, monkeypatch):
-    """What is done at a time: everything; a block of images in parts; one image."""
-    if request.param != 'whole':
+    """What is done at a time: everything; a block of images in parts; one image.
+
+    Or the kernels are kept for the backward pass.
+    """
+    if request.param == 'kept':
+        monkeypatch.setattr(mixing, 'KEPT_CELLS', 1)
+    elif request.param != 'whole':
         monkeypatch.setitem(mixing.PART_BYTES, 'cpu', 1)
         monkeypatch.setattr(mixing.CellSum, 'WAITING_BYTES', 1)
     if request.param == 'single images':
@@ -308,12 +313,32 @@ def test_results_may_be_changed_in_place(layer, shape):
     torch.testing.assert_close(found, expected)
 
 
-def test_no_kernel_is_kept_for_the_backward_pass():
+def test_no_kernel_of_few_cells_is_kept_for_the_backward_pass():
     layer = KWConv2d(64, 64, 3, bias=False)
     x, kept = torch.randn(8, 64, 4, 4), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, id):
         layer(x)
     assert max(kept) <= max(x.numel(), layer.cells.numel()) < 8 * 64 * 64 * 9
+
+
+def test_kernels_of_many_cells_are_kept_while_their_warehouse_has_room(path, monkeypatch):
+    network, x = chain(), torch.randn(4, 8, 6, 6)
+    a, b, c, d = (4, 8, 8, 3, 3), (4, 8, 8, 1, 1), (4, 16, 8, 3, 3), (4, 4, 16, 1, 1)
+    monkeypatch.setattr(mixing, 'KEPT_CELLS', 1)
+    # For the first use of layer a, and for b; d has a warehouse of its own.
+    monkeypatch.setitem(mixing.KEPT_BYTES, 'cpu', 4 * (math.prod(a) + math.prod(b)))
+    losses, shapes = [], []
+    for _ in range(2):
+        shapes.clear()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: shapes.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
+        ):
+            losses.append(network(x).square().sum())
+        assert [shapes.count(kernels) for kernels in (a, b, c, d)] == [1, 1, 0, 1]
+        network.zero_grad()
+        losses[-1].backward()
+        found = {n: p.grad.clone() for n, p in network.named_parameters()}
+        assert_same_gradients(found, slow_gradients(network, x))
 
 
 def test_cells_changed_before_the_backward_pass_are_refused():

@@ -1,106 +1,30 @@
-// The float32 CPU kernels behind mmkw/ops/native.py: mixing and its backward pass, and attentions.
+// Mixing and its backward pass for float32 on the CPU, behind mmkw/ops/native.py.
 //
 // A warehouse (n cells of `size` values each) is far larger than the caches next to a core, and its
 // rows lie a power of two apart, so that the same columns of all of them fall into few sets of a
 // cache. Columns are therefore worked on in blocks. Few mixtures use every value few times: the
 // machine waits for memory, and a few cells at a time are worked into the result as they arrive, in
 // long runs. For many mixtures arithmetic counts: the block of the warehouse is copied to where it
-// stays in the caches, and serves all of them from there. blocks.h has the arithmetic.
+// stays in the caches, and serves all of them from there. tiles.h has the arithmetic.
+
+#include "blocks.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstring>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include <Python.h>
 
+namespace mmkw {
 namespace {
 
-// --- products of blocks, for every generation of processors ------------------------------------
-
-int64_t num_parts(int64_t count, int64_t fitting) { return (count + fitting - 1) / fitting; }
-
-// Cuts a count into as few parts of at most `fitting` as there can be, as even as possible.
-template <typename Work>
-void for_tiles(int64_t count, int64_t fitting, const Work& work) {
-  const int64_t parts = num_parts(count, fitting);
-  for (int64_t part = 0; part < parts; part++) {
-    const int64_t first = count * part / parts;
-    work(first, count * (part + 1) / parts - first);
-  }
-}
-
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int Indices __attribute__((vector_size(16)));
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Indices{__VA_ARGS__})
-#endif
-
-// What blocks.h offers.
-struct Blocks {
-  // Of inner products the columns come in multiples of this.
-  int64_t lanes;
-  // Of a product's tile: the most rows, and the columns.
-  int64_t rows, width;
-  void (*product)(float* result, int64_t result_stride, int64_t num_rows, const float* weights,
-                  const float* rows, int64_t rows_stride, int64_t count, int64_t columns,
-                  bool begin);
-  void (*dots)(float* result, int64_t result_stride, const float* rows, int64_t num_rows,
-               int64_t rows_stride, const float* cells, int64_t num_cells, int64_t cells_stride,
-               int64_t columns);
-};
-
-#if defined(__x86_64__) && defined(__GNUC__)
-namespace avx512 {
-#define TARGET __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma")))
-#define LANES 16
-#define ROWS 12
-#define VECTORS 2
-#define DOT_ROWS 4
-#define DOT_CELLS 6
-#include "blocks.h"
-}  // namespace avx512
-namespace avx2 {
-#define TARGET __attribute__((target("avx2,fma")))
-#define LANES 8
-#define ROWS 6
-#define VECTORS 2
-#define DOT_ROWS 3
-#define DOT_CELLS 4
-#include "blocks.h"
-}  // namespace avx2
-#endif
-namespace any_processor {
-#define TARGET
-#define LANES 4
-#define ROWS 6
-#define VECTORS 2
-#define DOT_ROWS 3
-#define DOT_CELLS 4
-#include "blocks.h"
-}  // namespace any_processor
-
-// As PyTorch chooses its own, hence by the environment variable ATEN_CPU_CAPABILITY, too.
-const Blocks& blocks() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  static const std::string capability = at::get_cpu_capability();
-  static const Blocks& best = capability == "AVX512"  ? avx512::blocks
-                              : capability == "AVX2" ? avx2::blocks
-                                                      : any_processor::blocks;
-  return best;
-#else
-  return any_processor::blocks;
-#endif
-}
+// --- weights of a product ------------------------------------------------------------------------
 
 // Weights (rows, terms) in the order in which `product` reads them: in parts of at most so many
 // terms, and of a part tile by tile.
@@ -247,9 +171,9 @@ int64_t num_shares(int64_t size, int64_t columns) {
   return std::min(num_parts(size, columns), SHARES * at::get_num_threads());
 }
 
-// Runs work(span, memory, share) for blocks of all `size` columns, on all threads, with so many values
-// of memory; the blocks of a share one after the other. What is summed up by shares does not depend
-// on which thread had which.
+// Runs work(span, memory, share) for blocks of all `size` columns, on all threads, with so many
+// values of memory; the blocks of a share one after the other. What is summed up by shares does not
+// depend on which thread had which.
 template <typename Work>
 void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work) {
   const int64_t count = num_parts(size, columns), shares = num_shares(size, columns);
@@ -425,14 +349,14 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
 }
 
 // The backward pass in one pass over the warehouse, from the gradients of the kernels, a list of
-// (out, in, ...). Fills kernels (batch, out, in, ...) with the mixtures, and rows (batch, mixtures,
-// cell_out, cell_in, ...), if given, with the gradients cut into cells, for add_to_cells. Returns the
-// gradient of the attention.
+// (out, in, ...). Fills, where given, kernels (batch, out, in, ...) with the mixtures and rows
+// (batch, mixtures, cell_out, cell_in, ...) with the gradients cut into cells, for add_to_cells.
+// Returns the gradient of the attention.
 at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention,
-                        const at::Tensor& cells, at::IntArrayRef grid, at::Tensor kernels,
-                        std::optional<at::Tensor> rows) {
+                        const at::Tensor& cells, at::IntArrayRef grid,
+                        std::optional<at::Tensor> kernels, std::optional<at::Tensor> rows) {
   const Mixing m(attention, cells, grid);
-  m.check_kernels(kernels);
+  if (kernels) m.check_kernels(*kernels);
   TORCH_CHECK(!rows || (rows->is_contiguous() && rows->numel() == m.rows * m.size),
               "rows for attention of ", attention.sizes());
   TORCH_CHECK(static_cast<int64_t>(grad_kernels.size()) == m.batch, grad_kernels.size(),
@@ -443,7 +367,7 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
                 " does not fit grid ", grid, " and cells of ", cells.sizes());
     gradients.push_back(gradient.contiguous());
   }
-  float* const to = kernels.mutable_data_ptr<float>();
+  float* const to = kernels ? kernels->mutable_data_ptr<float>() : nullptr;
   float* const row = rows ? rows->mutable_data_ptr<float>() : nullptr;
   // Many mixtures take the gradients' place, from copies of a few columns at a time.
   const int64_t num_rows = m.streamed ? 2 * m.rows : m.rows;
@@ -477,96 +401,28 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
       const Block mixed{memory + m.rows * stride, stride};
       m.weights.for_parts([&](int64_t first, int64_t count) {
         add_dots(first, count, from + first * m.size, m.size, 0, span.count);
-        m.mix_part(mixed, span, first, count);
+        if (to) m.mix_part(mixed, span, first, count);
       });
-      m.into_kernels(to, mixed, span);
+      if (to) m.into_kernels(to, mixed, span);
       return;
     }
     // Inner products of long rows cost least.
     if (m.aligned) add_dots(0, m.num_cells, from, m.size, 0, span.count);
+    if (m.aligned && !to) return;
     const Block copy{memory + m.rows * stride, copy_stride};
     for (int64_t c = 0; c < span.count; c += COLUMNS_STEP) {
       const int64_t count = std::min(COLUMNS_STEP, span.count - c);
       copy_columns(copy, m.warehouse(), m.num_cells, m.size, {span.begin + c, count});
       if (!m.aligned) add_dots(0, m.num_cells, copy.values, copy_stride, c, count);
-      m.mix_copied({gradient.values + c, stride}, copy, count);
+      if (to) m.mix_copied({gradient.values + c, stride}, copy, count);
     }
-    m.into_kernels(to, gradient, span);
+    if (to) m.into_kernels(to, gradient, span);
   });
   return parts.sum(0).view(attention.sizes());
 }
 
-// result (rows, out) = values (rows, in) * weights (out, in) transposed + bias (out), if there is one.
-void linear(float* result, const float* values, int64_t rows, const at::Tensor& weights,
-            const std::optional<at::Tensor>& bias) {
-  const int64_t out = weights.size(0), in = weights.size(1);
-  const int64_t whole = in / blocks().lanes * blocks().lanes;
-  const float* all = weights.const_data_ptr<float>();
-  const float* constant = bias ? bias->const_data_ptr<float>() : nullptr;
-  constexpr int64_t GRAIN = 1 << 16;
-  at::parallel_for(0, out, GRAIN / (rows * in + 1) + 1, [&](int64_t first, int64_t last) {
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t o = first; o < last; o++) {
-        float sum = constant ? constant[o] : 0;
-        for (int64_t i = whole; i < in; i++) sum += values[r * in + i] * all[o * in + i];
-        result[r * out + o] = sum;
-      }
-    blocks().dots(result + first, out, values, rows, in, all + first * in, last - first, in, whole);
-  });
-}
-
-// (hidden - mean) / sqrt(variance + eps) * weight + bias, then ReLU; the statistics are given or, in a
-// LayerNorm, each row's own.
-void normalize(float* hidden, int64_t rows, int64_t width, const std::optional<at::Tensor>& mean,
-               const std::optional<at::Tensor>& variance, const at::Tensor& weight,
-               const at::Tensor& bias, double eps) {
-  const float* by = weight.const_data_ptr<float>();
-  const float* plus = bias.const_data_ptr<float>();
-  for (int64_t r = 0; r < rows; r++) {
-    float* row = hidden + r * width;
-    double own_mean = 0, own_variance = 0;
-    if (!mean) {
-      for (int64_t i = 0; i < width; i++) own_mean += row[i] / width;
-      for (int64_t i = 0; i < width; i++)
-        own_variance += (row[i] - own_mean) * (row[i] - own_mean) / width;
-    }
-    for (int64_t i = 0; i < width; i++) {
-      const double center = mean ? mean->const_data_ptr<float>()[i] : own_mean;
-      const double spread = variance ? variance->const_data_ptr<float>()[i] : own_variance;
-      row[i] = std::max<float>((row[i] - center) / std::sqrt(spread + eps) * by[i] + plus[i], 0);
-    }
-  }
-}
-
-// What mmkw/layers/attention.py computes at temperature 0, where nothing learns: alpha (batch,
-// mixtures, n) from pooled (batch, in), by fc1, a norm of given statistics or a LayerNorm, and fc2.
-at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
-                  const std::optional<at::Tensor>& fc1_bias, const std::optional<at::Tensor>& mean,
-                  const std::optional<at::Tensor>& variance, const at::Tensor& norm_weight,
-                  const at::Tensor& norm_bias, double norm_eps, const at::Tensor& fc2_weight,
-                  const at::Tensor& fc2_bias, int64_t mixtures, double eps) {
-  const int64_t batch = pooled.size(0), width = fc1_weight.size(0), logits = fc2_weight.size(0);
-  const int64_t n = logits / mixtures - 1;
-  TORCH_CHECK(pooled.size(1) == fc1_weight.size(1) && fc2_weight.size(1) == width, "pooled of ",
-              pooled.sizes(), " for weights of ", fc1_weight.sizes(), " and ",
-              fc2_weight.sizes());
-  std::vector<float> hidden(batch * width), z(batch * logits);
-  const at::Tensor values = pooled.contiguous();
-  linear(hidden.data(), values.const_data_ptr<float>(), batch, fc1_weight.contiguous(), fc1_bias);
-  normalize(hidden.data(), batch, width, mean, variance, norm_weight, norm_bias, norm_eps);
-  linear(z.data(), hidden.data(), batch, fc2_weight.contiguous(), fc2_bias);
-  const at::Tensor alpha = at::empty({batch, mixtures, n}, pooled.options());
-  float* to = alpha.mutable_data_ptr<float>();
-  for (int64_t mixture = 0; mixture < batch * mixtures; mixture++) {
-    const float* from = z.data() + mixture * (n + 1);
-    float sum = 0;
-    for (int64_t i = 0; i <= n; i++) sum += std::abs(from[i]);
-    for (int64_t i = 0; i < n; i++) to[mixture * n + i] = from[i] / (sum + static_cast<float>(eps));
-  }
-  return alpha;
-}
-
 }  // namespace
+}  // namespace mmkw
 
 TORCH_LIBRARY(mmkw, library) {
   library.def("mix_cells(Tensor attention, Tensor cells, int[] grid) -> Tensor");
@@ -574,20 +430,15 @@ TORCH_LIBRARY(mmkw, library) {
       "mix_cells_into(Tensor attention, Tensor cells, int[] grid, Tensor(a!) kernels) -> ()");
   library.def(
       "mix_backward(Tensor[] grad_kernels, Tensor attention, Tensor cells, int[] grid, "
-      "Tensor(a!) kernels, Tensor(b!)? rows) -> Tensor");
+      "Tensor(a!)? kernels, Tensor(b!)? rows) -> Tensor");
   library.def("add_to_cells(Tensor weights, Tensor rows, Tensor(a!) sum, bool begin) -> ()");
-  library.def(
-      "attend(Tensor pooled, Tensor fc1_weight, Tensor? fc1_bias, Tensor? mean, Tensor? variance, "
-      "Tensor norm_weight, Tensor norm_bias, float norm_eps, Tensor fc2_weight, Tensor fc2_bias, "
-      "int mixtures, float eps) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
-  library.impl("mix_cells", &mix_cells);
-  library.impl("mix_cells_into", &mix_cells_into);
-  library.impl("mix_backward", &mix_backward);
-  library.impl("add_to_cells", &add_to_cells);
-  library.impl("attend", &attend);
+  library.impl("mix_cells", &mmkw::mix_cells);
+  library.impl("mix_cells_into", &mmkw::mix_cells_into);
+  library.impl("mix_backward", &mmkw::mix_backward);
+  library.impl("add_to_cells", &mmkw::add_to_cells);
 }
 
 // Importing the module is what loads the library.

@@ -1,0 +1,97 @@
+// Attentions for float32 on the CPU, where nothing learns.
+
+#include "blocks.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+namespace mmkw {
+namespace {
+
+// result (rows, out) = values (rows, in) * weights (out, in) transposed + bias (out), if given.
+void linear(float* result, const float* values, int64_t rows, const at::Tensor& weights,
+            const std::optional<at::Tensor>& bias) {
+  const int64_t out = weights.size(0), in = weights.size(1);
+  const int64_t whole = in / blocks().lanes * blocks().lanes;
+  const float* all = weights.const_data_ptr<float>();
+  const float* constant = bias ? bias->const_data_ptr<float>() : nullptr;
+  constexpr int64_t GRAIN = 1 << 16;
+  at::parallel_for(0, out, GRAIN / (rows * in + 1) + 1, [&](int64_t first, int64_t last) {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t o = first; o < last; o++) {
+        float sum = constant ? constant[o] : 0;
+        for (int64_t i = whole; i < in; i++) sum += values[r * in + i] * all[o * in + i];
+        result[r * out + o] = sum;
+      }
+    blocks().dots(result + first, out, values, rows, in, all + first * in, last - first, in, whole);
+  });
+}
+
+// (hidden - mean) / sqrt(variance + eps) * weight + bias, then ReLU; the statistics are given or,
+// in a LayerNorm, each row's own.
+void normalize(float* hidden, int64_t rows, int64_t width, const std::optional<at::Tensor>& mean,
+               const std::optional<at::Tensor>& variance, const at::Tensor& weight,
+               const at::Tensor& bias, double eps) {
+  const float* by = weight.const_data_ptr<float>();
+  const float* plus = bias.const_data_ptr<float>();
+  for (int64_t r = 0; r < rows; r++) {
+    float* row = hidden + r * width;
+    double own_mean = 0, own_variance = 0;
+    if (!mean) {
+      for (int64_t i = 0; i < width; i++) own_mean += row[i] / width;
+      for (int64_t i = 0; i < width; i++)
+        own_variance += (row[i] - own_mean) * (row[i] - own_mean) / width;
+    }
+    for (int64_t i = 0; i < width; i++) {
+      const double center = mean ? mean->const_data_ptr<float>()[i] : own_mean;
+      const double spread = variance ? variance->const_data_ptr<float>()[i] : own_variance;
+      row[i] = std::max<float>((row[i] - center) / std::sqrt(spread + eps) * by[i] + plus[i], 0);
+    }
+  }
+}
+
+// What mmkw/layers/attention.py computes at temperature 0, where nothing learns: alpha (batch,
+// mixtures, n) from pooled (batch, in), by fc1, a norm of given statistics or a LayerNorm, and fc2.
+at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
+                  const std::optional<at::Tensor>& fc1_bias, const std::optional<at::Tensor>& mean,
+                  const std::optional<at::Tensor>& variance, const at::Tensor& norm_weight,
+                  const at::Tensor& norm_bias, double norm_eps, const at::Tensor& fc2_weight,
+                  const at::Tensor& fc2_bias, int64_t mixtures, double eps) {
+  const int64_t batch = pooled.size(0), width = fc1_weight.size(0), logits = fc2_weight.size(0);
+  const int64_t n = logits / mixtures - 1;
+  TORCH_CHECK(pooled.size(1) == fc1_weight.size(1) && fc2_weight.size(1) == width, "pooled of ",
+              pooled.sizes(), " for weights of ", fc1_weight.sizes(), " and ",
+              fc2_weight.sizes());
+  std::vector<float> hidden(batch * width), z(batch * logits);
+  const at::Tensor values = pooled.contiguous();
+  linear(hidden.data(), values.const_data_ptr<float>(), batch, fc1_weight.contiguous(), fc1_bias);
+  normalize(hidden.data(), batch, width, mean, variance, norm_weight, norm_bias, norm_eps);
+  linear(z.data(), hidden.data(), batch, fc2_weight.contiguous(), fc2_bias);
+  const at::Tensor alpha = at::empty({batch, mixtures, n}, pooled.options());
+  float* to = alpha.mutable_data_ptr<float>();
+  for (int64_t mixture = 0; mixture < batch * mixtures; mixture++) {
+    const float* from = z.data() + mixture * (n + 1);
+    float sum = 0;
+    for (int64_t i = 0; i <= n; i++) sum += std::abs(from[i]);
+    for (int64_t i = 0; i < n; i++) to[mixture * n + i] = from[i] / (sum + static_cast<float>(eps));
+  }
+  return alpha;
+}
+
+}  // namespace
+}  // namespace mmkw
+
+TORCH_LIBRARY_FRAGMENT(mmkw, library) {
+  library.def(
+      "attend(Tensor pooled, Tensor fc1_weight, Tensor? fc1_bias, Tensor? mean, Tensor? variance, "
+      "Tensor norm_weight, Tensor norm_bias, float norm_eps, Tensor fc2_weight, Tensor fc2_bias, "
+      "int mixtures, float eps) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(mmkw, CPU, library) { library.impl("attend", &mmkw::attend); }

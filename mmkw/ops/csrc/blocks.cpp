@@ -1,0 +1,64 @@
+// Compiles tiles.h for every generation of processors, and chooses among them at run time.
+
+#include "blocks.h"
+
+#include <ATen/Version.h>
+
+#include <string>
+
+namespace mmkw {
+namespace {
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int Indices __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Indices{__VA_ARGS__})
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__)
+namespace avx512 {
+#define TARGET __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma")))
+#define LANES 16
+#define ROWS 12
+#define VECTORS 2
+#define DOT_ROWS 4
+#define DOT_CELLS 6
+#include "tiles.h"
+}  // namespace avx512
+namespace avx2 {
+#define TARGET __attribute__((target("avx2,fma")))
+#define LANES 8
+#define ROWS 6
+#define VECTORS 2
+#define DOT_ROWS 3
+#define DOT_CELLS 4
+#include "tiles.h"
+}  // namespace avx2
+#endif
+namespace any_processor {
+#define TARGET
+#define LANES 4
+#define ROWS 6
+#define VECTORS 2
+#define DOT_ROWS 3
+#define DOT_CELLS 4
+#include "tiles.h"
+}  // namespace any_processor
+
+}  // namespace
+
+// As PyTorch chooses its own, hence by the environment variable ATEN_CPU_CAPABILITY, too.
+const Blocks& blocks() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const std::string capability = at::get_cpu_capability();
+  static const Blocks& best = capability == "AVX512"  ? avx512::blocks
+                              : capability == "AVX2" ? avx2::blocks
+                                                      : any_processor::blocks;
+  return best;
+#else
+  return any_processor::blocks;
+#endif
+}
+
+}  // namespace mmkw
