@@ -6,6 +6,8 @@ metafiles. ``--check`` writes nothing and fails if a file would change.
 
 import argparse
 import sys
+from concurrent.futures import Executor, ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +118,11 @@ def table(models: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def zoo() -> dict[Path, str]:
+def zoo(pool: Executor) -> dict[Path, str]:
     """Every file that follows from the configs and the facts in the metafiles, with its text.
+
+    Args:
+        pool: Builds and counts the models.
 
     Raises:
         SystemExit: If a folder of configs has no metafile with a collection.
@@ -130,7 +135,8 @@ def zoo() -> dict[Path, str]:
         content = yaml.safe_load(metafile.read_text())
         (collection,) = content['Collections']
         old = {model['Name']: model for model in content.get('Models') or []}
-        models = [entry(path, old.get(path.stem, {}), collection['Name']) for path in paths]
+        before = [old.get(path.stem, {}) for path in paths]
+        models = list(pool.map(entry, paths, before, repeat(collection['Name'])))
         content['Models'] = models
         files[metafile] = yaml.safe_dump(content, sort_keys=False, width=100)
         title, url = collection['Paper']['Title'], collection['Paper']['URL']
@@ -150,7 +156,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='Write or check the model zoo')
     parser.add_argument('--check', action='store_true', help='only see whether a file would change')
     args = parser.parse_args()
-    files = zoo()
+    with ProcessPoolExecutor() as pool:
+        files = zoo(pool)
     stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
     names = ', '.join(str(path.relative_to(ROOT)) for path in stale)
     if args.check and stale:
