@@ -137,10 +137,11 @@ def mix_backward(
         if total is not None and place is None:
             rows = _rows(attention, cells, 'rows')
         gradients = [kernel.to(cells.dtype) for kernel in grad_kernels]
-        again = _kernels(attention, cells, grid) if kept is None else None
+        again = None
+        if kept is None:
+            kept = again = _kernels(attention, cells, grid)
         arguments = (gradients, attention, cells, grid, again, rows)
         grad_attention = torch.ops.mmkw.mix_backward(*arguments)
-        kept = again if kept is None else kept
     else:
         rows = _rows(attention, cells) if place is None else place
         cut_kernels(grad_kernels, grid, rows)

@@ -41,8 +41,9 @@ def small_zoo(root, tmp_path):
 def test_the_check_notices_what_is_out_of_date(small_zoo):
     metafile = small_zoo / 'configs/retinanet/metafile.yml'
     before = metafile.read_text()
-    code, output = model_zoo(small_zoo)
-    assert code == 0 and 'Written: docs/model_zoo.md, model-index.yml.' in output
+    code, output = model_zoo(small_zoo, '--check')
+    assert code == 1 and 'Out of date: docs/model_zoo.md, model-index.yml.' in output
+    assert model_zoo(small_zoo)[0] == 0
     assert metafile.read_text() == before
     page = (small_zoo / 'docs/model_zoo.md').read_text()
     assert '[retinanet_kw1x-r50_fpn_1x_coco](../configs/retinanet/' in page
