@@ -7,6 +7,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+SAFETENSORS = 'safetensors>=0.4,<1'
 ROOT = Path(__file__).parent
 requirement = runpy.run_path(str(ROOT / 'mmkw' / 'requirements.py'))['requirement']
 
@@ -54,6 +55,8 @@ setup(
     description='KernelWarehouse dynamic convolution for MMDetection and MMSegmentation',
     long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
+    # PyTorch calls this when it is imported: checkpoints are read as data from then on.
+    entry_points={'torch.backends': ['mmkw = mmkw.autoload:install']},
     packages=find_packages(include=['mmkw', 'mmkw.*']),
     package_data={'mmkw.ops': ['csrc/*']},
     python_requires='>=3.10',
@@ -68,6 +71,7 @@ setup(
         'det': [requirement('mmdet')],
         # mmsegmentation imports ftfy and regex without asking for them.
         'seg': [requirement('mmsegmentation'), 'ftfy>=6,<7', 'regex>=2023'],
+        'safetensors': [SAFETENSORS],
         # Tests, checks and the demo's data set, made from images inside these packages.
         'dev': [
             'pytest>=8,<10',
@@ -75,6 +79,7 @@ setup(
             'ruff>=0.17,<0.18',
             'scikit-image>=0.22,<1',
             'scikit-learn>=1.3,<2',
+            SAFETENSORS,
         ],
     },
     **native_extension(),

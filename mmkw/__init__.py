@@ -1,19 +1,14 @@
 """KernelWarehouse dynamic convolution for MMDetection and MMSegmentation."""
 
-from .requirements import check_versions
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-check_versions()
+from . import autoload
+from .version import __version__
 
-from . import checkpoints as _checkpoints  # noqa: E402, F401  (installs the safe loader)
-from .layers import (  # noqa: E402
-    KWConv1d,
-    KWConv2d,
-    KWConv3d,
-    KWLinear,
-    set_temperature,
-)
-from .sharing import SharingPlan, convert  # noqa: E402
-from .version import __version__  # noqa: E402
+if TYPE_CHECKING:
+    from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, set_temperature
+    from .sharing import SharingPlan, convert
 
 __all__ = [
     'KWConv1d',
@@ -25,3 +20,15 @@ __all__ = [
     'convert',
     'set_temperature',
 ]
+
+autoload.install()
+
+
+def __getattr__(name: str) -> Any:
+    # Late, since PyTorch imports this package at the end of its own import.
+    if name not in __all__:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    place = 'sharing' if name in ('SharingPlan', 'convert') else 'layers'
+    value = getattr(import_module(f'.{place}', __name__), name)
+    globals()[name] = value
+    return value

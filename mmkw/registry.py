@@ -4,10 +4,16 @@ MMEngine imports ``<scope>.registry`` when it meets a type such as ``mmkw.KWResN
 ``locations`` below on the first look-up; a config needs neither ``custom_imports`` nor an import.
 """
 
-from mmengine.registry import HOOKS as MMENGINE_HOOKS
-from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
-from mmengine.registry import Registry
+from .requirements import check_versions
+
+check_versions()
+
+from mmengine.registry import HOOKS as MMENGINE_HOOKS  # noqa: E402
+from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402
+from mmengine.registry import (  # noqa: E402
+    OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+)
+from mmengine.registry import Registry  # noqa: E402
 
 MODELS = Registry(
     'model', parent=MMENGINE_MODELS, scope='mmkw', locations=['mmkw.layers', 'mmkw.backbones']

@@ -1,15 +1,16 @@
 """Reading checkpoint files, published and static ones too."""
 
+from .errors import DamagedCheckpointError, UnsafeCheckpointError
 from .guard import CheckpointMismatchError, check_checkpoint, stored_warehouses
-from .loading import DamagedCheckpointError, UnsafeCheckpointError, load_from_local
 from .published import rewrite_published
+from .reading import read_checkpoint
 
 __all__ = [
     'CheckpointMismatchError',
     'DamagedCheckpointError',
     'UnsafeCheckpointError',
     'check_checkpoint',
-    'load_from_local',
+    'read_checkpoint',
     'rewrite_published',
     'stored_warehouses',
 ]

@@ -12,7 +12,8 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ..layers import PlanError, WarehousePartition, partition_warehouse, warm_start
+from ..layers import PlanError, WarehousePartition, fault_of, partition_warehouse, warm_start
+from .errors import DamagedCheckpointError, shown
 
 # What the published files hold beyond some backbone: the ImageNet classifier, and the last
 # convolution of MobileNetV2, which MMSegmentation leaves out.
@@ -43,7 +44,9 @@ def check_checkpoint(
     Raises:
         CheckpointMismatchError: If there is neither a warehouse nor a kernel for the network, or if
             a warehouse, a kernel or a tensor of a dynamic layer is missing or has another shape.
+        DamagedCheckpointError: If one of these is no dense tensor of real, finite numbers.
     """
+    check_cells(state_dict, prefix, network.warehouse_manager.weights[0].is_meta)
     own = {name for name in _BEYOND if hasattr(network, name)}
     warehouses = len(network.warehouse_manager.weights)
     unused = beyond_backbone(state_dict, prefix, warehouses, own)
@@ -92,6 +95,8 @@ def _static_kernels(
     kind = type(network).__name__
     for name, kernel in layers.items():
         weight = found.get(name)
+        if name in found and (fault := fault_of(weight)):
+            raise DamagedCheckpointError(f'The static kernel {prefix}{name}.weight {fault}.')
         if weight is None or not kernel.fits(weight.shape):
             has = 'has none' if weight is None else f'has {tuple(weight.shape)}'
             raise CheckpointMismatchError(
@@ -177,8 +182,33 @@ def stored_warehouses(state_dict: dict[str, Tensor], prefix: str) -> dict[int, T
         state_dict: Of a KernelWarehouse network, or of another.
         prefix: The network's place in it.
     """
-    pattern = re.compile(re.escape(prefix) + r'warehouse_manager\.weights\.(\d+)')
+    pattern = re.compile(re.escape(prefix) + r'warehouse_manager\.weights\.(0|[1-9]\d*)')
     return {int(m[1]): state_dict[m[0]] for m in map(pattern.fullmatch, state_dict) if m}
+
+
+def check_cells(state_dict: dict[str, Any], prefix: str = '', meta: bool = False) -> None:
+    """Checks the names and the values of the warehouses in a state dict.
+
+    Args:
+        state_dict: Of a KernelWarehouse network, or of another.
+        prefix: The network's place in it.
+        meta: Whether the network is on the meta device, so that it takes cells without values.
+
+    Raises:
+        DamagedCheckpointError: If a warehouse has a name that no warehouse has, or is no dense
+            tensor of real, finite numbers.
+    """
+    place = f'{prefix}warehouse_manager.'
+    stored = {f'{place}weights.{index}' for index in stored_warehouses(state_dict, prefix)}
+    for key, values in state_dict.items():
+        if not key.startswith(place):
+            continue
+        if key not in stored:
+            raise DamagedCheckpointError(
+                f'{shown(key)} is no name of a warehouse; {place}weights.0, 1, 2 ... are.'
+            )
+        if fault := fault_of(values, meta):
+            raise DamagedCheckpointError(f'{shown(key)}, the cells of a warehouse, {fault}.')
 
 
 def beyond_backbone(
@@ -240,6 +270,8 @@ def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str
                 # torch counts from 0 where an old file lacks the counter.
                 if part.endswith('num_batches_tracked') and found is None:
                     continue
+                if found is not None and (fault := _fault_beside(found, tensor)):
+                    raise DamagedCheckpointError(f'{prefix}{name}.{part} {fault}.')
                 if found is None or found.shape != tensor.shape:
                     shape = 'lacks it' if found is None else f'has {tuple(found.shape)}'
                     ratio = _nonlocal_basis_ratio(state_dict, prefix)
@@ -250,6 +282,13 @@ def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str
                         f'reduction={_reduction(state_dict, prefix):g}, '
                         f'nonlocal_basis_ratio={ratio:g}, or another norm.'
                     )
+
+
+def _fault_beside(found: Any, own: Tensor) -> str | None:
+    """What is wrong with a tensor of an attention; its counters are of whole numbers."""
+    if isinstance(found, Tensor) and found.dtype == own.dtype and not own.is_floating_point():
+        return None
+    return fault_of(found, own.is_meta)
 
 
 def _advice(
@@ -321,4 +360,4 @@ def _attention_shapes(
 ) -> list[tuple[int, ...]]:
     ending = f'.attention.{name}.weight'
     keys = [key for key in state_dict if key.startswith(prefix) and key.endswith(ending)]
-    return [tuple(state_dict[key].shape) for key in keys]
+    return [tuple(state_dict[key].shape) for key in keys if isinstance(state_dict[key], Tensor)]

@@ -29,7 +29,9 @@ def convnext_names(state_dict: dict[str, Tensor], prefix: str) -> None:
             lambda match: _CONVNEXT_PARTS[match[1]],
             key[len(prefix) :],
         )
-        if name.endswith(('pwconv1.weight', 'pwconv2.weight')) and value.dim() == 2:
+        if not isinstance(value, Tensor):
+            pass  # Refused later, by its name.
+        elif name.endswith(('pwconv1.weight', 'pwconv2.weight')) and value.dim() == 2:
             value = value[:, :, None, None]
         elif name.endswith('gamma') and value.dim() == 1:
             value = value.view(1, -1, 1, 1)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .guard import CheckpointMismatchError, beyond_backbone, stored_warehouses
+from .guard import CheckpointMismatchError, beyond_backbone, check_cells, stored_warehouses
 from .names import convnext_names, mobilenet_v2_names
 
 # Blocks in the groups of a MobileNetV2.
@@ -22,7 +22,7 @@ def rewrite_published(
     """Translates a published checkpoint, of ImageNet or of a detector.
 
     Args:
-        checkpoint: As :func:`load_from_local` gives it; not changed.
+        checkpoint: As :func:`~mmkw.checkpoints.read_checkpoint` gives it; not changed.
         library: ``mmdet`` or ``mmseg``: whose MobileNetV2 the names are for. Other backbones have
             the same names in both.
 
@@ -33,11 +33,13 @@ def rewrite_published(
     Raises:
         CheckpointMismatchError: If the checkpoint has no warehouses, or tensors of a backbone that
             no network here has.
+        DamagedCheckpointError: If a warehouse is no dense tensor of real, finite numbers.
     """
     state = checkpoint.get('state_dict', checkpoint)
     # Saved from a model wrapped for several devices.
     state = {key.removeprefix('module.'): value for key, value in state.items()}
     prefix = 'backbone.' if any(key.startswith('backbone.') for key in state) else ''
+    check_cells(state, prefix)
     warehouses = stored_warehouses(state, prefix)
     if not warehouses:
         raise CheckpointMismatchError(

@@ -11,7 +11,7 @@ from .partition import (
     partition_warehouse,
     split_options,
 )
-from .warehouse import WarehouseManager
+from .warehouse import WarehouseManager, fault_of
 from .warm_start import check_start_tau, warm_start
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     'WarehouseOptions',
     'WarehousePartition',
     'check_start_tau',
+    'fault_of',
     'kernel_shape',
     'partition_warehouse',
     'set_temperature',

@@ -234,8 +234,8 @@ def set_temperature(model: nn.Module, tau: float) -> None:
     Raises:
         ValueError: If ``tau`` is out of range or the model has no dynamic layer.
     """
-    if not 0 <= tau <= 1:
-        raise ValueError(f'tau must be in [0, 1], got {tau!r}.')
+    if not isinstance(tau, (int, float)) or not 0 <= tau <= 1:
+        raise ValueError(f'tau must be a number in [0, 1], got {tau!r}.')
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     if not attentions:
         raise ValueError(

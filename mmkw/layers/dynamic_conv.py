@@ -12,7 +12,7 @@ from ..ops import SampleConv, SampleLinear, apply_mixed
 from ..registry import MODELS
 from .attention import Attention
 from .partition import KernelShape, WarehouseOptions, partition_warehouse, split_options
-from .warehouse import WarehouseManager
+from .warehouse import WarehouseManager, fault_of
 from .warm_start import warm_start
 
 DEFAULT_NORM_CFG = dict(type='BN1d')
@@ -135,6 +135,8 @@ class DynamicLayer(nn.Module):
                 )
             partition = manager.partitions[0]
             (share,) = partition.layers
+            if fault := fault_of(kernel):
+                raise RuntimeError(f'{prefix}weight, a static kernel, {fault}.')
             if not share.kernel.fits(kernel.shape):
                 raise RuntimeError(
                     f'{prefix}weight is a static kernel of {tuple(kernel.shape)}; this layer has '
@@ -146,6 +148,12 @@ class DynamicLayer(nn.Module):
             )
             state_dict[f'{prefix}warehouse_manager.weights.0'] = cells
             self.attention.take_start(manager.start_tau, state_dict, f'{prefix}attention.')
+        own = f'{prefix}warehouse_manager.weights.0'
+        fault = None
+        if 'warehouse_manager' in self._modules and own in state_dict:
+            fault = fault_of(state_dict[own], self.cells.is_meta)
+        if fault:
+            raise RuntimeError(f'{own}, kernel cells, {fault}.')
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

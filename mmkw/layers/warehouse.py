@@ -1,9 +1,10 @@
 """The parameters that layers share."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .partition import WarehousePartition
 from .warm_start import check_start_tau
@@ -51,3 +52,29 @@ class WarehouseManager(nn.Module):
             f'{p.name}: {p.num_cells} cells {p.cell_shape}, {len(p.layers)} layers'
             for p in self.partitions
         )
+
+
+def fault_of(values: Any, meta: bool = False) -> str | None:
+    """What is wrong with stored cells, or with a static kernel that cells are to be made of.
+
+    Args:
+        values: What a state dict holds.
+        meta: Whether what they are for is on the meta device, too, so that values do not count.
+
+    Returns:
+        Words that go on after the name of the tensor; None where nothing is wrong.
+    """
+    if not isinstance(values, Tensor):
+        return f'is a {type(values).__name__}, not a tensor'
+    if values.is_quantized:
+        return 'is quantized; dequantize() it'
+    if values.layout is not torch.strided:
+        return 'is sparse; to_dense() gives its values'
+    if values.is_meta:
+        return None if meta else 'is on the meta device, where it has no values'
+    if values.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return f'is of {values.dtype}, not of real numbers'
+    wrong = int((~values.isfinite()).sum())
+    if wrong:
+        return f'has {wrong} of {values.numel()} values that are NaN or infinite'
+    return None

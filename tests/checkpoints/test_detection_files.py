@@ -12,7 +12,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
 from test_published import CASES, oracle, unused_listed
 
-from mmkw.checkpoints import CheckpointMismatchError, load_from_local, rewrite_published
+from mmkw.checkpoints import CheckpointMismatchError, read_checkpoint, rewrite_published
 
 pytest.importorskip('mmdet', reason='runs MMDetection')
 CONFIG = """
@@ -99,7 +99,7 @@ def test_rewritten_detection_file(detector, root, tmp_path):
     target, result = rewrite(root, path, tmp_path / 'rewritten.pth')
     assert f'{len(file)} tensors written' in result.stdout, result.stderr
     assert 'Left out, beyond the backbone: nothing' in result.stdout
-    checkpoint = load_from_local(str(target))
+    checkpoint = read_checkpoint(str(target))
     assert checkpoint['meta'] == dict(source='published.pth', dataset_meta=dict(classes=CLASSES))
     model = build_model(Config.fromfile(config))
     load_state_dict(model, checkpoint['state_dict'], strict=True)
@@ -115,10 +115,10 @@ def test_rewritten_imagenet_file_holds_what_the_network_loads(name, root, tmp_pa
     network, twin = CASES[name][0](), CASES[name][0]()
     left_out = set(result.stdout.strip().split('backbone: ')[1].rstrip('.').split(', '))
     assert {key.split('.')[0] for key in left_out} == set(CASES[name][-1].split())
-    load_state_dict(network, load_from_local(str(target))['state_dict'])
+    load_state_dict(network, read_checkpoint(str(target))['state_dict'])
     twin.load_state_dict(dict(state), strict=False)
     assert all(torch.equal(v, network.state_dict()[k]) for k, v in twin.state_dict().items())
-    assert set(load_from_local(str(target))['state_dict']) == set(network.state_dict())
+    assert set(read_checkpoint(str(target))['state_dict']) == set(network.state_dict())
 
 
 @pytest.mark.parametrize('name', ['mobilenet-1x', 'mobilenet-4x', 'mobilenet-1d2x'])

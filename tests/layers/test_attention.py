@@ -117,7 +117,7 @@ def test_all_attentions_keep_gradients_at_temperature_one():
 
 @pytest.mark.parametrize('tau', [-0.1, 1.1])
 def test_set_temperature_refuses_values_out_of_range(tau):
-    with pytest.raises(ValueError, match=rf'tau must be in \[0, 1\], got {tau}'):
+    with pytest.raises(ValueError, match=rf'tau must be a number in \[0, 1\], got {tau}'):
         set_temperature(KWConv2d(4, 4, 1), tau)
 
 

@@ -9,7 +9,7 @@ import os.path as osp
 
 import torch
 
-from mmkw.checkpoints import load_from_local, rewrite_published
+from mmkw.checkpoints import read_checkpoint, rewrite_published
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     if osp.exists(args.dst):
         parser.error(f'dst {args.dst} exists; remove it or give another name')
     try:
-        checkpoint = load_from_local(args.src, map_location='cpu')
+        checkpoint = read_checkpoint(args.src, map_location='cpu')
         state_dict, unused = rewrite_published(checkpoint, args.library)
     except (RuntimeError, FileNotFoundError) as error:
         parser.error(str(error))

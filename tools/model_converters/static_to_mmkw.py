@@ -15,7 +15,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mmkw.checkpoints import load_from_local
+from mmkw.checkpoints import read_checkpoint
 from mmkw.engine.building import build_model, dynamic_networks
 from mmkw.sharing import static_networks
 
@@ -113,7 +113,7 @@ def main() -> None:
     config = Config.fromfile(args.config)
     config.merge_from_dict(args.cfg_options)
     try:
-        checkpoint = load_from_local(args.src, map_location='cpu')
+        checkpoint = read_checkpoint(args.src, map_location='cpu')
         state = checkpoint.get('state_dict', checkpoint)
         state = {key.removeprefix('module.'): value for key, value in state.items()}
         if any('warehouse_manager.weights.' in key for key in state):

@@ -73,7 +73,8 @@ class TemperatureHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Tests a checkpoint at the temperature it was saved at; training sets its own."""
-        tau = checkpoint.get('meta', {}).get('temperature')
+        meta = checkpoint.get('meta')
+        tau = meta.get('temperature') if isinstance(meta, dict) else None
         if tau is not None:
             set_temperature(runner.model, tau)
 

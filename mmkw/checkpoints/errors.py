@@ -1,0 +1,20 @@
+"""What reading a checkpoint file can end in, and how words of a file are shown."""
+
+
+class UnsafeCheckpointError(RuntimeError):
+    """A file that names objects beyond tensors, plain data and MMEngine's records."""
+
+
+class DamagedCheckpointError(RuntimeError):
+    """A file that is truncated or altered, or no checkpoint at all."""
+
+
+def shown(word: object, length: int = 200) -> str:
+    """A word of a file for a message: ASCII on one line, of a bounded length.
+
+    Args:
+        word: Anything a file may hold.
+        length: How many characters are kept.
+    """
+    text = str(word)[:length].encode('ascii', 'backslashreplace').decode()
+    return ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text)

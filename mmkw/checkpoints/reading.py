@@ -1,0 +1,108 @@
+"""Reads checkpoint files as data: no code of theirs runs, and damage is named.
+
+A file is parsed into inert records (:mod:`.pickles`), they are checked, and tensors, arrays and
+histories built from them (:mod:`.values`). ``torch.load`` is not called.
+"""
+
+import os
+import os.path as osp
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.serialization import default_restore_location
+
+from .containers import Restore, read
+from .errors import DamagedCheckpointError, UnsafeCheckpointError, shown
+
+MapLocation = (
+    str | torch.device | dict[str, str] | Callable[[torch.UntypedStorage, str], Any] | None
+)
+
+
+def read_checkpoint(
+    source: str | os.PathLike | BinaryIO, map_location: MapLocation = None, name: str = ''
+) -> dict[str, Any]:
+    """Reads a checkpoint without running code from it.
+
+    Tensors, plain containers, numbers and text, NumPy's arrays and numbers, and MMEngine's
+    ``HistoryBuffer`` are read; a command line (``argparse.Namespace``) becomes a dict. Formats are
+    those of ``torch.save``, old and new, and safetensors.
+
+    Args:
+        source: Path, in which ``~`` is expanded, or a binary file that can be sought in.
+        map_location: As in ``torch.load``.
+        name: What messages call the file; the path if not given.
+
+    Returns:
+        The checkpoint; a state dict under ``model`` is moved to ``state_dict``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        DamagedCheckpointError: If the file is truncated, altered, or no checkpoint.
+        UnsafeCheckpointError: If the file names objects beyond those above.
+
+    Example:
+        >>> checkpoint = read_checkpoint('work_dirs/faster-rcnn/epoch_12.pth', map_location='cpu')
+        >>> checkpoint['meta']['epoch']
+        12
+    """
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(osp.expanduser(source))
+        name = name or str(source)
+        if not path.exists():
+            raise FileNotFoundError(f'Checkpoint {name} does not exist.')
+        if not path.is_file():
+            raise DamagedCheckpointError(f'Checkpoint {name} is a folder or a device, not a file.')
+        with path.open('rb') as file:
+            return read_checkpoint(file, map_location, name)
+    try:
+        checkpoint = read(source, _restore(map_location))
+        return _checked(checkpoint)
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f'Checkpoint {name} {error}.') from error
+    except UnsafeCheckpointError as error:
+        raise UnsafeCheckpointError(
+            f'Checkpoint {name} {error}, which could run code when loaded, and was refused. If you '
+            'trust its source, read it once with torch.load(FILE, weights_only=False), take the '
+            'dict of tensors from it, write torch.save(dict(state_dict=TENSORS), NEW_FILE) and use '
+            'NEW_FILE.'
+        ) from error
+
+
+def _restore(map_location: MapLocation) -> Restore:
+    """What ``map_location`` makes of a storage on the CPU and of the device it was saved on."""
+
+    def restore(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        if isinstance(map_location, dict):
+            location = map_location.get(location, location)
+        elif isinstance(map_location, (str, torch.device)):
+            location = str(map_location)
+        elif map_location is not None:
+            moved = map_location(storage, location)
+            if moved is not None:
+                return moved
+        return default_restore_location(storage, location)
+
+    return restore
+
+
+def _checked(checkpoint: Any) -> dict[str, Any]:
+    """A checkpoint as MMEngine looks for it, if it has a state dict or is one."""
+    if not isinstance(checkpoint, dict):
+        raise DamagedCheckpointError(f'holds a {type(checkpoint).__name__}, not a state dict')
+    # MMEngine looks for ``state_dict``; the published ImageNet files say ``model``.
+    if 'model' in checkpoint and 'state_dict' not in checkpoint:
+        checkpoint['state_dict'] = checkpoint.pop('model')
+    state = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(state, dict):
+        raise DamagedCheckpointError(
+            f'holds a {type(state).__name__} under state_dict, not a dict of tensors'
+        )
+    strange = [key for key in state if not isinstance(key, str)]
+    if strange:
+        raise DamagedCheckpointError(
+            f'holds a state dict with the key {shown(repr(strange[0]))}, which is no text'
+        )
+    return checkpoint

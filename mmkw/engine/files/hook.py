@@ -1,0 +1,219 @@
+"""The hook that saves checkpoints, so that a run goes on from wherever it was interrupted."""
+
+import os
+import os.path as osp
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.fileio import LocalBackend, get_file_backend
+from mmengine.hooks import checkpoint_hook
+from mmengine.registry import HOOKS
+
+from .backend import NAME as WHOLE_FILES
+from .backend import UNFINISHED
+
+_POINTER = 'last_checkpoint'
+
+
+@HOOKS.register_module(name='CheckpointHook', force=True)
+class CheckpointHook(checkpoint_hook.CheckpointHook):
+    """MMEngine's hook, under its name in configs and with its arguments; safe to interrupt.
+
+    Checkpoints and ``last_checkpoint`` are written beside their place and renamed. Older ones are
+    removed after that, so that at every moment one whole checkpoint is there that
+    ``last_checkpoint`` names. Where it is missing, empty, or names a file that is gone or not
+    whole, ``resume=True`` goes on from the newest whole checkpoint of the folder, and says so.
+    """
+
+    # Steps of checkpoints that go when the one being saved is there.
+    _outdated: Sequence[int] = ()
+
+    def before_run(self, runner: Any) -> None:
+        """Finds the checkpoint to resume from, where MMEngine would look for it.
+
+        Raises:
+            DamagedCheckpointError: If there are checkpoints, but none of them is whole.
+        """
+        if not runner._resume or runner._load_from is not None:
+            return
+        found: list[Any] = [None, None]
+        if is_main_process():
+            try:
+                found[0] = self._newest(runner)
+            except Exception as error:
+                # The other processes wait for what is found.
+                found[1] = error
+        broadcast_object_list(found)
+        path, error = found
+        if error is not None:
+            raise error
+        if path is None:
+            runner._resume = False
+            runner.logger.info(f'No checkpoint in {runner.work_dir}: starting at the beginning.')
+        else:
+            runner._load_from = path
+
+    def before_train(self, runner: Any) -> None:
+        """Prepares the folder; takes from a resumed checkpoint only names of its own files."""
+        folder = self.out_dir or runner.work_dir
+        local = self.file_client_args is None and self.backend_args is None
+        if local and type(get_file_backend(folder)) is LocalBackend:
+            self.backend_args = dict(backend=WHOLE_FILES)
+        info = runner.message_hub.runtime_info
+        if 'keep_ckpt_ids' in info:
+            kept = [step for step in info['keep_ckpt_ids'] if type(step) is int]
+            runner.message_hub.update_info('keep_ckpt_ids', kept)
+        super().before_train(runner)
+        if getattr(self, 'best_ckpt_path', None):
+            self.best_ckpt_path = self._own_best(self.best_ckpt_path)
+        if getattr(self, 'best_ckpt_path_dict', None):
+            for metric, path in self.best_ckpt_path_dict.items():
+                self.best_ckpt_path_dict[metric] = path and self._own_best(path)
+        if local and is_main_process() and osp.isdir(self.out_dir):
+            for name in os.listdir(self.out_dir):
+                if name.endswith(f'.pth{UNFINISHED}'):
+                    os.remove(osp.join(self.out_dir, name))
+        self.file_backend = _RemovingLater(self.file_backend)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Lists the one that is to be removed next, too: a run that resumes here will remove it."""
+        info = checkpoint.get('message_hub', {}).get('runtime_info', {})
+        if self._outdated and 'keep_ckpt_ids' in info:
+            info['keep_ckpt_ids'] = [*self._outdated, *info['keep_ckpt_ids']]
+
+    def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
+        kept = getattr(self, 'keep_ckpt_ids', ())
+        full = len(kept) == self.max_keep_ckpts and kept[-1] != step
+        with self._removing_later():
+            self._outdated = [kept[0]] if full else []
+            folder = osp.join(runner.work_dir, '.pending')
+            if is_main_process():
+                os.makedirs(folder, exist_ok=True)
+            super()._save_checkpoint_with_step(_Elsewhere(runner, folder), step, meta)
+            self._outdated = []
+            if is_main_process():
+                os.replace(osp.join(folder, _POINTER), osp.join(runner.work_dir, _POINTER))
+                os.rmdir(folder)
+
+    def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
+        with self._removing_later():
+            super()._save_best_checkpoint(runner, metrics)
+
+    @contextmanager
+    def _removing_later(self) -> Iterator[None]:
+        """Removes files when all is written that is to take their place."""
+        backend = self.file_backend
+        backend.depth += 1
+        try:
+            yield
+        except BaseException:
+            backend.removals.clear()
+            raise
+        finally:
+            backend.depth -= 1
+        if backend.depth == 0:
+            best = getattr(self, 'best_ckpt_path_dict', {}).values()
+            written = {self.last_ckpt, getattr(self, 'best_ckpt_path', None), *best}
+            for remove, path in backend.removals:
+                if path not in written:
+                    remove(path)
+            backend.removals.clear()
+
+    def _own_best(self, path: str) -> str | None:
+        """The best checkpoint, in the folder of this run.
+
+        A resumed checkpoint names it, and the hook will remove it: the folder may have been moved,
+        and the name may be of anything.
+        """
+        name = osp.basename(str(path))
+        return osp.join(self.out_dir, name) if name.startswith('best_') else None
+
+    def _newest(self, runner: Any) -> str | None:
+        """The checkpoint to resume from; None if there is none at all."""
+        from ...checkpoints import DamagedCheckpointError, read_checkpoint
+
+        folder = runner.work_dir
+        if self.out_dir is not None:
+            folder = osp.join(self.out_dir, osp.basename(runner.work_dir.rstrip(osp.sep)))
+        named = _pointer(runner.work_dir)
+        if named and ('://' in named or osp.isdir(named)):
+            # In a store, or a folder as DeepSpeed writes it: MMEngine knows how to read those.
+            return named
+        reason = f'{osp.join(runner.work_dir, _POINTER)} is missing or empty'
+        if named:
+            reason = f'{named}, which {_POINTER} names, does not exist'
+        candidates = [named, osp.join(folder, osp.basename(named))] if named else []
+        candidates += self._numbered(folder, named)
+        damage = []
+        for path in filter(osp.isfile, dict.fromkeys(candidates)):
+            try:
+                read_checkpoint(path, map_location='cpu')
+            except DamagedCheckpointError as error:
+                reason = str(error)
+                damage.append(reason)
+                continue
+            if path != named:
+                runner.logger.warning(f'Resuming from {path}, since: {reason}')
+            return path
+        if damage:
+            raise DamagedCheckpointError(
+                f'No whole checkpoint to resume from in {folder}: {" ".join(damage)} Remove these '
+                'files to start at the beginning.'
+            )
+        return None
+
+    def _numbered(self, folder: str, named: str) -> list[str]:
+        """The checkpoints of a folder from the last one down, none later than a named one."""
+        before, _, after = self.filename_tmpl.partition('{}')
+        pattern = re.compile(f'{re.escape(before)}(\\d+){re.escape(after)}')
+        numbers = {
+            int(match[1]): name
+            for name in (os.listdir(folder) if osp.isdir(folder) else [])
+            if (match := pattern.fullmatch(name))
+        }
+        match = pattern.fullmatch(osp.basename(named))
+        limit = int(match[1]) if match else max(numbers, default=0)
+        return [osp.join(folder, numbers[n]) for n in sorted(numbers, reverse=True) if n <= limit]
+
+
+class _Elsewhere:
+    """A runner whose work folder is another, for what is written there."""
+
+    def __init__(self, runner: Any, work_dir: str) -> None:
+        self._runner = runner
+        self.work_dir = work_dir
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+
+class _RemovingLater:
+    """A file backend that notes what to remove while something is written."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.depth = 0
+        self.removals: list[tuple[Callable[[str], None], str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def remove(self, path: str) -> None:
+        """Notes a file."""
+        self.removals.append((self._backend.remove, path))
+
+    def rmtree(self, path: str) -> None:
+        """Notes a folder."""
+        self.removals.append((self._backend.rmtree, path))
+
+
+def _pointer(work_dir: str) -> str:
+    """What ``last_checkpoint`` names; nothing if it is missing or no text."""
+    try:
+        with open(osp.join(work_dir, _POINTER), encoding='utf-8') as file:
+            return file.read().strip()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return ''

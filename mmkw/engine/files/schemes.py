@@ -1,0 +1,168 @@
+"""Every address that MMEngine loads checkpoints from, each read by :func:`read_checkpoint`.
+
+The files are found and downloaded as MMEngine does, in its order; only the reading differs.
+"""
+
+import io
+import os
+import os.path as osp
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
+from urllib.parse import urlparse
+
+import torch
+from mmengine.dist import get_dist_info
+from mmengine.fileio import get_file_backend
+from mmengine.logging import print_log
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from mmengine.runner.checkpoint import CheckpointLoader
+
+# Where MMEngine's checkpoints hold the text of a config. A config is Python code: Runner.resume
+# would run the first, an inferencer without a model the others.
+_CONFIG_TEXTS = (('meta', 'config'), ('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg'))
+
+
+def _scheme(*prefixes: str) -> Callable[[Callable], Callable]:
+    return CheckpointLoader.register_scheme(prefixes, force=True)
+
+
+def _read(source: str | BinaryIO, map_location: Any, name: str) -> dict[str, Any]:
+    # Not at the top: while MMEngine is imported, what this needs of it is not there yet.
+    from ...checkpoints import read_checkpoint
+
+    checkpoint = read_checkpoint(source, map_location, name)
+    left = []
+    for *parents, key in _CONFIG_TEXTS:
+        holder: Any = checkpoint
+        for parent in parents:
+            holder = holder.get(parent) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and holder.pop(key, None) is not None:
+            left.append('.'.join([*parents, key]))
+    if left:
+        print_log(
+            f'{name}: {" and ".join(left)} left aside, since a config is code; an inferencer needs '
+            'model=CONFIG beside weights',
+            logger='current',
+        )
+    return checkpoint
+
+
+@_scheme('')
+def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Loads a file of this machine.
+
+    Args:
+        filename: Its path.
+        map_location: As in ``torch.load``.
+    """
+    return _read(filename, map_location, filename)
+
+
+@_scheme('http://', 'https://')
+def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Loads an address of the web; a file that is in ``torch.hub``'s folder already from there.
+
+    Args:
+        filename: The address.
+        map_location: As in ``torch.load``.
+    """
+    folder = osp.join(torch.hub.get_dir(), 'checkpoints')
+    path = osp.join(folder, osp.basename(urlparse(filename).path))
+    rank, world_size = get_dist_info()
+
+    def fetch() -> None:
+        if not osp.exists(path):
+            os.makedirs(folder, exist_ok=True)
+            print_log(f'Downloading {filename} to {path}', logger='current')
+            torch.hub.download_url_to_file(filename, path, progress=os.isatty(0))
+
+    if rank == 0:
+        fetch()
+    if world_size > 1:
+        torch.distributed.barrier()
+        # On other machines.
+        fetch()
+    return _read(path, map_location, f'{path} (of {filename})')
+
+
+@_scheme('modelzoo://', 'torchvision://')
+def load_from_torchvision(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Loads weights of torchvision, which has to be installed.
+
+    Args:
+        filename: Such as ``torchvision://resnet50``.
+        map_location: As in ``torch.load``.
+    """
+    urls = mmengine_checkpoint.get_torchvision_models()
+    return load_from_http(_of(urls, filename), map_location)
+
+
+@_scheme('open-mmlab://', 'openmmlab://')
+def load_from_openmmlab(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Loads weights of OpenMMLab, or those that a user listed in MMEngine's home folder.
+
+    Args:
+        filename: Such as ``open-mmlab://resnet50_caffe``.
+        map_location: As in ``torch.load``.
+    """
+    urls = mmengine_checkpoint.get_external_models()
+    renamed = mmengine_checkpoint.get_deprecated_model_names()
+    urls.update({old: urls[new] for old, new in renamed.items() if new in urls})
+    url = _of(urls, filename)
+    if url.startswith(('http://', 'https://')):
+        return load_from_http(url, map_location)
+    return load_from_local(osp.join(mmengine_checkpoint._get_mmengine_home(), url), map_location)
+
+
+@_scheme('mmcls://')
+def load_from_mmcls(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Loads the backbone of a classifier of MMClassification.
+
+    Args:
+        filename: Such as ``mmcls://resnet50``.
+        map_location: As in ``torch.load``.
+    """
+    urls = mmengine_checkpoint.get_mmcls_models()
+    checkpoint = load_from_http(_of(urls, filename), map_location)
+    return mmengine_checkpoint._process_mmcls_checkpoint(checkpoint)
+
+
+@_scheme(r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
+def load_from_ceph(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Loads an object of a Ceph or S3 store, by MMEngine's Petrel backend.
+
+    Args:
+        filename: Such as ``s3://bucket/epoch_12.pth``.
+        map_location: As in ``torch.load``.
+    """
+    backend = get_file_backend(filename, backend_args=dict(backend='petrel'))
+    return _read(io.BytesIO(backend.get(filename)), map_location, filename)
+
+
+@_scheme('pavi://')
+def load_from_pavi(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Loads a model of Pavi's cloud, whose package has to be installed.
+
+    Args:
+        filename: Such as ``pavi://model/epoch_12.pth``.
+        map_location: As in ``torch.load``.
+    """
+    try:
+        from pavi import modelcloud
+    except ImportError as error:
+        raise ImportError(f'{filename} needs the package pavi, which is not installed.') from error
+    model = modelcloud.get(filename.removeprefix('pavi://'))
+    with TemporaryDirectory() as folder:
+        # Only the last part of the name: the cloud says it.
+        path = osp.join(folder, osp.basename(model.name))
+        model.download(path)
+        return _read(path, map_location, filename)
+
+
+def _of(urls: dict[str, str], filename: str) -> str:
+    """The address of a model by its name."""
+    name = filename.partition('://')[2]
+    if name not in urls:
+        raise KeyError(f'{filename}: MMEngine knows no such model, but {", ".join(sorted(urls))}.')
+    return urls[name]
