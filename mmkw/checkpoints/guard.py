@@ -266,12 +266,13 @@ def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str
             if name not in layers:
                 continue  # An absent layer of the plan.
             for part, tensor in layers[name].state_dict().items():
-                found = state_dict.get(f'{prefix}{name}.{part}')
+                key = f'{prefix}{name}.{part}'
+                found = state_dict.get(key)
                 # torch counts from 0 where an old file lacks the counter.
                 if part.endswith('num_batches_tracked') and found is None:
                     continue
-                if found is not None and (fault := _fault_beside(found, tensor)):
-                    raise DamagedCheckpointError(f'{prefix}{name}.{part} {fault}.')
+                if key in state_dict and (fault := _fault_beside(found, tensor)):
+                    raise DamagedCheckpointError(f'{key} {fault}.')
                 if found is None or found.shape != tensor.shape:
                     shape = 'lacks it' if found is None else f'has {tuple(found.shape)}'
                     ratio = _nonlocal_basis_ratio(state_dict, prefix)
@@ -286,7 +287,7 @@ def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str
 
 def _fault_beside(found: Any, own: Tensor) -> str | None:
     """What is wrong with a tensor of an attention; its counters are of whole numbers."""
-    if isinstance(found, Tensor) and found.dtype == own.dtype and not own.is_floating_point():
+    if isinstance(found, Tensor) and not own.is_floating_point():
         return None
     return fault_of(found, own.is_meta)
 

@@ -51,10 +51,9 @@ class Noise(Dataset):
         return dict(inputs=torch.randn(3, 6, 6) + index)
 
 
-def train(folder, dynamic, kept):
-    torch.set_num_threads(1)
+def make_runner(folder, dynamic, kept=-1, epochs=EPOCHS, **hook):
     torch.manual_seed(0)
-    Runner(
+    return Runner(
         Model(dynamic),
         work_dir=str(folder),
         train_dataloader=dict(
@@ -64,18 +63,18 @@ def train(folder, dynamic, kept):
             num_workers=0,
             collate_fn=dict(type='pseudo_collate'),
         ),
-        train_cfg=dict(by_epoch=True, max_epochs=EPOCHS),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01)),
         param_scheduler=dict(type='LinearLR', start_factor=0.1, end=8, by_epoch=False),
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
-            checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=kept),
+            checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=kept, **hook),
         ),
         custom_hooks=[dict(type='mmkw.IterationSeedHook')],
         randomness=dict(seed=3),
         resume=True,
-        experiment_name=f'{folder}-{os.getpid()}',
-    ).train()
+        experiment_name=f'{folder}-{time.time()}',
+    )
 
 
 def kill_at_a_file(draw):
@@ -104,17 +103,24 @@ def kill_at_a_file(draw):
     sys.addaudithook(watch)
 
 
+def fill_the_disk(size):
+    """No file may grow beyond a size: a write that would raises, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
 def run(folder, dynamic, kept, log, kill=None, after=None):
     """One training: whether it came to its end, None if it was killed within a write."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
+            torch.set_num_threads(1)
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
             if kill is not None:
                 kill_at_a_file(kill)
-            train(folder, dynamic, kept)
+            make_runner(folder, dynamic, kept).train()
             status = 0
         except BaseException as error:
             print(repr(error), flush=True)
@@ -129,9 +135,9 @@ def run(folder, dynamic, kept, log, kill=None, after=None):
     return None if within_write else os.WIFEXITED(status)
 
 
-def result(folder):
+def result(folder, epochs=EPOCHS):
     """All that a training ends with and that does not depend on the clock."""
-    checkpoint = read_checkpoint(folder / f'epoch_{EPOCHS}.pth')
+    checkpoint = read_checkpoint(folder / f'epoch_{epochs}.pth')
     tensors = list(checkpoint['state_dict'].values())
     for state in checkpoint['optimizer']['state'].values():
         tensors += [torch.as_tensor(value) for value in state.values()]

@@ -1,0 +1,205 @@
+"""Every interrupted run goes on: dynamic and static, from whatever an interruption left behind."""
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import interruptions
+import pytest
+import torch
+from interruptions import make_runner, result
+from mmengine.registry import HOOKS
+
+from mmkw.checkpoints import DamagedCheckpointError, read_checkpoint
+from mmkw.engine.files.backend import WholeFileBackend
+
+BOTH = pytest.mark.parametrize('dynamic', [True, False], ids=['dynamic', 'static'])
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """By kind of network, a folder with three epochs, and the result of four without a break."""
+    made = {}
+    for dynamic in (True, False):
+        folder = tmp_path_factory.mktemp('trained')
+        make_runner(folder / 'three', dynamic, epochs=3).train()
+        make_runner(folder / 'four', dynamic, epochs=4).train()
+        made[dynamic] = folder / 'three', result(folder / 'four', 4)
+    return made
+
+
+def copied(source, folder):
+    """A copy whose pointer names the copy's last checkpoint."""
+    shutil.copytree(source, folder)
+    (folder / 'last_checkpoint').write_text(str(folder / 'epoch_3.pth'))
+    return folder
+
+
+def remove(folder):
+    (folder / 'last_checkpoint').unlink()
+
+
+def half_write(folder, name='epoch_3.pth'):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+
+
+def flip(folder):
+    content = bytearray((folder / 'epoch_3.pth').read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / 'epoch_3.pth').write_bytes(content)
+
+
+def point(content):
+    return lambda folder: (folder / 'last_checkpoint').write_bytes(content)
+
+
+LEFT = {
+    'no pointer': (remove, 'epoch_3.pth, since: .*last_checkpoint is missing or empty'),
+    'an empty pointer': (point(b''), 'epoch_3.pth, since: .*is missing or empty'),
+    'a pointer of spaces': (point(b' \n'), 'epoch_3.pth, since: .*is missing or empty'),
+    'a pointer of no text': (point(b'\xff\x00'), 'epoch_3.pth, since: .*is missing or empty'),
+    'a pointer to nothing': (
+        point(b'gone/epoch_2.pth'),
+        'epoch_2.pth, since: gone/epoch_2.pth, which last_checkpoint names, does not exist',
+    ),
+    'a pointer to a later one': (point(b'gone/epoch_9.pth'), 'epoch_3.pth, since: gone/epoch_9'),
+    'a half-written checkpoint': (half_write, 'epoch_2.pth, since: .*epoch_3.pth is damaged'),
+    'an empty checkpoint': (
+        lambda folder: (folder / 'epoch_3.pth').write_bytes(b''),
+        'epoch_2.pth, since: .*epoch_3.pth is empty',
+    ),
+    'a flipped bit': (flip, 'epoch_2.pth, since: .*epoch_3.pth is damaged'),
+    'the first one only': (
+        lambda folder: (half_write(folder), half_write(folder, 'epoch_2.pth')),
+        'epoch_1.pth, since: .*epoch_2.pth is damaged',
+    ),
+}
+
+
+@BOTH
+@pytest.mark.parametrize('left', LEFT)
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path, trained, dynamic, left):
+    source, expected = trained[dynamic]
+    folder = copied(source, tmp_path / 'run')
+    damage, message = LEFT[left]
+    damage(folder)
+    make_runner(folder, dynamic, epochs=4).train()
+    log = ''.join(path.read_text() for path in folder.glob('*/*.log'))
+    assert re.search(f'Resuming from {folder}/{message}', log), log
+    assert all(map(torch.equal, result(folder, 4), expected))
+
+
+@BOTH
+def test_a_folder_that_was_moved_goes_on(tmp_path, trained, dynamic):
+    source, expected = trained[dynamic]
+    copied(source, tmp_path / 'old').rename(tmp_path / 'new')
+    make_runner(tmp_path / 'new', dynamic, epochs=4).train()
+    log = ''.join(path.read_text() for path in tmp_path.glob('new/*/*.log'))
+    assert f'Resuming from {tmp_path}/new/epoch_3.pth' in log
+    assert all(map(torch.equal, result(tmp_path / 'new', 4), expected))
+
+
+@BOTH
+def test_a_whole_pointer_is_followed_wherever_it_points(tmp_path, trained, dynamic):
+    source, expected = trained[dynamic]
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / 'last_checkpoint').write_text(str(source / 'epoch_2.pth'))
+    make_runner(folder, dynamic, epochs=4).train()
+    log = ''.join(path.read_text() for path in folder.glob('*/*.log'))
+    assert 'resumed epoch: 2' in log and 'Resuming from' not in log
+    assert all(map(torch.equal, result(folder, 4), expected))
+
+
+@BOTH
+def test_where_nothing_is_whole_the_run_stops_and_nothing_is_lost(tmp_path, trained, dynamic):
+    folder = copied(trained[dynamic][0], tmp_path / 'run')
+    for name in ('epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth'):
+        half_write(folder, name)
+    before = {path: path.read_bytes() for path in folder.glob('*.pth')}
+    runner = make_runner(folder, dynamic, epochs=4)
+    with pytest.raises(DamagedCheckpointError, match=r'No whole checkpoint.*Remove these files'):
+        runner.train()
+    assert {path: path.read_bytes() for path in folder.glob('*.pth')} == before
+
+
+@BOTH
+def test_where_nothing_is_the_run_begins_and_says_so(tmp_path, dynamic):
+    make_runner(tmp_path, dynamic, epochs=1).train()
+    log = ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert f'No checkpoint in {tmp_path}: starting at the beginning.' in log
+
+
+def test_resuming_takes_no_files_of_others_from_a_checkpoint(tmp_path):
+    """MMEngine removes the best checkpoint that a resumed one names, whatever that is."""
+    victim, folder = tmp_path / 'best_letters.txt', tmp_path / 'run'
+    victim.write_text('dear')
+    runner = make_runner(folder, False, kept=1, epochs=1, save_best='acc', rule='greater')
+    hub = runner.message_hub
+    hub.update_info('best_ckpt', str(victim))
+    hub.update_info('best_score', 0.0)
+    hub.update_info('keep_ckpt_ids', ['/../../best_letters.txt', 7, None, True])
+    runner.train()
+    (hook,) = [hook for hook in runner.hooks if type(hook).__name__ == 'CheckpointHook']
+    hook._save_best_checkpoint(runner, dict(acc=1.0))
+    assert victim.read_text() == 'dear'
+    assert [path.name for path in folder.glob('best_*')] == ['best_acc_epoch_1.pth']
+    # The next one replaces it, also after the folder was moved.
+    hub.update_info('best_ckpt', 'gone/best_acc_epoch_1.pth')
+    hook.out_dir = str(folder)
+    hook.before_train(runner)
+    runner.train_loop._epoch = 2
+    hook._save_best_checkpoint(runner, dict(acc=2.0))
+    assert [path.name for path in folder.glob('best_*')] == ['best_acc_epoch_2.pth']
+
+
+def test_the_hook_stands_in_every_config():
+    """Under MMEngine's name, so that no config has to change."""
+    hook = HOOKS.build(dict(type='CheckpointHook', interval=2))
+    assert type(hook).__module__ == 'mmkw.engine.files.hook' and hook.interval == 2
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    backend, path = WholeFileBackend(), tmp_path / 'a/b.pth'
+    backend.put(b'first', path)
+    assert path.read_bytes() == b'first'
+    # A folder stands where the unfinished file would: nothing can be written.
+    (tmp_path / 'a/b.pth.part').mkdir()
+    with pytest.raises(OSError, match=r'could not be written.*Earlier checkpoints are untouched'):
+        backend.put(b'second', path)
+    assert path.read_bytes() == b'first'
+
+
+@BOTH
+def test_a_full_disk_loses_the_file_being_written_only(tmp_path, trained, dynamic):
+    source, expected = trained[dynamic]
+    folder = copied(source, tmp_path / 'run')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    runner = make_runner(folder, dynamic, kept=1, epochs=4)
+    try:
+        interruptions.fill_the_disk(100_000)
+        with pytest.raises(OSError, match=r'epoch_4\.pth of .* MB could not be written.*--resume'):
+            runner.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(folder.glob('*.part')) and not (folder / 'epoch_4.pth').exists()
+    assert Path((folder / 'last_checkpoint').read_text()) == folder / 'epoch_3.pth'
+    read_checkpoint(folder / 'epoch_3.pth')
+    make_runner(folder, dynamic, epochs=4).train()
+    assert all(map(torch.equal, result(folder, 4), expected))
+
+
+def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
+    """To the bit, with one and with two kept files; ``--kills 50`` takes a minute."""
+    # A process that has not trained yet and can fork.
+    command = [sys.executable, interruptions.__file__, str(tmp_path), '--kills', '12']
+    outcome = subprocess.run(command, capture_output=True, text=True)
+    log = (tmp_path / 'log.txt').read_text()[-3000:]
+    assert outcome.returncode == 0, f'{outcome.stderr}\n{log}'
+    counts = json.loads(outcome.stdout.splitlines()[-1])
+    assert counts['kills'] >= 12 and counts['at_files'] >= 5 and counts['within_writes'] >= 1
