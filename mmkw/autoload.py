@@ -13,20 +13,25 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-# Modules of MMEngine, and ours that register themselves over what they register.
-_OURS = {
-    'mmengine.runner.checkpoint': 'mmkw.engine.files.schemes',
-    'mmengine.hooks.checkpoint_hook': 'mmkw.engine.files.hook',
+# Modules of MMEngine: the last thing each defines, and ours that registers itself over what it
+# registers. What is done is taken out.
+_WAITING = {
+    'mmengine.runner.checkpoint': ('find_latest_checkpoint', 'mmkw.engine.files.schemes'),
+    'mmengine.hooks.checkpoint_hook': ('CheckpointHook', 'mmkw.engine.files.hook'),
 }
 
 
 def install() -> None:
-    """Imports ours after MMEngine's modules: now where those are loaded, else when they are."""
-    for theirs, ours in _OURS.items():
-        if theirs in sys.modules:
-            import_module(ours)
+    """Imports ours after MMEngine's modules: now where those are there, else when they are."""
+    _catch_up()
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def _catch_up() -> None:
+    for theirs, (last, ours) in list(_WAITING.items()):
+        if hasattr(sys.modules.get(theirs), last) and _WAITING.pop(theirs, None):
+            import_module(ours)
 
 
 class _Finder(MetaPathFinder):
@@ -35,7 +40,9 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: object = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _OURS:
+        # One of MMEngine's modules may have been the first to import PyTorch, and have ended since.
+        _catch_up()
+        if fullname not in _WAITING:
             return None
         sys.meta_path.remove(self)
         try:
@@ -48,7 +55,7 @@ class _Finder(MetaPathFinder):
 
         def execute_both(module: ModuleType) -> None:
             execute(module)
-            import_module(_OURS[fullname])
+            _catch_up()
 
         spec.loader.exec_module = execute_both
         return spec

@@ -13,11 +13,13 @@ import operator
 import os
 import pickle
 import struct
+import types
 import zipfile
 
 import mmengine
 import numpy as np
 import torch
+import torch._dynamo  # replaces a function of torch when it is first used
 from mmengine.logging import HistoryBuffer, MessageHub
 from torch import nn
 
@@ -182,8 +184,16 @@ def namespaces():
         f'{space.__name__}.{key}': id(value)
         for space in spaces
         for key, value in vars(space).items()
+        # Submodules come as they are imported.
+        if not isinstance(value, types.ModuleType)
     }
     found.update({f'statistic {k}': id(v) for k, v in HistoryBuffer._statistics_methods.items()})
     found['allowed'] = sorted(map(str, torch.serialization.get_safe_globals()))
-    found['hubs'] = tuple(MessageHub._instance_dict)
     return found
+
+
+def altered(before):
+    """The names that are not as before, but for new ones, which libraries add as they are used."""
+    now = namespaces()
+    new = [name for name in now if name not in before and MARK in name]
+    return [name for name, value in before.items() if now.get(name) != value] + new

@@ -1,0 +1,89 @@
+"""Checkpoints are read as data from the moment MMEngine is imported, whoever imports it."""
+
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+import torch
+
+HOSTILE = """
+import os
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, ({made!r},)
+"""
+LOAD = """
+from mmengine.runner import load_checkpoint
+from torch import nn
+try:
+    load_checkpoint(nn.Linear(1, 1), {path!r})
+except RuntimeError as error:
+    print(type(error).__name__)
+"""
+needs_entry_point = pytest.mark.skipif(
+    'mmkw' not in metadata.entry_points(group='torch.backends').names,
+    reason='needs an installation with the entry point of setup.py',
+)
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.fixture
+def attack(tmp_path):
+    made, path = tmp_path / 'made', tmp_path / 'a.pth'
+    space = {}
+    exec(HOSTILE.format(made=str(made)), space)
+    torch.save(dict(state_dict={}, extra=space['Attack']()), path)
+    yield str(path)
+    assert not made.exists()
+
+
+@needs_entry_point
+@pytest.mark.parametrize(
+    'first', ['', 'import torch', 'import mmengine', 'import mmcv', 'import mmengine.hooks']
+)
+def test_nobody_has_to_import_mmkw(attack, first):
+    result = run(f'{first}\n{LOAD.format(path=attack)}')
+    assert result.stdout.splitlines()[-1:] == ['UnsafeCheckpointError'], result.stderr
+
+
+@pytest.mark.parametrize(
+    'first',
+    [
+        'import mmkw',
+        'import torch, mmkw',
+        'import mmengine.runner, mmkw',
+        'import mmkw.layers',
+        "from mmengine.registry import MODELS; MODELS.get('mmkw.KWConv2d')",
+    ],
+)
+def test_importing_mmkw_is_enough(attack, first):
+    code = f'{first}\n{LOAD.format(path=attack)}'
+    result = run(code, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    assert result.stdout.splitlines()[-1:] == ['UnsafeCheckpointError'], result.stderr
+    hook = 'from mmengine.hooks import Hook; from mmengine.registry import HOOKS\n'
+    code = f'{first}\n{hook}print(HOOKS.get("CheckpointHook").__module__)'
+    result = run(code, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    assert result.stdout.splitlines()[-1:] == ['mmkw.engine.files.hook'], result.stderr
+
+
+@needs_entry_point
+def test_importing_torch_stays_light():
+    code = 'import torch, sys; print([n for n in sys.modules if n.split(".")[0] in {}])'
+    result = run(code.format(('mmengine', 'mmcv', 'mmdet', 'mmkw')))
+    assert result.returncode == 0, result.stderr
+    assert sorted(eval(result.stdout)) == ['mmkw', 'mmkw.autoload', 'mmkw.version']
+
+
+def test_names_of_the_package():
+    import mmkw
+
+    for name in mmkw.__all__:
+        assert getattr(mmkw, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = mmkw.nothing
