@@ -9,6 +9,7 @@ import threading
 import types
 
 import hostile
+import mmengine.runner.checkpoint
 import pytest
 import torch
 from command_util import run
@@ -46,6 +47,9 @@ def test_every_scheme_of_mmengine_is_ours():
     assert set(theirs.values()) == {'mmengine.runner.checkpoint'}
     ours = {pattern: loader.__module__ for pattern, loader in CheckpointLoader._schemes.items()}
     assert ours == dict.fromkeys(theirs, schemes.__name__)
+    named = [name for name in vars(mmengine.runner.checkpoint) if name.startswith('load_from_')]
+    for name in named:
+        assert getattr(mmengine.runner.checkpoint, name).__module__ == schemes.__name__, name
 
 
 @pytest.fixture

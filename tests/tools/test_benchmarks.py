@@ -76,3 +76,9 @@ def test_whole_models_are_timed(root, library, config, mode):
     path = str(root / f'configs/{config}.py')
     out = run(root, 'model.py', path, '--shapes', '1x64x64', '--repeats', '1', '--mode', mode)
     assert f'| 1x64x64 | {config.split("/")[1]} |' in out
+
+
+def test_reading(root):
+    pytest.importorskip('mmdet', reason="the file holds MMDetection's ResNet")
+    output = run(root, 'reading.py', '--copies', '1', '--repeats', '1')
+    assert 'MB, 954 tensors' in output and 'ratio: ' in output

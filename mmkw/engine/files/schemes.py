@@ -24,7 +24,13 @@ _CONFIG_TEXTS = (('meta', 'config'), ('meta', 'cfg'), ('message_hub', 'runtime_i
 
 
 def _scheme(*prefixes: str) -> Callable[[Callable], Callable]:
-    return CheckpointLoader.register_scheme(prefixes, force=True)
+    def register(loader: Callable) -> Callable:
+        # Under its name in MMEngine's module, too, for those who call it there.
+        setattr(mmengine_checkpoint, loader.__name__, loader)
+        CheckpointLoader.register_scheme(prefixes, loader, force=True)
+        return loader
+
+    return register
 
 
 def _read(source: str | BinaryIO, map_location: Any, name: str) -> dict[str, Any]:
