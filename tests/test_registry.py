@@ -27,7 +27,7 @@ BUILD = """
     from mmengine.registry import init_default_scope, HOOKS
     from {scope}.registry import MODELS
     init_default_scope('{scope}')
-    assert 'mmkw' not in sys.modules
+    assert 'mmkw.registry' not in sys.modules
     network = MODELS.build(dict(type='mmkw.KWResNet', depth=18, base_channels=8))
     print(type(network).__module__)
     hook = HOOKS.build(dict(type='mmkw.TemperatureHook', length=1))
