@@ -13,12 +13,22 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-# Modules of MMEngine: the last thing each defines, and ours that registers itself over what it
-# registers. What is done is taken out.
-_WAITING = {
-    'mmengine.runner.checkpoint': ('find_latest_checkpoint', 'mmkw.engine.files.schemes'),
-    'mmengine.hooks.checkpoint_hook': ('CheckpointHook', 'mmkw.engine.files.hook'),
+# Modules of MMEngine: the last thing that each defines, what in it becomes ours, and our module
+# whose ``take_place`` does that.
+_OURS = {
+    'mmengine.runner.checkpoint': (
+        'find_latest_checkpoint',
+        'load_from_local',
+        'mmkw.engine.files.schemes',
+    ),
+    'mmengine.hooks.checkpoint_hook': (
+        'CheckpointHook',
+        'CheckpointHook',
+        'mmkw.engine.files.hook',
+    ),
 }
+# Those at which we are, since importing ours imports other things.
+_busy: set[str] = set()
 
 
 def install() -> None:
@@ -29,9 +39,17 @@ def install() -> None:
 
 
 def _catch_up() -> None:
-    for theirs, (last, ours) in list(_WAITING.items()):
-        if hasattr(sys.modules.get(theirs), last) and _WAITING.pop(theirs, None):
-            import_module(ours)
+    for name, (last, taken, ours) in _OURS.items():
+        theirs = sys.modules.get(name)
+        if name in _busy or not hasattr(theirs, last):
+            continue
+        # Asked of the module as it is: it may have been loaded again.
+        if getattr(theirs, taken).__module__ != ours:
+            _busy.add(name)
+            try:
+                import_module(ours).take_place(theirs)
+            finally:
+                _busy.remove(name)
 
 
 class _Finder(MetaPathFinder):
@@ -42,7 +60,7 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         # One of MMEngine's modules may have been the first to import PyTorch, and have ended since.
         _catch_up()
-        if fullname not in _WAITING:
+        if fullname not in _OURS:
             return None
         sys.meta_path.remove(self)
         try:

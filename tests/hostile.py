@@ -148,13 +148,14 @@ def inside(payload):
     return b'\x80\x02}(' + text('state_dict') + b'}' + text('extra') + body + b'u.'
 
 
-def zip_file(path, pickled):
-    """A file as torch writes it from 1.6 on."""
+def zip_file(path, pickled, **records):
+    """A file as torch writes it from 1.6 on; with storages, if they are given by their records."""
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_STORED) as file:
         for record, content in (
             ('data.pkl', pickled),
             ('byteorder', b'little'),
             ('version', b'3\n'),
+            *records.items(),
         ):
             file.writestr(f'archive/{record}', content)
 

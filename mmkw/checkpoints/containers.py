@@ -20,7 +20,7 @@ from .values import KNOWN, Values, storage_width
 
 # How torch before 1.6 begins a file, and the version that follows.
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_LOCATION = re.compile(r'[a-z]+(:\d{1,4})?')
+_LOCATION = re.compile(r'cpu|meta|(cuda|xpu|mps|npu|mlu|musa|hpu|xla|privateuseone)(:[0-9]{1,3})?')
 # What people give in place of a checkpoint: how it begins, what it is, what to do.
 _FOREIGN = (
     (b'', 'is empty', 'Download or copy it again'),
@@ -80,7 +80,7 @@ class _Storages:
 
     def __call__(self, key: str, size: int, location: str) -> torch.UntypedStorage:
         if key not in self._read:
-            if not _is_device(location):
+            if not _LOCATION.fullmatch(location):
                 raise DamagedCheckpointError(
                     f'is damaged: its storage {shown(key)} was on no device'
                 )
@@ -91,18 +91,10 @@ class _Storages:
         return storage
 
 
-def _is_device(location: str) -> bool:
-    """Whether this PyTorch knows a device, present or not."""
-    try:
-        return bool(_LOCATION.fullmatch(location) and torch.device(location))
-    except RuntimeError:
-        return False
-
-
-def _build(tree: Any, names: set[str], storages: _Storages) -> Any:
+def _build(tree: Any, names: set[str], storages: _Storages, size: int) -> Any:
     """Builds what the pickle of a file stands for, if all that it names is known."""
     _refuse_unknown(names)
-    return Values(storages).build(tree)
+    return Values(storages, size).build(tree)
 
 
 def _refuse_unknown(names: set[str]) -> None:
@@ -130,8 +122,8 @@ def _read_zip(file: BinaryIO, restore: Restore) -> Any:
     # With torch.serialization.set_crc32_options(False) torch writes zeros.
     checked = any(info.CRC for info in records.values())
 
-    def content(name: str) -> bytearray:
-        return _content(file, records[name], checked)
+    def content(name: str) -> bytes:
+        return _content(file, records[name], checked).numpy().tobytes()
 
     if f'{root}/byteorder' in records and content(f'{root}/byteorder') != b'little':
         raise DamagedCheckpointError('was written by a big-endian machine. Save it again elsewhere')
@@ -140,11 +132,12 @@ def _read_zip(file: BinaryIO, restore: Restore) -> Any:
         info = records.get(f'{root}/data/{key}')
         if info is None or info.file_size != size:
             raise DamagedCheckpointError(f'is damaged: its storage {shown(key)} is not whole')
-        return _storage(_content(file, info, checked))
+        return _content(file, info, checked).untyped_storage()
 
     names: set[str] = set()
-    tree = _parse(io.BytesIO(content(f'{root}/data.pkl')), names)
-    return _build(tree, names, _Storages(load, restore))
+    pickled = content(f'{root}/data.pkl')
+    tree = _parse(io.BytesIO(pickled), names)
+    return _build(tree, names, _Storages(load, restore), len(pickled))
 
 
 def _records(file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
@@ -184,11 +177,11 @@ def _root(records: dict[str, zipfile.ZipInfo]) -> str:
     return roots[0]
 
 
-def _content(file: BinaryIO, info: zipfile.ZipInfo, checked: bool) -> bytearray:
-    """A record of a zip file, compared with its checksum."""
+def _content(file: BinaryIO, info: zipfile.ZipInfo, checked: bool) -> torch.Tensor:
+    """A record of a zip file, compared with its checksum: Tensor[bytes]."""
     name = shown(info.filename)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-        raise DamagedCheckpointError(f'is damaged or rewritten: {name} in it is compressed')
+        raise DamagedCheckpointError(f'is damaged or rewritten: {name} in it is packed')
     header = b''
     if info.header_offset >= 0:
         file.seek(info.header_offset)
@@ -196,21 +189,18 @@ def _content(file: BinaryIO, info: zipfile.ZipInfo, checked: bool) -> bytearray:
     if len(header) < 30 or header[:4] != b'PK\x03\x04':
         raise DamagedCheckpointError(f'is damaged: the header of {name} in it is altered')
     file.seek(sum(struct.unpack('<HH', header[26:])), io.SEEK_CUR)
-    content = bytearray(info.file_size)
-    if file.readinto(content) != len(content):
+    content = torch.empty(info.file_size, dtype=torch.uint8)
+    memory = memoryview(content.numpy())
+    read = 0
+    while read < len(memory) and (count := file.readinto(memory[read:])):
+        read += count
+    if read < len(memory):
         raise DamagedCheckpointError(f'is damaged: it ends early, within {name}')
-    if checked and zlib.crc32(content) != info.CRC:
+    if checked and zlib.crc32(memory) != info.CRC:
         raise DamagedCheckpointError(
             f'is damaged: {name} in it does not have its checksum. Download or copy it again'
         )
     return content
-
-
-def _storage(content: bytearray) -> torch.UntypedStorage:
-    """The memory of some bytes, without a copy."""
-    if not content:
-        return torch.UntypedStorage(0)
-    return torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
 
 
 # Pickles one after the other, up to torch 1.5
@@ -238,6 +228,7 @@ def _read_old(file: BinaryIO, restore: Restore) -> Any:
     # element is, the tensors say.
     sizes = dict(_sizes(tree))
     places, place = {}, stream.tell()
+    end = place
     for key in keys:
         count, width = sizes.get(key, (None, 0))
         if count is None or data[place : place + 8] != struct.pack('<q', count):
@@ -248,14 +239,18 @@ def _read_old(file: BinaryIO, restore: Restore) -> Any:
         places[key] = place + 8
         place += 8 + count * width
     if place != len(data):
-        raise DamagedCheckpointError(f'is damaged: it ends early, after {len(data)} bytes')
+        raise DamagedCheckpointError(
+            f'is damaged: it has {len(data)} bytes, and its storages end after {place}'
+        )
 
     def load(key: str, size: int) -> torch.UntypedStorage:
         if key not in places:
             raise DamagedCheckpointError(f'is damaged: it lacks storage {shown(key)}')
-        return _storage(bytearray(data[places[key] : places[key] + size]))
+        content = torch.empty(size, dtype=torch.uint8)
+        memoryview(content.numpy())[:] = data[places[key] : places[key] + size]
+        return content.untyped_storage()
 
-    return _build(tree, names, _Storages(load, restore))
+    return _build(tree, names, _Storages(load, restore), end)
 
 
 def _sizes(tree: Any) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -272,7 +267,7 @@ def _sizes(tree: Any) -> Iterator[tuple[str, tuple[int, int]]]:
 # Safetensors
 
 
-def _read_safetensors(file: BinaryIO, restore: Restore) -> dict[str, torch.Tensor]:
+def _read_safetensors(file: BinaryIO, restore: Restore) -> dict[str, Any]:
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load
@@ -283,8 +278,10 @@ def _read_safetensors(file: BinaryIO, restore: Restore) -> dict[str, torch.Tenso
     try:
         tensors = load(file.read())
     except SafetensorError as error:
-        raise DamagedCheckpointError(f'is a damaged safetensors file: {error}') from error
-    return {name: _moved(tensor, restore) for name, tensor in tensors.items()}
+        raise DamagedCheckpointError(
+            f'is a damaged safetensors file: {shown(str(error))}'
+        ) from error
+    return dict(state_dict={name: _moved(tensor, restore) for name, tensor in tensors.items()})
 
 
 def _moved(tensor: torch.Tensor, restore: Restore) -> torch.Tensor:

@@ -13,8 +13,10 @@ def shown(word: object, length: int = 200) -> str:
     """A word of a file for a message: ASCII on one line, of a bounded length.
 
     Args:
-        word: Anything a file may hold.
+        word: Text, or what the message will name by its type: spelling it out may take for ever.
         length: How many characters are kept.
     """
-    text = str(word)[:length].encode('ascii', 'backslashreplace').decode()
+    if not isinstance(word, str):
+        return f'a value of type {type(word).__name__}'
+    text = word[:length].encode('ascii', 'backslashreplace').decode()
     return ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text)

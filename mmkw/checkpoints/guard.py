@@ -46,7 +46,7 @@ def check_checkpoint(
             a warehouse, a kernel or a tensor of a dynamic layer is missing or has another shape.
         DamagedCheckpointError: If one of these is no dense tensor of real, finite numbers.
     """
-    check_cells(state_dict, prefix, network.warehouse_manager.weights[0].is_meta)
+    check_cells(state_dict, prefix, network.warehouse_manager.weights)
     own = {name for name in _BEYOND if hasattr(network, name)}
     warehouses = len(network.warehouse_manager.weights)
     unused = beyond_backbone(state_dict, prefix, warehouses, own)
@@ -92,13 +92,16 @@ def _static_kernels(
     }
     if not found:
         return {}
-    kind = type(network).__name__
+    kind, cells = type(network).__name__, network.warehouse_manager.weights[0]
     for name, kernel in layers.items():
         weight = found.get(name)
-        if name in found and (fault := fault_of(weight)):
+        shape = getattr(weight, 'shape', None)
+        fits = shape is not None and kernel.fits(shape)
+        # Values count only where the shape is right: an expanded tensor has any number of them.
+        if name in found and (fault := fault_of(weight, cells, shape if fits else ())):
             raise DamagedCheckpointError(f'The static kernel {prefix}{name}.weight {fault}.')
-        if weight is None or not kernel.fits(weight.shape):
-            has = 'has none' if weight is None else f'has {tuple(weight.shape)}'
+        if not fits:
+            has = 'has none' if shape is None else f'has {tuple(shape)}'
             raise CheckpointMismatchError(
                 f'The checkpoint holds static kernels for {len(found)} of the {len(layers)} '
                 f'dynamic layers of this {kind}; for {name}, of {kernel.shape}, it {has}. It was '
@@ -167,7 +170,7 @@ def _no_warehouse(network: nn.Module, state_dict: dict[str, Tensor], prefix: str
             f'The checkpoint has the warehouses of a network under {found!r}. To load them into '
             f"this {kind} alone, use init_cfg=dict(type='Pretrained', prefix={found!r}, ...)."
         )
-    names = ', '.join(list(state_dict)[:3]) or 'nothing'
+    names = ', '.join(map(shown, list(state_dict)[:3])) or 'nothing'
     return (
         f'The checkpoint has no warehouse for this {kind}{place}, where it holds {names}. An '
         "ImageNet file goes into the backbone's init_cfg=dict(type='Pretrained', checkpoint=FILE), "
@@ -182,33 +185,37 @@ def stored_warehouses(state_dict: dict[str, Tensor], prefix: str) -> dict[int, T
         state_dict: Of a KernelWarehouse network, or of another.
         prefix: The network's place in it.
     """
-    pattern = re.compile(re.escape(prefix) + r'warehouse_manager\.weights\.(0|[1-9]\d*)')
+    pattern = re.compile(re.escape(prefix) + r'warehouse_manager\.weights\.(0|[1-9][0-9]{0,5})')
     return {int(m[1]): state_dict[m[0]] for m in map(pattern.fullmatch, state_dict) if m}
 
 
-def check_cells(state_dict: dict[str, Any], prefix: str = '', meta: bool = False) -> None:
+def check_cells(state_dict: dict[str, Any], prefix: str = '', own: Sequence[Tensor] = ()) -> None:
     """Checks the names and the values of the warehouses in a state dict.
 
     Args:
         state_dict: Of a KernelWarehouse network, or of another.
         prefix: The network's place in it.
-        meta: Whether the network is on the meta device, so that it takes cells without values.
+        own: The cells of the network; without a network, any floating-point cells will do.
 
     Raises:
         DamagedCheckpointError: If a warehouse has a name that no warehouse has, or is no dense
             tensor of real, finite numbers.
     """
     place = f'{prefix}warehouse_manager.'
-    stored = {f'{place}weights.{index}' for index in stored_warehouses(state_dict, prefix)}
-    for key, values in state_dict.items():
-        if not key.startswith(place):
-            continue
-        if key not in stored:
+    stored = stored_warehouses(state_dict, prefix)
+    names = {f'{place}weights.{index}' for index in stored}
+    for key in state_dict:
+        if key.startswith(place) and key not in names:
             raise DamagedCheckpointError(
                 f'{shown(key)} is no name of a warehouse; {place}weights.0, 1, 2 ... are.'
             )
-        if fault := fault_of(values, meta):
-            raise DamagedCheckpointError(f'{shown(key)}, the cells of a warehouse, {fault}.')
+    for index, values in stored.items():
+        cells = own[index] if index < len(own) else values
+        shape = None if index < len(own) else getattr(values, 'shape', None)
+        if fault := fault_of(values, cells, shape):
+            raise DamagedCheckpointError(
+                f'{place}weights.{index}, the cells of a warehouse, {fault}.'
+            )
 
 
 def beyond_backbone(
@@ -244,6 +251,12 @@ def _check_warehouses(
                 f'The checkpoint has {len(stored)} warehouses and lacks number {index} '
                 f'({partition.name!r}) of the {len(manager.weights)} of this {kind}. It was made '
                 'for another architecture or sharing plan.'
+            )
+        if found.dim() != weight.dim() or 0 in found.shape:
+            raise CheckpointMismatchError(
+                f'Warehouse {index} ({partition.name!r}) of this {kind} has the shape '
+                f'{tuple(weight.shape)}, the checkpoint {tuple(found.shape)}. It was made for '
+                'another architecture or sharing plan.'
             )
         if found.shape != weight.shape:
             raise CheckpointMismatchError(
@@ -287,9 +300,12 @@ def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str
 
 def _fault_beside(found: Any, own: Tensor) -> str | None:
     """What is wrong with a tensor of an attention; its counters are of whole numbers."""
-    if isinstance(found, Tensor) and not own.is_floating_point():
-        return None
-    return fault_of(found, own.is_meta)
+    if own.is_floating_point():
+        return fault_of(found, own)
+    if not isinstance(found, Tensor) or found.is_complex() or found.is_meta != own.is_meta:
+        return 'is no tensor of whole numbers'
+    whole = own.is_meta or not found.is_floating_point() or bool((found % 1 == 0).all())
+    return None if whole else 'is no tensor of whole numbers'
 
 
 def _advice(
@@ -361,4 +377,5 @@ def _attention_shapes(
 ) -> list[tuple[int, ...]]:
     ending = f'.attention.{name}.weight'
     keys = [key for key in state_dict if key.startswith(prefix) and key.endswith(ending)]
-    return [tuple(state_dict[key].shape) for key in keys if isinstance(state_dict[key], Tensor)]
+    tensors = [state_dict[key] for key in keys if isinstance(state_dict[key], Tensor)]
+    return [tuple(tensor.shape) for tensor in tensors if tensor.dim() == 2 and tensor.numel()]

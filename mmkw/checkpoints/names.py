@@ -56,7 +56,8 @@ def mobilenet_v2_names(
     places.append('conv2')
     for key in list(state_dict):
         name = key.removeprefix(f'{prefix}features.')
-        if not key.startswith(f'{prefix}features.') or not name.partition('.')[0].isdigit():
+        number = re.fullmatch(r'[0-9]{1,3}', name.partition('.')[0])
+        if not key.startswith(f'{prefix}features.') or number is None:
             continue
         index, _, rest = name.partition('.')
         if int(index) in (0, len(places) - 1):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from .errors import DamagedCheckpointError
+from .errors import DamagedCheckpointError, shown
 
 # Python 2's name of a module.
 _RENAMED = {'__builtin__': 'builtins'}
@@ -18,18 +18,20 @@ _VALUES = {
     'BINUNICODE', 'SHORT_BINUNICODE', 'BINUNICODE8', 'BINBYTES', 'SHORT_BINBYTES', 'BINBYTES8',
     'BYTEARRAY8',
 }  # fmt: skip
+# Characters of a name; that of the longest of ours is half as long.
+_LONGEST_NAME = 200
 # What lies below the things that are gathered into a container.
 _MARK = object()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Name:
     """A global that a pickle names, such as ``collections.OrderedDict``."""
 
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """What a pickle would have called, with what, and what it would have put into the result."""
 
@@ -39,21 +41,21 @@ class Call:
     state: Any = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Mapping:
     """A dict, as the pairs put into it."""
 
     items: list[tuple[Any, Any]] = field(default_factory=list)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Unordered:
     """A set, as the elements put into it."""
 
     elements: list[Any] = field(default_factory=list)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class External:
     """Something outside the pickle, by what it is asked for with: a storage."""
 
@@ -78,7 +80,7 @@ def parse(file: BinaryIO, names: set[str]) -> Any:
         for operation, argument, _ in pickletools.genops(file):
             machine.take(operation.name, argument)
     except ValueError as error:
-        raise _broken(f'is not whole: {error}') from error
+        raise _broken(f'is not whole: {shown(str(error))}') from error
     return machine.pop()
 
 
@@ -113,6 +115,7 @@ class _Machine:
 
     def __init__(self, names: set[str]) -> None:
         self.names = names
+        self.known: dict[str, Name] = {}
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -217,9 +220,11 @@ class _Machine:
         """Puts the record of a global."""
         if type(module) is not str or type(name) is not str:
             raise _broken('names something, but not by text')
+        if len(module) + len(name) > _LONGEST_NAME:
+            raise _broken(f'names something of more than {_LONGEST_NAME} characters')
         full = f'{_RENAMED.get(module, module)}.{name}'
         self.names.add(full)
-        self.stack.append(Name(full))
+        self.stack.append(self.known.setdefault(full, Name(full)))
 
 
 def _broken(what: str) -> DamagedCheckpointError:

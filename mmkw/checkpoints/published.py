@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .errors import shown
 from .guard import CheckpointMismatchError, beyond_backbone, check_cells, stored_warehouses
 from .names import convnext_names, mobilenet_v2_names
 
@@ -44,7 +45,7 @@ def rewrite_published(
     if not warehouses:
         raise CheckpointMismatchError(
             f'The checkpoint has no {prefix}warehouse_manager.weights: it is not of '
-            f'KernelWarehouse. Its first names are {", ".join(list(state)[:3])}.'
+            f'KernelWarehouse. Its first names are {", ".join(map(shown, list(state)[:3]))}.'
         )
     if any(key.startswith(f'{prefix}features.') for key in state):
         mobilenet_v2_names(_BLOCKS, library == 'mmseg', state, prefix)
@@ -58,6 +59,7 @@ def rewrite_published(
     unknown = [name for name in names if not _KNOWN.fullmatch(name)]
     if unknown:
         raise CheckpointMismatchError(
-            f'No backbone here has {len(unknown)} of the tensors, such as {prefix}{unknown[0]}.'
+            f'No backbone here has {len(unknown)} of the tensors, such as '
+            f'{prefix}{shown(unknown[0])}.'
         )
     return state, unused

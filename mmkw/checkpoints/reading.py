@@ -57,9 +57,11 @@ def read_checkpoint(
             raise DamagedCheckpointError(f'Checkpoint {name} is a folder or a device, not a file.')
         with path.open('rb') as file:
             return read_checkpoint(file, map_location, name)
+    restore = _restore(map_location)
     try:
-        checkpoint = read(source, _restore(map_location))
-        return _checked(checkpoint)
+        return _checked(read(source, restore))
+    except _NotRestored as error:
+        raise error.reason from error
     except DamagedCheckpointError as error:
         raise DamagedCheckpointError(f'Checkpoint {name} {error}.') from error
     except UnsafeCheckpointError as error:
@@ -69,21 +71,51 @@ def read_checkpoint(
             'dict of tensors from it, write torch.save(dict(state_dict=TENSORS), NEW_FILE) and use '
             'NEW_FILE.'
         ) from error
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        # What no check has foreseen: nothing has been done with the file.
+        raise DamagedCheckpointError(
+            f'Checkpoint {name} is damaged in an unusual way: {type(error).__name__}, '
+            f'{shown(str(error))}.'
+        ) from error
+
+
+class _NotRestored(Exception):
+    """A storage that could not be moved to where the caller wants it, which is no fault of it."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 def _restore(map_location: MapLocation) -> Restore:
     """What ``map_location`` makes of a storage on the CPU and of the device it was saved on."""
+    if isinstance(map_location, dict):
+        map_location = {key: str(torch.device(place)) for key, place in map_location.items()}
+    elif isinstance(map_location, (str, torch.device)):
+        map_location = str(torch.device(map_location))
+    elif map_location is not None and not callable(map_location):
+        raise TypeError(
+            f'map_location must be a device, a dict of devices or a function, got {map_location!r}.'
+        )
 
-    def restore(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+    def moved(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
         if isinstance(map_location, dict):
             location = map_location.get(location, location)
-        elif isinstance(map_location, (str, torch.device)):
-            location = str(map_location)
+        elif isinstance(map_location, str):
+            location = map_location
         elif map_location is not None:
-            moved = map_location(storage, location)
-            if moved is not None:
-                return moved
+            result = map_location(storage, location)
+            if result is not None:
+                return result
         return default_restore_location(storage, location)
+
+    def restore(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        try:
+            return moved(storage, location)
+        except Exception as error:
+            raise _NotRestored(error) from error
 
     return restore
 
@@ -93,7 +125,8 @@ def _checked(checkpoint: Any) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise DamagedCheckpointError(f'holds a {type(checkpoint).__name__}, not a state dict')
     # MMEngine looks for ``state_dict``; the published ImageNet files say ``model``.
-    if 'model' in checkpoint and 'state_dict' not in checkpoint:
+    named = 'model' in checkpoint and not isinstance(checkpoint['model'], torch.Tensor)
+    if named and 'state_dict' not in checkpoint:
         checkpoint['state_dict'] = checkpoint.pop('model')
     state = checkpoint.get('state_dict', checkpoint)
     if not isinstance(state, dict):
@@ -103,6 +136,6 @@ def _checked(checkpoint: Any) -> dict[str, Any]:
     strange = [key for key in state if not isinstance(key, str)]
     if strange:
         raise DamagedCheckpointError(
-            f'holds a state dict with the key {shown(repr(strange[0]))}, which is no text'
+            f'holds a state dict with a key that is no text but {shown(strange[0])}'
         )
     return checkpoint

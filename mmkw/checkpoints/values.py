@@ -76,6 +76,11 @@ _NUMBERS = {'b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f
 # Deeper than any checkpoint, far from the interpreter's limit.
 _DEPTH = 100
 _LARGEST = 2**63
+# Integers that are larger in magnitude share their hashes with others.
+_LARGEST_KEY = 2**61 - 2
+# Bytes that the content of a file may be copied to beyond its own size; and those of a tensor that
+# is larger than its storage, as expanded ones are.
+_SPARE_BYTES = 64 << 20
 
 
 class Values:
@@ -86,10 +91,12 @@ class Values:
     Args:
         storage: Gives the memory of a storage from its key, its number of bytes, and what the file
             says of its place (such as ``cuda:0``).
+        size: Bytes of the pickle, by which what is copied from it is bounded.
     """
 
-    def __init__(self, storage: Callable[[str, int, str], torch.UntypedStorage]) -> None:
+    def __init__(self, storage: Callable[[str, int, str], torch.UntypedStorage], size: int) -> None:
         self._storage = storage
+        self._bytes_left = 4 * size + _SPARE_BYTES
         self._built: dict[int, Any] = {}
         self._open: set[int] = set()
 
@@ -149,13 +156,21 @@ class Values:
                 raise _damaged(place, 'is a storage without a tensor')
         raise _damaged(place, 'is the result of a result, not a value')
 
+    def _spend(self, size: int, place: tuple[Any, ...]) -> None:
+        """Counts what is copied: a file may name one content many times."""
+        self._bytes_left -= size
+        if self._bytes_left < 0:
+            raise _damaged(place, 'has far more in it than the file')
+
     # Plain data
 
     def _key(self, record: Any, place: tuple[Any, ...]) -> Any:
         key = self.build(record, place)
         parts = key if type(key) is tuple else (key,)
-        if not all(part is None or type(part) in (str, int, float, bool, bytes) for part in parts):
-            raise _damaged(place, f'has a key of type {type(key).__name__}')
+        for part in parts:
+            plain = part is None or type(part) in (str, bool, bytes)
+            if not plain and (type(part) not in (int, float) or abs(part) > _LARGEST_KEY):
+                raise _damaged(place, f'has a key of type {type(part).__name__}, or a huge number')
         return key
 
     def _items(self, items: list[tuple[Any, Any]], place: tuple[Any, ...]) -> list[tuple[Any, Any]]:
@@ -170,17 +185,19 @@ class Values:
                 type(pair) in (list, tuple) and len(pair) == 2 for pair in first
             ):
                 raise _damaged(place, 'is an OrderedDict of no pairs')
+            self._spend(64 * len(first), place)
             first = [(self._key(key, place), value) for key, value in first]
         value = OrderedDict([*first, *self._items(call.items, place)])
         # Modules keep their versions in this attribute of a state dict. Others are left aside.
         if type(call.state) is Mapping:
-            metadata = self.build(call.state, (*place, '_metadata')).get('_metadata')
-            if isinstance(metadata, dict):
-                value._metadata = metadata
+            attributes = self.build(call.state, (*place, '_metadata'))
+            if '_metadata' in attributes:
+                value._metadata = _versions(attributes['_metadata'])
         return value
 
     def _counter(self, call: Call, arguments: tuple, place: tuple[Any, ...]) -> Counter:
         counts = self.build(arguments[0], place) if arguments else {}
+        self._spend(64 * len(counts) if type(counts) is dict else 0, place)
         if type(counts) is not dict or not all(type(count) is int for count in counts.values()):
             raise _damaged(place, 'is a Counter of no counts')
         return Counter({**counts, **dict(self._items(call.items, place))})
@@ -195,6 +212,7 @@ class Values:
         elements = arguments[0] if arguments else []
         if type(elements) not in (list, tuple):
             raise _damaged(place, 'is a set of no elements')
+        self._spend(64 * len(elements), place)
         return {self._key(element, place) for element in elements}
 
     def _encode(self, call: Call, arguments: tuple, place: tuple[Any, ...]) -> bytes:
@@ -202,6 +220,7 @@ class Values:
         text, *encoding = arguments or (None,)
         if type(text) is not str or encoding not in (['latin1'], ['latin-1']):
             raise _damaged(place, 'holds bytes that are written as something else')
+        self._spend(len(text), place)
         try:
             return text.encode('latin-1')
         except UnicodeEncodeError:
@@ -218,6 +237,7 @@ class Values:
         content = self.build(arguments[0], place) if arguments else b''
         if type(content) not in (bytes, bytearray):
             raise _damaged(place, 'is a bytearray of no bytes')
+        self._spend(len(content), place)
         return bytearray(content)
 
     def _complex(self, call: Call, arguments: tuple, place: tuple[Any, ...]) -> complex:
@@ -231,11 +251,12 @@ class Values:
         return torch.Size(_whole(arguments[0] if arguments else None, place))
 
     def _device(self, call: Call, arguments: tuple, place: tuple[Any, ...]) -> torch.device:
-        kind, *index = arguments or (None,)
-        if type(kind) is not str or not all(type(number) is int for number in index):
+        kind, index = (*arguments, None, None)[:2]
+        whole = index is None or (type(index) is int and 0 <= index < 128)
+        if type(kind) is not str or not whole or len(arguments) > 2:
             raise _damaged(place, 'is no device')
         try:
-            return torch.device(kind, *index[:1])
+            return torch.device(kind) if index is None else torch.device(kind, index)
         except RuntimeError:
             raise _damaged(place, f'is a device {shown(kind)}, which is unknown here') from None
 
@@ -262,13 +283,17 @@ class Values:
             raise _damaged(place, 'is a tensor whose shape, strides and offset do not fit')
         last = sum((length - 1) * step for length, step in zip(size, stride))
         used = (offset + last + 1) * _itemsize(dtype) if 0 not in size else 0
-        if used > storage.nbytes() or math.prod(size) >= _LARGEST:
+        # PyTorch multiplies lengths also where one of them is 0.
+        whole = math.prod(max(length, 1) for length in size) * _itemsize(dtype)
+        if used > storage.nbytes() or whole > max(storage.nbytes(), _SPARE_BYTES):
             raise _damaged(
                 place, f'is a tensor of shape {size}, for which its {storage.nbytes()} bytes '
                 'are too few'
             )  # fmt: skip
         tensor = torch.empty(0, dtype=dtype, device=storage.device)
         tensor.set_(storage, offset if used else 0, size, stride)
+        if dtype == torch.bool and not tensor.is_meta and (tensor.view(torch.uint8) > 1).any():
+            raise _damaged(place, 'is a tensor of truth values, and has others')
         if learns:
             if not dtype.is_floating_point and not dtype.is_complex:
                 raise _damaged(place, f'is a tensor of {dtype} with a gradient')
@@ -302,6 +327,8 @@ class Values:
                 type(offset) is type(length) is int and 0 <= offset <= offset + length <= count
             ):
                 raise _damaged(place, 'is a tensor whose storage is a view of nothing')
+            if storage.device.type == 'meta':
+                return torch.UntypedStorage(length * width, device='meta'), dtype
             storage = storage[offset * width : (offset + length) * width]
         return storage, dtype
 
@@ -332,7 +359,12 @@ class Values:
 
     def _dtype(self, record: Any, place: tuple[Any, ...]) -> np.dtype:
         """``dtype(code, False, True)`` with the state ``(3, byte order, ...)``."""
-        if type(record) is not Call or getattr(record.function, 'name', None) != 'numpy.dtype':
+        named = type(record) is Call and type(record.function) is Name
+        if (
+            not named
+            or record.function.name != 'numpy.dtype'
+            or type(record.arguments) is not tuple
+        ):
             raise _damaged(place, 'is an array without a type')
         code = record.arguments[0] if record.arguments else None
         state = record.state
@@ -367,7 +399,9 @@ class Values:
         content = self.build(content, place)
         if type(content) not in (bytes, bytearray) or order not in ('C', 'F') or len(shape) > 32:
             raise _damaged(place, 'is an array without contents')
-        if len(content) != math.prod(shape) * dtype.itemsize:
+        self._spend(len(content), place)
+        whole = math.prod(max(length, 1) for length in shape) * dtype.itemsize
+        if len(content) != math.prod(shape) * dtype.itemsize or whole >= _LARGEST:
             raise _damaged(
                 place, f'is an array of shape {shape} with {len(content)} bytes of {dtype}'
             )
@@ -389,7 +423,7 @@ class Values:
             raise _damaged(place, 'is a history with more than a history has')
         methods = fields.get('statistics_methods')
         for name, method in methods.items if type(methods) is Mapping else ():
-            if name not in _STATISTICS or not _is_statistic(name, method):
+            if type(name) is not str or not _is_statistic(name, method):
                 raise UnsafeCheckpointError(
                     f'holds {_spelled(place)}, a history with a statistic of its own, {shown(name)}'
                 )
@@ -399,9 +433,11 @@ class Values:
         if (
             not all(type(part) is np.ndarray and part.ndim == 1 for part in (logs, counts))
             or type(longest) is not int
-            or not len(logs) == len(counts) <= longest
+            or not len(logs) == len(counts) <= longest < _LARGEST
+            or not all(part.dtype.kind in 'biuf' for part in (logs, counts))
         ):
-            raise _damaged(place, 'is a history whose lengths do not fit')
+            raise _damaged(place, 'is a history whose lengths do not fit, or of no real numbers')
+        self._spend(logs.nbytes + counts.nbytes, place)
         from mmengine.logging import HistoryBuffer
 
         return HistoryBuffer(logs, counts, longest)
@@ -446,7 +482,9 @@ KNOWN = {
 
 
 def _is_statistic(name: str, method: Any) -> bool:
-    """Whether a record stands for ``HistoryBuffer.<name>``."""
+    """Whether a record stands for ``HistoryBuffer.<name>``, one of the four that all have."""
+    if name not in _STATISTICS:
+        return False
     if type(method) is Name:
         return method.name == f'{_HISTORY}.{name}'
     match method:
@@ -481,8 +519,26 @@ def _whole(record: Any, place: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(record)
 
 
+def _versions(metadata: Any) -> OrderedDict:
+    """The versions of modules; more there would change how ``load_state_dict`` loads."""
+    given = metadata.items() if isinstance(metadata, dict) else ()
+    return OrderedDict(
+        (name, dict(version=entry['version']))
+        for name, entry in given
+        if type(name) is str and isinstance(entry, dict) and type(entry.get('version')) is int
+    )
+
+
 def _spelled(place: tuple[Any, ...]) -> str:
-    return shown('.'.join(map(str, place))) or 'a value'
+    keys = [
+        key
+        if isinstance(key, str)
+        else str(key)
+        if key.__class__ is int and abs(key) < 1e9
+        else '?'
+        for key in place
+    ]
+    return shown('.'.join(key[:200] for key in keys)) or 'a value'
 
 
 def _damaged(place: tuple[Any, ...], what: str) -> DamagedCheckpointError:

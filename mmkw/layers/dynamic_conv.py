@@ -135,7 +135,7 @@ class DynamicLayer(nn.Module):
                 )
             partition = manager.partitions[0]
             (share,) = partition.layers
-            if fault := fault_of(kernel):
+            if fault := fault_of(kernel, self.cells, getattr(kernel, 'shape', None)):
                 raise RuntimeError(f'{prefix}weight, a static kernel, {fault}.')
             if not share.kernel.fits(kernel.shape):
                 raise RuntimeError(
@@ -151,7 +151,7 @@ class DynamicLayer(nn.Module):
         own = f'{prefix}warehouse_manager.weights.0'
         fault = None
         if 'warehouse_manager' in self._modules and own in state_dict:
-            fault = fault_of(state_dict[own], self.cells.is_meta)
+            fault = fault_of(state_dict[own], self.cells)
         if fault:
             raise RuntimeError(f'{own}, kernel cells, {fault}.')
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -54,12 +54,14 @@ class WarehouseManager(nn.Module):
         )
 
 
-def fault_of(values: Any, meta: bool = False) -> str | None:
+def fault_of(values: Any, own: Tensor, shape: Sequence[int] | None = None) -> str | None:
     """What is wrong with stored cells, or with a static kernel that cells are to be made of.
 
     Args:
         values: What a state dict holds.
-        meta: Whether what they are for is on the meta device, too, so that values do not count.
+        own: What they are for, by its precision and whether it has values.
+        shape: What they have to have for their values to be looked at; that of ``own`` if it is
+            not given. Other shapes are for others to name.
 
     Returns:
         Words that go on after the name of the tensor; None where nothing is wrong.
@@ -70,11 +72,13 @@ def fault_of(values: Any, meta: bool = False) -> str | None:
         return 'is quantized; dequantize() it'
     if values.layout is not torch.strided:
         return 'is sparse; to_dense() gives its values'
-    if values.is_meta:
-        return None if meta else 'is on the meta device, where it has no values'
+    if values.is_meta and not own.is_meta:
+        return 'is on the meta device, where it has no values'
     if values.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         return f'is of {values.dtype}, not of real numbers'
-    wrong = int((~values.isfinite()).sum())
+    if own.is_meta or values.shape != torch.Size(own.shape if shape is None else shape):
+        return None
+    wrong = int((~values.to(own.dtype).isfinite()).sum())
     if wrong:
-        return f'has {wrong} of {values.numel()} values that are NaN or infinite'
+        return f'has {wrong} of {values.numel()} values that are NaN or infinite in {own.dtype}'
     return None

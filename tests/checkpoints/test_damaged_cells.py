@@ -120,6 +120,15 @@ def published():
     return dict(state_dict=state)
 
 
+def test_the_published_form_without_meta_is_converted(root, tmp_path):
+    for meta in (None, 'x', []):
+        torch.save(dict(published(), meta=meta), tmp_path / 'a.pth')
+        out = tmp_path / f'out{len(str(meta))}.pth'
+        script = root / 'tools/model_converters/kernelwarehouse_to_mmkw.py'
+        result, output = run(root, sys.executable, script, tmp_path / 'a.pth', out)
+        assert result.returncode == 0 and out.exists(), output
+
+
 @pytest.mark.parametrize('fault', ['NaN', 'text'])
 def test_the_converters_write_nothing(root, tmp_path, fault):
     damage, message = FAULTS[fault]
@@ -128,7 +137,7 @@ def test_the_converters_write_nothing(root, tmp_path, fault):
     name = 'warehouse_manager.weights.0'
     checkpoint['state_dict'][name] = damage(checkpoint['state_dict'][name])
     torch.save(checkpoint, tmp_path / 'published.pth')
-    static = dict(state_dict={'layer1.0.conv1.weight': damage(torch.ones(64, 64, 3, 3))})
+    static = dict(state_dict={'layer1.0.conv1.weight': damage(torch.ones(32, 32, 3, 3))})
     torch.save(static, tmp_path / 'static.pth')
     config = 'configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py'
     for command in (
@@ -142,3 +151,43 @@ def test_the_converters_write_nothing(root, tmp_path, fault):
         assert result.returncode == 2 and 'Traceback' not in output, output
         assert message.replace('\\d+', '').split()[0] in output and not out.exists()
         assert 'layer1.0.conv1.weight' in output or name in output
+
+
+def test_numbers_beyond_the_network_are_named():
+    """Finite in the file's precision, infinite in the network's."""
+    for place in PLACES.values():
+        state = (Static() if place == 'second.weight' else dynamic()).double().state_dict()
+        state[place] = torch.full_like(state[place], 1e300)
+        with pytest.raises(DamagedCheckpointError, match=r'NaN or infinite in torch\.float32'):
+            dynamic().load_state_dict(state)
+        dynamic().double().load_state_dict(state)
+
+
+SHAPES = [(), (3,), (3, 4), (0, 4, 4, 1, 1), (2**34,), (18, 4, 4, 1)]
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('place', PLACES)
+def test_tensors_of_any_shape_are_refused_by_it(place, shape):
+    """Expanded ones without looking at their values, of which there may be any number."""
+    state = (Static() if place == 'static kernel' else dynamic()).state_dict()
+    state[PLACES[place]] = torch.ones(1).expand(shape) if shape else torch.tensor(1.0)
+    with pytest.raises(RuntimeError, match=r'shape|has|kernel'):
+        dynamic().load_state_dict(state)
+
+
+def test_counters_are_whole():
+    state = dynamic().state_dict()
+    (name,) = [name for name in state if name.startswith('first') and 'num_batches' in name]
+    for value in (torch.tensor(1.5), torch.tensor(1j), torch.tensor(float('nan')), 'x'):
+        with pytest.raises(DamagedCheckpointError, match='is no tensor of whole numbers'):
+            dynamic().load_state_dict({**state, name: value})
+
+
+def test_names_of_any_length_and_kind_are_refused():
+    state = dynamic().state_dict()
+    cells = state.pop('warehouse_manager.weights.0')
+    name = f'warehouse_manager.weights.{"9" * 5000}'
+    with pytest.raises(DamagedCheckpointError, match='is no name of a warehouse') as error:
+        dynamic().load_state_dict({**state, name: cells})
+    assert len(str(error.value)) < 1000

@@ -68,7 +68,7 @@ def make_runner(folder, dynamic, kept=-1, epochs=EPOCHS, **hook):
         param_scheduler=dict(type='LinearLR', start_factor=0.1, end=8, by_epoch=False),
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
-            checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=kept, **hook),
+            checkpoint=dict(dict(type='CheckpointHook', interval=1, max_keep_ckpts=kept), **hook),
         ),
         custom_hooks=[dict(type='mmkw.IterationSeedHook')],
         randomness=dict(seed=3),
@@ -79,17 +79,19 @@ def make_runner(folder, dynamic, kept=-1, epochs=EPOCHS, **hook):
 
 def kill_at_a_file(draw):
     """Has this process killed before, or while, it does something to a checkpoint file."""
-    left = [draw.randrange(1, 20)]
+    left = [draw.randrange(1, 16)]
     cut = draw.random() < 0.5
     size = draw.randrange(1, 400_000)
 
     def watch(event, arguments):
-        if event not in ('open', 'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir'):
+        if event not in ('open', 'os.rename', 'os.remove'):
             return
         path = str(arguments[0])
-        if not any(part in path for part in ('.pth', '.pending', 'last_checkpoint')):
+        if not any(part in path for part in ('.pth', 'last_checkpoint')):
             return
-        if event == 'open' and not (isinstance(arguments[1], str) and 'w' in arguments[1]):
+        if event == 'open' and not (
+            isinstance(arguments[1], str) and set('wx') & set(arguments[1])
+        ):
             return
         left[0] -= 1
         if left[0] <= 0 and cut and event == 'open' and '.pth' in path:

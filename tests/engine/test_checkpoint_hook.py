@@ -135,27 +135,132 @@ def test_where_nothing_is_the_run_begins_and_says_so(tmp_path, dynamic):
     assert f'No checkpoint in {tmp_path}: starting at the beginning.' in log
 
 
-def test_resuming_takes_no_files_of_others_from_a_checkpoint(tmp_path):
-    """MMEngine removes the best checkpoint that a resumed one names, whatever that is."""
-    victim, folder = tmp_path / 'best_letters.txt', tmp_path / 'run'
-    victim.write_text('dear')
-    runner = make_runner(folder, False, kept=1, epochs=1, save_best='acc', rule='greater')
-    hub = runner.message_hub
-    hub.update_info('best_ckpt', str(victim))
-    hub.update_info('best_score', 0.0)
-    hub.update_info('keep_ckpt_ids', ['/../../best_letters.txt', 7, None, True])
+def altered(path, **info):
+    """Writes other information into a checkpoint."""
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint['message_hub']['runtime_info'].update(info)
+    torch.save(checkpoint, path)
+
+
+def hook_of(runner):
+    (hook,) = [hook for hook in runner.hooks if hasattr(hook, 'best_ckpt_path')]
+    return hook
+
+
+@BOTH
+@pytest.mark.parametrize('named', [True, False], ids=['named', 'imported'])
+def test_a_resumed_checkpoint_removes_nothing_else(tmp_path, trained, dynamic, named):
+    """MMEngine removes the best checkpoint, and those to keep, that a resumed one names."""
+    from mmengine.hooks import CheckpointHook
+
+    folder = copied(trained[dynamic][0], tmp_path / 'run')
+    victims = [tmp_path / 'best_acc_epoch_7.pth', tmp_path / 'best_models/deep.txt']
+    victims += [folder / 'best_models/deep.txt', folder / 'best_notes.txt', folder / 'epoch_99.pth']
+    for victim in victims:
+        victim.parent.mkdir(exist_ok=True)
+        victim.write_text('dear')
+    kind = 'CheckpointHook' if named else CheckpointHook
+    for best in (*victims, victims[1].parent, victims[2].parent, '../best_acc_epoch_7.pth', 5):
+        best = best if isinstance(best, int) else str(best)
+        altered(folder / 'epoch_3.pth', best_ckpt=best, best_score=0.0)
+        runner = make_runner(folder, dynamic, epochs=3, save_best='acc', rule='greater', type=kind)
+        runner.train()
+        hook_of(runner)._save_best_checkpoint(runner, dict(acc=1.0))
+        assert all(victim.read_text() == 'dear' for victim in victims)
+
+
+@BOTH
+@pytest.mark.parametrize('kept', [[1, 70, 71], [3, 5, 6, 99], [3, 3], [-1, 3], ['../x'], 5, None])
+def test_a_resumed_checkpoint_names_no_files_to_keep_that_are_not_there(
+    tmp_path, trained, dynamic, kept
+):
+    folder = copied(trained[dynamic][0], tmp_path / 'run')
+    altered(folder / 'epoch_3.pth', keep_ckpt_ids=kept)
+    before = sorted(path.name for path in folder.glob('*.pth'))
+    runner = make_runner(folder, dynamic, kept=2, epochs=4)
     runner.train()
-    (hook,) = [hook for hook in runner.hooks if type(hook).__name__ == 'CheckpointHook']
-    hook._save_best_checkpoint(runner, dict(acc=1.0))
-    assert victim.read_text() == 'dear'
-    assert [path.name for path in folder.glob('best_*')] == ['best_acc_epoch_1.pth']
-    # The next one replaces it, also after the folder was moved.
-    hub.update_info('best_ckpt', 'gone/best_acc_epoch_1.pth')
-    hook.out_dir = str(folder)
-    hook.before_train(runner)
-    runner.train_loop._epoch = 2
-    hook._save_best_checkpoint(runner, dict(acc=2.0))
-    assert [path.name for path in folder.glob('best_*')] == ['best_acc_epoch_2.pth']
+    assert sorted(path.name for path in folder.glob('*.pth')) == [*before, 'epoch_4.pth']
+
+
+@BOTH
+def test_the_best_checkpoint_is_replaced_also_in_a_moved_folder(tmp_path, dynamic):
+    options = dict(save_best='acc', rule='greater')
+    runner = make_runner(tmp_path / 'old', dynamic, epochs=1, **options)
+    runner.train()
+    hook_of(runner)._save_best_checkpoint(runner, dict(acc=1.0))
+    (tmp_path / 'old').rename(tmp_path / 'new')
+    runner = make_runner(tmp_path / 'new', dynamic, epochs=2, **options)
+    runner.train()
+    hook_of(runner)._save_best_checkpoint(runner, dict(acc=2.0))
+    assert [path.name for path in (tmp_path / 'new').glob('best_*')] == ['best_acc_epoch_2.pth']
+
+
+FIELDS = {
+    'meta': None,
+    'meta.epoch': '3',
+    'meta.iter': [9],
+    'meta.seed': -1,
+    'message_hub': [],
+    'message_hub.log_scalars': {1: 2},
+    'message_hub.runtime_info': None,
+    'optimizer': None,
+    'param_schedulers': [dict(step='x')],
+    'ema_state_dict': [],
+}
+
+
+@BOTH
+@pytest.mark.parametrize('field', FIELDS)
+def test_a_field_of_the_wrong_kind_is_named_before_anything_is_resumed(
+    tmp_path, trained, dynamic, field
+):
+    folder = copied(trained[dynamic][0], tmp_path / 'run')
+    checkpoint = torch.load(folder / 'epoch_3.pth', weights_only=False)
+    *parents, key = field.split('.')
+    holder = checkpoint
+    for parent in parents:
+        holder = holder[parent]
+    holder[key] = FIELDS[field]
+    torch.save(checkpoint, folder / 'epoch_3.pth')
+    with pytest.raises(DamagedCheckpointError, match=rf'epoch_3\.pth holds {field}, which is not'):
+        make_runner(folder, dynamic, epochs=4).train()
+
+
+def test_a_resumed_seed_is_that_of_its_run_only(tmp_path, trained):
+    """MMEngine writes it into the default of an argument that all runners share."""
+    import inspect
+
+    from mmengine.runner import Runner
+
+    before = dict(inspect.signature(Runner).parameters['randomness'].default)
+    runner = make_runner(copied(trained[False][0], tmp_path / 'run'), False, epochs=4)
+    runner._randomness_cfg = inspect.signature(Runner).parameters['randomness'].default
+    runner.train()
+    assert inspect.signature(Runner).parameters['randomness'].default == before
+
+
+@pytest.mark.parametrize('kept', [0, -1])
+def test_all_checkpoints_may_be_kept(tmp_path, kept):
+    make_runner(tmp_path, False, kept=kept, epochs=3).train()
+    assert len(list(tmp_path.glob('epoch_*.pth'))) == 3
+
+
+def test_links_are_not_written_through(tmp_path):
+    victim = tmp_path / 'victim'
+    victim.write_text('dear')
+    (tmp_path / 'a.pth.part').symlink_to(victim)
+    WholeFileBackend().put(b'content', tmp_path / 'a.pth')
+    assert victim.read_text() == 'dear' and not (tmp_path / 'a.pth').is_symlink()
+
+
+def test_a_folder_in_the_place_of_the_pointer(tmp_path, trained):
+    folder = copied(trained[False][0], tmp_path / 'run')
+    (folder / 'last_checkpoint').unlink()
+    (folder / 'last_checkpoint').mkdir()
+    with pytest.raises(OSError, match=r'last_checkpoint of .* could not be written'):
+        make_runner(folder, False, epochs=4).train()
+    log = ''.join(path.read_text() for path in folder.glob('*/*.log'))
+    assert 'Resuming from' in log and (folder / 'epoch_4.pth').exists()
 
 
 def test_the_hook_stands_in_every_config():

@@ -32,7 +32,8 @@ def main() -> None:
     except (RuntimeError, FileNotFoundError) as error:
         parser.error(str(error))
     meta = dict(source=osp.basename(args.src))
-    if classes := checkpoint.get('meta', {}).get('CLASSES'):
+    told = checkpoint.get('meta')
+    if classes := told.get('CLASSES') if isinstance(told, dict) else None:
         meta['dataset_meta'] = dict(classes=classes)
     torch.save(dict(meta=meta, state_dict=state_dict), args.dst)
     print(f'{len(state_dict)} tensors written to {args.dst}.')

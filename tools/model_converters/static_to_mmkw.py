@@ -146,8 +146,9 @@ def main() -> None:
     if min(budgets) >= 1 and max(differences.values()) > TOLERANCE:
         parser.error(f'the outputs differ by more than {TOLERANCE}; nothing is written')
     meta = dict(source=osp.basename(args.src))
-    if 'dataset_meta' in checkpoint.get('meta', {}):
-        meta['dataset_meta'] = checkpoint['meta']['dataset_meta']
+    told = checkpoint.get('meta')
+    if isinstance(told, dict) and 'dataset_meta' in told:
+        meta['dataset_meta'] = told['dataset_meta']
     start_tau = max(network.warehouse_manager.start_tau for network in networks.values())
     if start_tau:
         meta['temperature'] = start_tau

@@ -33,7 +33,10 @@ class WholeFileBackend(LocalBackend):
             os.makedirs(folder, exist_ok=True)
         beside = f'{filepath}{UNFINISHED}'
         try:
-            with open(beside, 'wb') as file:
+            # Anew: what lies there may be a link to something else.
+            with suppress(FileNotFoundError):
+                os.remove(beside)
+            with open(beside, 'xb') as file:
                 file.write(obj)
                 file.flush()
                 os.fsync(file.fileno())

@@ -3,8 +3,11 @@
 import os
 import os.path as osp
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
@@ -13,12 +16,24 @@ from mmengine.hooks import checkpoint_hook
 from mmengine.registry import HOOKS
 
 from .backend import NAME as WHOLE_FILES
-from .backend import UNFINISHED
+from .backend import UNFINISHED, WholeFileBackend
 
 _POINTER = 'last_checkpoint'
 
 
-@HOOKS.register_module(name='CheckpointHook', force=True)
+def take_place(theirs: ModuleType) -> None:
+    """Puts our hook in the place of MMEngine's, whether a config names or imports it.
+
+    Args:
+        theirs: The module ``mmengine.hooks.checkpoint_hook``.
+    """
+    HOOKS.register_module(name='CheckpointHook', module=CheckpointHook, force=True)
+    theirs.CheckpointHook = CheckpointHook
+    package = sys.modules['mmengine.hooks']
+    if hasattr(package, 'CheckpointHook'):
+        package.CheckpointHook = CheckpointHook
+
+
 class CheckpointHook(checkpoint_hook.CheckpointHook):
     """MMEngine's hook, under its name in configs and with its arguments; safe to interrupt.
 
@@ -37,6 +52,8 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
         Raises:
             DamagedCheckpointError: If there are checkpoints, but none of them is whole.
         """
+        # MMEngine shares this default among runners, and writes resumed seeds to it.
+        runner._randomness_cfg = dict(runner._randomness_cfg)
         if not runner._resume or runner._load_from is not None:
             return
         found: list[Any] = [None, None]
@@ -57,26 +74,26 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
             runner._load_from = path
 
     def before_train(self, runner: Any) -> None:
-        """Prepares the folder; takes from a resumed checkpoint only names of its own files."""
+        """Prepares the folder, and removes what an interrupted run left unfinished."""
         folder = self.out_dir or runner.work_dir
         local = self.file_client_args is None and self.backend_args is None
         if local and type(get_file_backend(folder)) is LocalBackend:
             self.backend_args = dict(backend=WHOLE_FILES)
-        info = runner.message_hub.runtime_info
-        if 'keep_ckpt_ids' in info:
-            kept = [step for step in info['keep_ckpt_ids'] if type(step) is int]
-            runner.message_hub.update_info('keep_ckpt_ids', kept)
         super().before_train(runner)
-        if getattr(self, 'best_ckpt_path', None):
-            self.best_ckpt_path = self._own_best(self.best_ckpt_path)
-        if getattr(self, 'best_ckpt_path_dict', None):
-            for metric, path in self.best_ckpt_path_dict.items():
-                self.best_ckpt_path_dict[metric] = path and self._own_best(path)
         if local and is_main_process() and osp.isdir(self.out_dir):
             for name in os.listdir(self.out_dir):
-                if name.endswith(f'.pth{UNFINISHED}'):
-                    os.remove(osp.join(self.out_dir, name))
-        self.file_backend = _RemovingLater(self.file_backend)
+                path = osp.join(self.out_dir, name)
+                if name.endswith(f'.pth{UNFINISHED}') and not osp.isdir(path):
+                    os.remove(path)
+
+    @property
+    def file_backend(self) -> Any:
+        """MMEngine's, but that it notes what to remove, and removes only files of this hook."""
+        return self._backend
+
+    @file_backend.setter
+    def file_backend(self, backend: Any) -> None:
+        self._backend = _RemovingLater(backend)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Lists the one that is to be removed next, too: a run that resumes here will remove it."""
@@ -86,17 +103,16 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
         kept = getattr(self, 'keep_ckpt_ids', ())
-        full = len(kept) == self.max_keep_ckpts and kept[-1] != step
+        full = 0 < self.max_keep_ckpts == len(kept) and kept[-1] != step
         with self._removing_later():
             self._outdated = [kept[0]] if full else []
-            folder = osp.join(runner.work_dir, '.pending')
-            if is_main_process():
-                os.makedirs(folder, exist_ok=True)
-            super()._save_checkpoint_with_step(_Elsewhere(runner, folder), step, meta)
+            # MMEngine writes its pointer in place; that one is thrown away.
+            with TemporaryDirectory() as folder:
+                super()._save_checkpoint_with_step(_Elsewhere(runner, folder), step, meta)
             self._outdated = []
             if is_main_process():
-                os.replace(osp.join(folder, _POINTER), osp.join(runner.work_dir, _POINTER))
-                os.rmdir(folder)
+                pointer = osp.join(runner.work_dir, _POINTER)
+                WholeFileBackend().put(str(self.last_ckpt).encode(), pointer)
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
         with self._removing_later():
@@ -118,18 +134,18 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
             best = getattr(self, 'best_ckpt_path_dict', {}).values()
             written = {self.last_ckpt, getattr(self, 'best_ckpt_path', None), *best}
             for remove, path in backend.removals:
-                if path not in written:
+                if path not in written and self._is_own(path):
                     remove(path)
             backend.removals.clear()
 
-    def _own_best(self, path: str) -> str | None:
-        """The best checkpoint, in the folder of this run.
-
-        A resumed checkpoint names it, and the hook will remove it: the folder may have been moved,
-        and the name may be of anything.
-        """
-        name = osp.basename(str(path))
-        return osp.join(self.out_dir, name) if name.startswith('best_') else None
+    def _is_own(self, path: str) -> bool:
+        """Whether this hook would write a file of this name in this place."""
+        before, _, after = self.filename_tmpl.partition('{}')
+        pattern = rf'(best_.+_)?{re.escape(before)}\d+{re.escape(after)}'
+        name = osp.basename(path)
+        return bool(re.fullmatch(pattern, name)) and path == self.file_backend.join_path(
+            self.out_dir, name
+        )
 
     def _newest(self, runner: Any) -> str | None:
         """The checkpoint to resume from; None if there is none at all."""
@@ -215,5 +231,5 @@ def _pointer(work_dir: str) -> str:
     try:
         with open(osp.join(work_dir, _POINTER), encoding='utf-8') as file:
             return file.read().strip()
-    except (FileNotFoundError, UnicodeDecodeError):
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
         return ''

@@ -8,6 +8,7 @@ import os
 import os.path as osp
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
@@ -16,42 +17,35 @@ from mmengine.dist import get_dist_info
 from mmengine.fileio import get_file_backend
 from mmengine.logging import print_log
 from mmengine.runner import checkpoint as mmengine_checkpoint
-from mmengine.runner.checkpoint import CheckpointLoader
 
-# Where MMEngine's checkpoints hold the text of a config. A config is Python code: Runner.resume
-# would run the first, an inferencer without a model the others.
-_CONFIG_TEXTS = (('meta', 'config'), ('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg'))
+from .contents import take
+
+_loaders: dict[tuple[str, ...], Callable] = {}
 
 
 def _scheme(*prefixes: str) -> Callable[[Callable], Callable]:
-    def register(loader: Callable) -> Callable:
-        # Under its name in MMEngine's module, too, for those who call it there.
-        setattr(mmengine_checkpoint, loader.__name__, loader)
-        CheckpointLoader.register_scheme(prefixes, loader, force=True)
-        return loader
-
-    return register
+    return lambda loader: _loaders.setdefault(prefixes, loader)
 
 
-def _read(source: str | BinaryIO, map_location: Any, name: str) -> dict[str, Any]:
+def take_place(theirs: ModuleType) -> None:
+    """Puts our loaders in the place of MMEngine's.
+
+    Args:
+        theirs: The module ``mmengine.runner.checkpoint``.
+    """
+    for prefixes, loader in _loaders.items():
+        # Under its name in the module, too, for those who call it there.
+        setattr(theirs, loader.__name__, loader)
+        theirs.CheckpointLoader.register_scheme(prefixes, loader, force=True)
+
+
+def _read(
+    source: str | BinaryIO, map_location: Any, name: str, folder: str | None = None
+) -> dict[str, Any]:
     # Not at the top: while MMEngine is imported, what this needs of it is not there yet.
     from ...checkpoints import read_checkpoint
 
-    checkpoint = read_checkpoint(source, map_location, name)
-    left = []
-    for *parents, key in _CONFIG_TEXTS:
-        holder: Any = checkpoint
-        for parent in parents:
-            holder = holder.get(parent) if isinstance(holder, dict) else None
-        if isinstance(holder, dict) and holder.pop(key, None) is not None:
-            left.append('.'.join([*parents, key]))
-    if left:
-        print_log(
-            f'{name}: {" and ".join(left)} left aside, since a config is code; an inferencer needs '
-            'model=CONFIG beside weights',
-            logger='current',
-        )
-    return checkpoint
+    return take(read_checkpoint(source, map_location, name), name, folder)
 
 
 @_scheme('')
@@ -62,7 +56,7 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
         filename: Its path.
         map_location: As in ``torch.load``.
     """
-    return _read(filename, map_location, filename)
+    return _read(filename, map_location, filename, osp.dirname(osp.expanduser(filename)))
 
 
 @_scheme('http://', 'https://')
