@@ -72,6 +72,36 @@ def test_importing_mmkw_is_enough(attack, first):
     assert result.stdout.splitlines()[-1:] == ['mmkw.engine.files.hook'], result.stderr
 
 
+AGAIN = {
+    'reloaded': 'import importlib, mmengine.runner.checkpoint as m; importlib.reload(m)',
+    'imported anew': """
+import sys, mmengine.runner
+for name in [name for name in sys.modules if name.split('.')[0] == 'mmengine']:
+    del sys.modules[name]
+""",
+    'after an error': """
+import sys
+class Once:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'mmkw.engine.files.schemes':
+            sys.meta_path.remove(self)
+            raise ImportError('once')
+sys.meta_path.insert(0, Once())
+try:
+    import mmengine.runner
+except ImportError:
+    pass
+""",
+}
+
+
+@pytest.mark.parametrize('how', AGAIN)
+def test_a_module_that_is_loaded_again_is_ours_again(attack, how):
+    code = f'import mmkw\n{AGAIN[how]}\n{LOAD.format(path=attack)}'
+    result = run(code, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    assert result.stdout.splitlines()[-1:] == ['UnsafeCheckpointError'], result.stderr
+
+
 @needs_entry_point
 def test_importing_torch_stays_light():
     code = 'import torch, sys; print([n for n in sys.modules if n.split(".")[0] in {}])'
