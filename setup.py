@@ -39,8 +39,8 @@ def native_extension() -> dict:
     openmp = [] if sys.platform == 'darwin' else ['-fopenmp']
     extension = CppExtension(
         'mmkw.ops._native',
-        [f'mmkw/ops/csrc/{name}.cpp' for name in ('blocks', 'mixing', 'attention')],
-        depends=['mmkw/ops/csrc/blocks.h', 'mmkw/ops/csrc/tiles.h'],
+        [f'mmkw/ops/csrc/{name}.cpp' for name in ('blocks', 'mixing', 'attention', 'operators')],
+        depends=[f'mmkw/ops/csrc/{name}.h' for name in ('blocks', 'operators', 'tiles')],
         extra_compile_args=['-O3', '-Wno-psabi', *openmp],
     )
     return dict(

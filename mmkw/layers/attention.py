@@ -9,7 +9,7 @@ from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import native
+from ..ops import backend
 from .partition import LayerShare, WarehouseOptions
 
 MIN_WIDTH = 16
@@ -74,8 +74,7 @@ class Attention(nn.Module):
             self.fc2 = nn.Linear(width, self.num_mixtures * (num_cells + 1))
 
         # Follows from the plan, hence not saved; the zero cell is the last.
-        assigned = [num_cells if cell is None else cell for cell in share.assigned]
-        self.register_buffer('assigned_cells', torch.tensor(assigned), persistent=False)
+        self._assigned = [num_cells if cell is None else cell for cell in share.assigned]
         self.reset_parameters()
 
     @property
@@ -155,19 +154,27 @@ class Attention(nn.Module):
         # torch has no autocast for the meta device.
         device = pooled.device.type
         with nullcontext() if pooled.is_meta else torch.autocast(device, enabled=False):
-            hidden = self.relu(self._norm(self.fc1(pooled.to(self.fc1.weight.dtype))))
+            hidden = self.relu(self._norm(self.fc1(pooled.to(self._precision(pooled)))))
             logits = self._logits(hidden)
             alpha = logits / (logits.abs().sum(-1, keepdim=True) + DENOMINATOR_EPS)
             if self.temperature > 0:
                 # lerp is exact at both ends and keeps every parameter in the graph at tau = 1,
                 # which DistributedDataParallel needs.
-                beta = F.one_hot(self.assigned_cells, self.num_cells + 1).to(alpha)
+                assigned = torch.tensor(self._assigned, device=alpha.device)
+                beta = F.one_hot(assigned, self.num_cells + 1).to(alpha)
                 alpha = torch.lerp(alpha, beta.expand_as(alpha), self.temperature)
             return alpha[..., :-1]
 
+    def _precision(self, pooled: Tensor) -> torch.dtype:
+        """What ``fc1`` takes: its weight's, unless it is no linear layer any more."""
+        weight = getattr(self.fc1, 'weight', None)
+        return weight.dtype if isinstance(weight, Tensor) else pooled.dtype
+
     def _compiled(self, pooled: Tensor) -> Tensor | None:
         """The same by one compiled operator, where nothing learns; many small ones take long."""
-        norm = self.norm1
+        norm, fc1, fc2 = self.norm1, self.fc1, self.fc2
+        if self.temperature > 0 or self.has_nonlocal_basis or not all(map(_is_as_made, (fc1, fc2))):
+            return None
         statistics = (None, None)
         if isinstance(norm, _BatchNorm):
             if norm.training or norm.running_mean is None:
@@ -175,11 +182,11 @@ class Attention(nn.Module):
             statistics = (norm.running_mean, norm.running_var)
         elif not isinstance(norm, nn.LayerNorm):
             return None
-        if self.temperature > 0 or self.has_nonlocal_basis or norm.weight is None:
+        if not _is_as_made(norm) or norm.weight is None or norm.bias is None:
             return None
-        hidden = (pooled, self.fc1.weight, self.fc1.bias, *statistics, norm.weight, norm.bias)
-        output = (self.fc2.weight, self.fc2.bias)
-        if not native.infers(*hidden, *output):
+        hidden = (pooled, fc1.weight, fc1.bias, *statistics, norm.weight, norm.bias)
+        output = (fc2.weight, fc2.bias)
+        if not backend.computes_constants(*hidden, *output):
             return None
         constants = (self.num_mixtures, DENOMINATOR_EPS)
         return torch.ops.mmkw.attend(*hidden, norm.eps, *output, *constants)
@@ -211,6 +218,12 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         """Mixtures and cells."""
         return f'mixtures={self.num_mixtures}, cells={self.num_cells}'
+
+
+def _is_as_made(module: nn.Module) -> bool:
+    """Whether a module computes what its class says: not replaced, parametrised or hooked."""
+    classes = (nn.Linear, nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm)
+    return type(module) in classes and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _joins_processes(norm: nn.Module) -> bool:

@@ -57,8 +57,8 @@ class DynamicLayer(nn.Module):
         self.warehouse_manager = WarehouseManager([partition])
         self._setup(static, self.warehouse_manager, 0, 0, attention_norm_cfg)
         if static.bias is not None:
-            bound = 1 / math.sqrt(static.weight[0].numel())
-            self.bias = nn.Parameter(torch.empty(static.bias.shape).uniform_(-bound, bound))
+            self.bias = nn.Parameter(torch.empty(static.bias.shape))
+            self.reset_parameters()
         self.to(device=device, dtype=dtype)
 
     @classmethod
@@ -104,6 +104,7 @@ class DynamicLayer(nn.Module):
         partition = manager.partitions[warehouse]
         share = partition.layers[position]
         self._grid = share.grid
+        self._fan_in = share.kernel.in_channels * math.prod(share.kernel.kernel_size)
         in_channels = share.kernel.in_channels * getattr(static, 'groups', 1)
         self.attention = Attention(
             in_channels, share, partition.num_cells, partition.options, attention_norm_cfg
@@ -112,6 +113,12 @@ class DynamicLayer(nn.Module):
 
     def _take_settings(self, static: nn.Module) -> None:
         raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Starts the bias as that of a static layer; cells and attention start themselves."""
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self._fan_in)
+            nn.init.uniform_(self.bias, -bound, bound)
 
     @property
     def cells(self) -> Tensor:
@@ -192,6 +199,10 @@ class _KWConvNd(DynamicLayer):
                 f'{type(self).__name__} expects an input of shape (batch, {self.in_channels}, '
                 f'{dims} spatial sizes) or the same without batch, got {tuple(x.shape)}.'
             )
+        if x.shape[0] and not x.shape[2:].numel():
+            raise ValueError(
+                f'{type(self).__name__} expects an input with pixels, got {tuple(x.shape)}.'
+            )
         pooled = _average(x, 2, x.dim())
         if self._pads_first:
             mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
@@ -248,6 +259,9 @@ class KWLinear(DynamicLayer):
                 f'KWLinear expects an input of shape (batch, ..., {self.in_features}), '
                 f'got {tuple(x.shape)}.'
             )
+        if x.shape[0] and not x.shape[1:-1].numel():
+            # No token, hence nothing to pay attention to.
+            return x.new_zeros(*x.shape[:-1], self.out_features)
         pooled = x
         if x.dim() > 2:
             pooled = _average(x, 1, x.dim() - 1)

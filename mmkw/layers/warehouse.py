@@ -1,6 +1,6 @@
 """The parameters that layers share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,17 @@ from torch import Tensor, nn
 
 from .partition import WarehousePartition
 from .warm_start import check_start_tau
+
+
+class CellList(nn.ParameterList):
+    """The cells of all warehouses, a list of Tensor[cells, cell_out, cell_in, *cell_kernel]."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'CellList':
+        """Moves and casts; a memory format of images is not for cells.
+
+        ``Module.to`` takes every tensor of four or five dimensions for images or their kernels.
+        """
+        return super()._apply(lambda cells: fn(cells.flatten(1)).view(cells.shape), recurse)
 
 
 class WarehouseManager(nn.Module):
@@ -25,14 +36,14 @@ class WarehouseManager(nn.Module):
     Attributes:
         partitions: The same, as a tuple.
         start_tau: The same.
-        weights: ParameterList of Tensor[cells, cell_out, cell_in, *cell_kernel].
+        weights: CellList of Tensor[cells, cell_out, cell_in, *cell_kernel].
     """
 
     def __init__(self, partitions: Sequence[WarehousePartition], start_tau: float = 0.0) -> None:
         super().__init__()
         self.start_tau = check_start_tau(start_tau)
         self.partitions = tuple(partitions)
-        self.weights = nn.ParameterList(
+        self.weights = CellList(
             nn.Parameter(torch.empty(partition.num_cells, *partition.cell_shape))
             for partition in self.partitions
         )

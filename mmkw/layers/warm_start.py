@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..ops.mixing import cut_kernels
+from ..ops.kernels import cut_kernels
 from .attention import Attention
 from .partition import LayerShare, WarehousePartition
 

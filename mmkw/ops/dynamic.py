@@ -1,30 +1,19 @@
 """The whole operator: mixes every image's kernel and applies it, in little memory.
 
-Autograd alone would keep the kernels of every image and layer, and would add up one gradient of the
-whole warehouse for each of its layers. Here kernels live for some images at a time and are mixed
-again in the backward pass, unless that takes long; the layers of a warehouse add their gradients
-to one sum.
+Autograd alone would keep the kernels of every image and layer. Here kernels live for some images at
+a time and are mixed again in the backward pass, unless that takes long.
 """
 
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from . import modes
-from .mixing import (
-    CellSum,
-    batch_blocks,
-    image_parts,
-    kept_bytes,
-    kernel_shape,
-    mix_backward,
-    mix_cells,
-    mixed_kernels,
-)
+from . import backend, modes
+from .gradient import Token
+from .kernels import kernel_shape, mix_cells
+from .mixing import Mixing
 from .sample_conv import SampleConv, SampleLinear
 
 
@@ -73,48 +62,53 @@ def apply_mixed(
 def _apply(
     x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None, settings: _Settings
 ) -> Tensor:
-    if _is_transformed(x):
+    mixing = backend.mixing_of(x, attention, cells, settings.grid)
+    if mixing is None:
         return _apply_plainly(x, attention, cells, bias, settings)
     learning = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, attention, cells, bias)
     )
     if not learning:
-        return _apply_in_parts(x, attention, cells, bias, settings)[0]
-    token = _CellGradients.token(cells) if cells.requires_grad else None
-    return _ApplyMixed.apply(x, attention, cells, bias, token, settings)
-
-
-def _is_transformed(x: Tensor) -> bool:
-    return (
-        x.shape[0] == 0 or modes.is_compiling() or modes.is_exporting() or modes.is_transforming()
-    )
+        return _apply_in_parts(x, attention, bias, settings, mixing)
+    token = Token.of(cells) if cells.requires_grad else None
+    tensor = None if token is None else token.tensor
+    return _ApplyMixed.apply(x, attention, cells, bias, tensor, token, settings, type(mixing))
 
 
 def _apply_plainly(
     x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None, settings: _Settings
 ) -> Tensor:
     grid, sample_map, dtype = settings
-    return sample_map(x, mix_cells(attention, cells, grid).to(dtype), bias)
+    return sample_map(x, _mixed_plainly(attention, cells, grid).to(dtype), bias)
+
+
+def _mixed_plainly(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
+    """What PyTorch's transformations see: its own operators, or one of ours in a compiled graph."""
+    if backend.is_one_operator(attention, cells, grid):
+        return torch.ops.mmkw.mix_cells(attention, cells, grid)
+    return mix_cells(attention, cells, grid)
 
 
 def _apply_in_parts(
     x: Tensor,
     attention: Tensor,
-    cells: Tensor,
     bias: Tensor | None,
     settings: _Settings,
-    token: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The result, and of every block of images the kernels that a backward pass shall have."""
-    grid, sample_map, dtype = settings
-    parts, kept = [], []
-    for block in batch_blocks(attention, cells):
+    mixing: Mixing,
+    kept: list[Tensor | None] | None = None,
+) -> Tensor:
+    """The result; of every block of images ``kept`` gains the kernels that are to be kept."""
+    _, sample_map, dtype = settings
+    results = []
+    for block in mixing.blocks(attention):
         images, weights = x[block], attention[block]
-        keeps = token is not None and _CellGradients.keeps(token, weights, cells)
-        kept.append(mix_cells(weights, cells, grid) if keeps else None)
-        for part, kernels in mixed_kernels(weights, cells, grid, kept[-1]):
-            parts.append(sample_map(images[part], kernels.to(dtype), bias))
-    return _joined(parts), kept
+        kernels = None
+        if kept is not None:
+            kernels = mixing.kernels(weights) if mixing.is_kept(block) else None
+            kept.append(kernels)
+        for part, some in mixing.mixed(weights, kernels):
+            results.append(sample_map(images[part], some.to(dtype), bias))
+    return _joined(results)
 
 
 class _ApplyMixed(torch.autograd.Function):
@@ -125,25 +119,29 @@ class _ApplyMixed(torch.autograd.Function):
         attention: Tensor,
         cells: Tensor,
         bias: Tensor | None,
-        token: Tensor | None,
+        token_tensor: Tensor | None,
+        token: Token | None,
         settings: _Settings,
+        kind: type[Mixing],
     ) -> Tensor:
-        result, kept = _apply_in_parts(x, attention, cells, bias, settings, token)
+        kept: list[Tensor | None] = []
+        mixing = kind(cells, settings.grid)
+        result = _apply_in_parts(x, attention, bias, settings, mixing, kept)
         ctx.save_for_backward(x, attention, cells, bias, *kept)
-        ctx.token, ctx.settings = token, settings
+        ctx.token, ctx.settings, ctx.kind = token, settings, kind
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, attention, cells, bias, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            gradients = _differentiable_backward(ctx, grad, x, attention, cells, bias)
+        if torch.is_grad_enabled() or modes.is_seen_through(grad, x, attention, cells):
+            gradients = _backward_plainly(ctx, grad, x, attention, cells, bias)
         else:
-            gradients = _backward(ctx, grad, x, attention, cells, kept)
-        return *gradients, None, None
+            gradients = _backward_in_parts(ctx, grad, x, attention, cells, kept)
+        return *gradients, None, None, None, None
 
 
-def _backward(
+def _backward_in_parts(
     ctx: Any,
     grad: Tensor,
     x: Tensor,
@@ -151,24 +149,28 @@ def _backward(
     cells: Tensor,
     kept: list[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
-    need_x, need_attention, need_cells, need_bias = ctx.needs_input_grad[:4]
+    need_x, need_attention, _, need_bias = ctx.needs_input_grad[:4]
     grid, sample_map, dtype = ctx.settings
-    total = _CellGradients.running_sum(ctx.token, cells) if need_cells else None
+    mixing = ctx.kind(cells, grid)
+    need_cells = ctx.token is not None and ctx.token.is_awaited()
+    total = ctx.token.sum(mixing) if need_cells else None
     shape = kernel_shape(cells.shape[1:], grid)
     grads_x, grads_attention = [], []
-    blocks = batch_blocks(attention, cells) if need_x or need_attention or need_cells else ()
+    blocks = mixing.blocks(attention) if need_x or need_attention or need_cells else ()
     for block, kernels in zip(blocks, kept):
         grad_block, x_block, weights = grad[block], x[block], attention[block]
         if need_attention or need_cells:
             grad_kernels = (
                 kernel
-                for part in image_parts(weights, cells, grid)
-                for kernel in sample_map.backward_kernels(grad_block[part], x_block[part], shape)
+                for part in mixing.parts(weights)
+                for kernel in sample_map.backward_kernels(
+                    grad_block[part], x_block[part], shape, mixing.scratch
+                )
             )
-            grad_attention, mixed = mix_backward(grad_kernels, weights, cells, grid, total, kernels)
+            grad_attention, mixed = mixing.backward(grad_kernels, weights, total, kernels, need_x)
             grads_attention.append(grad_attention)
         else:
-            mixed = mixed_kernels(weights, cells, grid, kernels)
+            mixed = mixing.mixed(weights, kernels)
         if need_x:
             for part, some in mixed:
                 images = grad_block[part], x_block[part]
@@ -187,67 +189,17 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _differentiable_backward(
+def _backward_plainly(
     ctx: Any, grad: Tensor, x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients that can be differentiated again: autograd's own."""
-    result = _apply_plainly(x, attention, cells, bias, ctx.settings)
+    """Autograd's own gradients, which can be differentiated again and transformed."""
+    with torch.enable_grad():
+        # Differentiation ends at these, and does not go on through what an operand was made of: the
+        # attention was made of the images.
+        operands = [None if t is None else t.view_as(t) for t in (x, attention, cells, bias)]
+        result = _apply_plainly(*operands, ctx.settings)
     needed = ctx.needs_input_grad[:4]
-    inputs = [tensor for tensor, need in zip((x, attention, cells, bias), needed) if need]
-    gradients = iter(torch.autograd.grad(result, inputs, grad, create_graph=True))
+    inputs = [tensor for tensor, need in zip(operands, needed) if need]
+    again = torch.is_grad_enabled()
+    gradients = iter(torch.autograd.grad(result, inputs, grad, create_graph=again))
     return tuple(next(gradients) if need else None for need in needed)
-
-
-class _CellGradients(torch.autograd.Function):
-    """Sums up what the layers of a warehouse contribute to its gradient.
-
-    The layers of one forward pass hold the same *token*, an empty tensor made from the cells; by it
-    autograd knows that the cells depend on all of them. In the backward pass a layer adds its part
-    to the running sum in place and gives its token no gradient; when the last layer is done,
-    autograd calls the token's backward, which hands over the sum. Sums are kept apart by backward
-    pass, so one that stops before the cells (``torch.autograd.grad`` to the image) leaves nothing
-    to the next.
-    """
-
-    # The token of the cells that are in use, for as long as a layer's graph holds it.
-    _tokens: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    @classmethod
-    def token(cls, cells: Tensor) -> Tensor:
-        reference = cls._tokens.get(cells)
-        token = reference() if reference is not None else None
-        if token is None:
-            token = cls.apply(cells)
-            cls._tokens[cells] = weakref.ref(token)
-        return token
-
-    @staticmethod
-    def keeps(token: Tensor, attention: Tensor, cells: Tensor) -> bool:
-        """Whether a layer should keep the kernels of some images for its backward pass.
-
-        What the layers that hold the token keep counts, until the backward pass.
-        """
-        more = kept_bytes(attention, cells, token.grad_fn.kept)
-        token.grad_fn.kept += more
-        return more > 0
-
-    @staticmethod
-    def running_sum(token: Tensor, cells: Tensor) -> CellSum:
-        """The sum of the backward pass that is running."""
-        sums, task = token.grad_fn.sums, torch._C._current_graph_task_id()
-        if task not in sums:
-            sums[task] = CellSum(cells)
-        return sums[task]
-
-    @staticmethod
-    def forward(ctx: Any, cells: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.sums = {}
-        ctx.kept = 0
-        return cells.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
-        ctx.kept = 0
-        running = ctx.sums.pop(torch._C._current_graph_task_id(), None)
-        return running if running is None else running.total()

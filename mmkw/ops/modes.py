@@ -1,7 +1,12 @@
-"""How PyTorch is running the code: names that differ between its releases, in one place."""
+"""How PyTorch is running the code: names that are private or differ between its releases.
+
+They are in this module only.
+"""
+
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -34,7 +39,46 @@ def is_exporting() -> bool:
 
 
 def is_transforming() -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation is at work."""
+    """Whether ``torch.func``, forward-mode differentiation or a batched gradient is at work."""
     return (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def is_seen_through(*tensors: Tensor) -> bool:
+    """Whether something looks at the operators that a call is made of, or has no values for it.
+
+    Args:
+        *tensors: The call's operands.
+    """
+    return (
+        is_compiling()
+        or is_exporting()
+        or is_transforming()
+        # Fake tensors, tracers, counters.
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(map(_is_no_plain_tensor, tensors))
+    )
+
+
+def _is_no_plain_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor is of a subclass, has no values, or stands for a batch of gradients."""
+    return (
+        type(tensor) not in (Tensor, nn.Parameter)
+        or tensor.is_meta
+        or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
+
+
+def backward_pass() -> int:
+    """A number of the backward pass that is running in this thread."""
+    return torch._C._current_graph_task_id()
+
+
+def will_run(node: Any) -> bool:
+    """Whether the backward pass that is running in this thread will come to a node of its graph.
+
+    Args:
+        node: A ``grad_fn``.
+    """
+    return torch._C._will_engine_execute_node(node)

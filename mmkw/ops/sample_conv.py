@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import modes
-from .memory import scratch
+from .memory import Scratch
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -53,7 +53,7 @@ class SampleConv:
             y = torch.bmm(self._matrices(kernels), self._columns(sampled))
             y = _result(y, (batch, kernels.shape[1], *sampled.shape[2:]))
             return y if bias is None else y.add_(bias.view(-1, *[1] * (x.dim() - 2)))
-        if batch <= 1:
+        if batch <= 1 and not modes.is_exporting():
             # One image is an ordinary convolution; of no image, the sum is a kernel of its shape.
             return self._conv(x, kernels[0] if batch else kernels.sum(0), bias, self.groups)
         if self._is_merged(x, kernels):
@@ -64,7 +64,9 @@ class SampleConv:
         images = (self._conv(x[i : i + 1], kernels[i], bias, self.groups) for i in range(batch))
         return _gathered(images, batch)
 
-    def backward_kernels(self, grad: Tensor, x: Tensor, shape: tuple[int, ...]) -> Sequence[Tensor]:
+    def backward_kernels(
+        self, grad: Tensor, x: Tensor, shape: tuple[int, ...], scratch: Scratch
+    ) -> Sequence[Tensor]:
         """For every image the gradient of its kernel, as a constant.
 
         They may be gone when others are asked for.
@@ -73,13 +75,14 @@ class SampleConv:
             grad: Gradient of the call's result.
             x: The call's images.
             shape: ``(out_channels, in_channels / groups, *kernel_size)``.
+            scratch: Memory that the result may lie in.
         """
         batch = x.shape[0]
         # Of the kernels only their shape counts.
         kernels = x.new_empty(batch, *shape)
         if self._is_matrix(kernels):
             sampled = self._columns(self._sampled(x))
-            gradients = scratch(grad, self._matrices(kernels).shape, 'kernel gradients')
+            gradients = scratch.take(grad, self._matrices(kernels).shape, 'kernel gradients')
             torch.bmm(self._columns(grad), sampled.transpose(1, 2), out=gradients)
             return gradients.view(kernels.shape)
         if self._is_merged(x, kernels):
@@ -179,9 +182,11 @@ class SampleLinear:
         y = _result(y, (*x.shape[:-1], kernels.shape[1]))
         return y if bias is None else y.add_(bias)
 
-    def backward_kernels(self, grad: Tensor, x: Tensor, shape: tuple[int, ...]) -> Sequence[Tensor]:
+    def backward_kernels(
+        self, grad: Tensor, x: Tensor, shape: tuple[int, ...], scratch: Scratch
+    ) -> Sequence[Tensor]:
         """For every sample the gradient of its kernel; see :class:`SampleConv`."""
-        gradients = scratch(grad, (len(x), *shape[:2]), 'kernel gradients')
+        gradients = scratch.take(grad, (len(x), *shape[:2]), 'kernel gradients')
         return torch.bmm(_tokens(grad).transpose(1, 2), _tokens(x), out=gradients).unsqueeze(-1)
 
     def backward_x(self, grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmkw.layers import KWConv2d, KWLinear, set_temperature
-from mmkw.ops import native
+from mmkw.ops import backend
 
 
 def test_batch_of_one_trains_on_the_running_statistics():
@@ -57,7 +57,7 @@ def test_attention_is_float32_under_autocast():
     torch.testing.assert_close(y.float(), layer(x.float()), atol=0.03, rtol=0.03)
 
 
-@pytest.mark.skipif(not native.built, reason='the CPU kernels are not built here')
+@pytest.mark.skipif(backend.why_not_compiled() is not None, reason='no compiled kernels')
 @pytest.mark.parametrize('norm', ['BN1d', 'LN'])
 @pytest.mark.parametrize('channels', [3, 40, 384])
 def test_compiled_attention_equals_the_modules(norm, channels, monkeypatch):

@@ -12,17 +12,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmkw.layers import KWConv2d, KWLinear
-from mmkw.ops import SampleConv, SampleLinear, apply_mixed, dynamic, mix_cells, mixing, native
+from mmkw.ops import SampleConv, SampleLinear, apply_mixed, backend, gradient, mix_cells, mixing
+from mmkw.ops.compiled import MISSING, CompiledMixing
 from mmkw.sharing import SharingPlan, convert
 
-needs_native = pytest.mark.skipif(not native.built, reason='the CPU kernels are not built here')
+needs_native = pytest.mark.skipif(MISSING is not None, reason=f'compiled kernels: {MISSING}')
 PATHS = [pytest.param('native', marks=needs_native), 'torch']
 
 
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
     """Forces one of the two ways to mix, and tells which."""
-    monkeypatch.setattr(native, 'enabled', request.param == 'native')
+    monkeypatch.setattr(backend, '_switched_on', request.param == 'native')
     return request.param
 
 
@@ -36,7 +37,7 @@ def pieces(request, monkeypatch):
         monkeypatch.setattr(mixing, 'KEPT_CELLS', 1)
     elif request.param != 'whole':
         monkeypatch.setitem(mixing.PART_BYTES, 'cpu', 1)
-        monkeypatch.setattr(mixing.CellSum, 'WAITING_BYTES', 1)
+        monkeypatch.setattr(gradient.CellSum, 'WAITING_BYTES', 1)
     if request.param == 'single images':
         monkeypatch.setitem(mixing.BLOCK_BYTES, 'cpu', 1)
     return request.param
@@ -124,12 +125,13 @@ def test_compiled_kernels_equal_pytorch(batch, cells, blocks, channels, taps, wh
     grid = (*spatial, *blocks)
     attention = torch.randn(batch, math.prod(grid), cells)
     store = torch.randn(cells, *channels, *size)
-    assert native.serves(attention, store, grid)
-    kernels = mix_cells(attention, store, grid)
+    assert backend.is_compiled(attention, store) and CompiledMixing.serves(store, grid)
+    compiled = CompiledMixing(store, grid)
+    kernels = compiled.kernels(attention)
     gradients = list(torch.randn_like(kernels))
-    total = mixing.CellSum(store)
+    total = gradient.CellSum(compiled)
     for _ in range(2):
-        grad_attention, parts = mixing.mix_backward(gradients, attention, store, grid, total)
+        grad_attention, parts = compiled.backward(gradients, attention, total, None, True)
     [(_, mixed)] = parts
     results = [kernels, mixed, grad_attention, total.total() / 2]
 
@@ -155,19 +157,24 @@ def test_compiled_kernels_of_every_processor_equal_pytorch(capability, root):
     assert '1 passed' in output
 
 
+def test_the_choice_is_made_once_for_a_call(monkeypatch):
+    made, whole = [], backend.mixing_of
+    monkeypatch.setattr(backend, 'mixing_of', lambda *args: made.append(whole(*args)) or made[-1])
+    KWConv2d(4, 4, 3)(torch.randn(2, 4, 5, 5)).sum().backward()
+    assert len(made) == 1
+
+
 @needs_native
-def test_the_compiled_kernels_are_used_where_they_serve(monkeypatch):
-    calls = []
-    monkeypatch.setattr(native, 'serves', lambda *args: calls.append(args) or False)
-    layer = KWConv2d(4, 4, 3)
-    layer(torch.randn(1, 4, 5, 5)).sum().backward()
-    assert len(calls) >= 2
-    monkeypatch.undo()
-    attention, cells = torch.randn(1, 9, 9), layer.cells.detach()
-    assert native.serves(attention, cells, (3, 3, 1, 1))
-    assert not native.serves(attention.double(), cells.double(), (3, 3, 1, 1))
-    monkeypatch.setattr(native, 'enabled', False)
-    assert not native.serves(attention, cells, (3, 3, 1, 1))
+def test_the_compiled_kernels_are_chosen_where_they_serve(monkeypatch):
+    x, attention, cells = torch.randn(1, 4, 5, 5), torch.randn(1, 9, 9), torch.randn(9, 4, 4, 1, 1)
+    grid = (3, 3, 1, 1)
+    assert type(backend.mixing_of(x, attention, cells, grid)) is CompiledMixing
+    double = attention.double(), cells.double()
+    assert type(backend.mixing_of(x, *double, grid)) is mixing.Mixing
+    assert type(backend.mixing_of(x, attention, cells.view(9, 4, 2, 1, 2), grid)) is mixing.Mixing
+    monkeypatch.setattr(backend, '_switched_on', False)
+    assert type(backend.mixing_of(x, attention, cells, grid)) is mixing.Mixing
+    assert 'switched off' in backend.why_not_compiled()
 
 
 @needs_native
@@ -179,8 +186,9 @@ def test_compiled_kernels_give_the_same_bits_every_time(batch):
     gradients = list(torch.randn(batch, 128, 128, 3, 3))
     found = set()
     for _ in range(30):
-        total = mixing.CellSum(cells)
-        result, parts = mixing.mix_backward(gradients, attention, cells, (3, 3, 1, 1), total)
+        compiled = CompiledMixing(cells, (3, 3, 1, 1))
+        total = gradient.CellSum(compiled)
+        result, parts = compiled.backward(gradients, attention, total, None, True)
         [(_, mixed)] = parts
         tensors = (result, mixed, total.total())
         found.add(b''.join(tensor.numpy().tobytes() for tensor in tensors))
@@ -234,7 +242,7 @@ def slow_gradients(network, x):
     """Of the definition, in double precision."""
     network = copy.deepcopy(network).double()
     patch = pytest.MonkeyPatch()
-    patch.setattr(dynamic, '_is_transformed', lambda *_: True)
+    patch.setattr(backend, 'mixing_of', lambda *_: None)
     try:
         return gradients(network, x.double())
     finally:
@@ -284,9 +292,9 @@ def test_a_backward_pass_that_stops_early_leaves_nothing():
 
 def test_the_sum_is_handed_over_without_a_copy(monkeypatch):
     sums = []
-    total = mixing.CellSum.total
+    total = gradient.CellSum.total
     monkeypatch.setattr(
-        mixing.CellSum, 'total', lambda self: sums.append(total(self).data_ptr()) or total(self)
+        gradient.CellSum, 'total', lambda self: sums.append(total(self).data_ptr()) or total(self)
     )
     network = chain()
     gradients_of = network(torch.randn(2, 8, 6, 6)).sum()
@@ -321,22 +329,31 @@ def test_no_kernel_of_few_cells_is_kept_for_the_backward_pass():
     assert max(kept) <= max(x.numel(), layer.cells.numel()) < 8 * 64 * 64 * 9
 
 
-def test_kernels_of_many_cells_are_kept_while_their_warehouse_has_room(path, monkeypatch):
+def test_kernels_of_many_cells_are_kept_by_their_shapes(path, monkeypatch):
+    """Those of the first images, in every layer and every forward pass alike."""
     network, x = chain(), torch.randn(4, 8, 6, 6)
-    a, b, c, d = (4, 8, 8, 3, 3), (4, 8, 8, 1, 1), (4, 16, 8, 3, 3), (4, 4, 16, 1, 1)
     monkeypatch.setattr(mixing, 'KEPT_CELLS', 1)
-    # For the first use of layer a, and for b; d has a warehouse of its own.
-    monkeypatch.setitem(mixing.KEPT_BYTES, 'cpu', 4 * (math.prod(a) + math.prod(b)))
-    losses, shapes = [], []
+    # An image at a time.
+    monkeypatch.setitem(mixing.BLOCK_BYTES, 'cpu', 1)
+    body, head = network.warehouse_manager.weights
+    monkeypatch.setitem(mixing.KEPT_BYTES, 'cpu', 4 * 2 * body.numel())
+    in_head = min(2 * body.numel() // head.numel(), 4)
+    kernels = {
+        (1, 8, 8, 3, 3): 4,
+        (1, 8, 8, 1, 1): 2,
+        (1, 16, 8, 3, 3): 2,
+        (1, 4, 16, 1, 1): in_head,
+    }
     for _ in range(2):
-        shapes.clear()
+        shapes = []
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: shapes.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
+            lambda tensor, shapes=shapes: shapes.append(tuple(tensor.shape)) or tensor,
+            lambda tensor: tensor,
         ):
-            losses.append(network(x).square().sum())
-        assert [shapes.count(kernels) for kernels in (a, b, c, d)] == [1, 1, 0, 1]
+            loss = network(x).square().sum()
+        assert {shape: shapes.count(shape) for shape in kernels} == kernels
         network.zero_grad()
-        losses[-1].backward()
+        loss.backward()
         found = {n: p.grad.clone() for n, p in network.named_parameters()}
         assert_same_gradients(found, slow_gradients(network, x))
 

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmkw
 from mmkw.layers.dynamic_conv import DynamicLayer
-from mmkw.ops import native
+from mmkw.ops import why_not_compiled
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def report(title: str, rows: Sequence[Row], args: argparse.Namespace, speed: dic
         'command': ' '.join(['python', *sys.argv]),
         'torch': torch.__version__,
         'mmkw': mmkw.__version__,
-        'compiled kernels': native.built and native.enabled,
+        'compiled kernels': why_not_compiled() is None,
         'processor': processor(),
         'instructions': torch.backends.cpu.get_cpu_capability(),
         'threads': torch.get_num_threads(),

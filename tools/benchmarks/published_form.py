@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmkw.layers import dynamic_conv
 from mmkw.ops import SampleLinear
-from mmkw.ops.mixing import kernel_shape
+from mmkw.ops.kernels import kernel_shape
 
 
 def published_operator(

@@ -1,10 +1,10 @@
 // Attentions for float32 on the CPU, where nothing learns.
 
 #include "blocks.h"
+#include "operators.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -13,6 +13,18 @@
 
 namespace mmkw {
 namespace {
+
+// A tensor of this shape, its values side by side.
+at::Tensor dense(const at::Tensor& tensor, at::IntArrayRef shape) {
+  TORCH_CHECK(tensor.sizes() == shape && tensor.scalar_type() == at::kFloat, "expected float32 of ",
+              shape, ", got ", tensor.scalar_type(), " of ", tensor.sizes());
+  return tensor.contiguous();
+}
+
+std::optional<at::Tensor> dense_or_none(const std::optional<at::Tensor>& tensor, int64_t size) {
+  if (!tensor) return tensor;
+  return dense(*tensor, {size});
+}
 
 // result (rows, out) = values (rows, in) * weights (out, in) transposed + bias (out), if given.
 void linear(float* result, const float* values, int64_t rows, const at::Tensor& weights,
@@ -56,6 +68,8 @@ void normalize(float* hidden, int64_t rows, int64_t width, const std::optional<a
   }
 }
 
+}  // namespace
+
 // What mmkw/layers/attention.py computes at temperature 0, where nothing learns: alpha (batch,
 // mixtures, n) from pooled (batch, in), by fc1, a norm of given statistics or a LayerNorm, and fc2.
 at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
@@ -63,16 +77,23 @@ at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
                   const std::optional<at::Tensor>& variance, const at::Tensor& norm_weight,
                   const at::Tensor& norm_bias, double norm_eps, const at::Tensor& fc2_weight,
                   const at::Tensor& fc2_bias, int64_t mixtures, double eps) {
+  TORCH_CHECK(pooled.dim() == 2 && fc1_weight.dim() == 2 && fc2_weight.dim() == 2,
+              "pooled and weights must be matrices, got ", pooled.sizes(), ", ",
+              fc1_weight.sizes(), " and ", fc2_weight.sizes());
   const int64_t batch = pooled.size(0), width = fc1_weight.size(0), logits = fc2_weight.size(0);
+  TORCH_CHECK(mixtures > 0 && logits > 0 && logits % mixtures == 0, logits, " logits for ",
+              mixtures, " mixtures");
   const int64_t n = logits / mixtures - 1;
-  TORCH_CHECK(pooled.size(1) == fc1_weight.size(1) && fc2_weight.size(1) == width, "pooled of ",
-              pooled.sizes(), " for weights of ", fc1_weight.sizes(), " and ",
-              fc2_weight.sizes());
+  // Parameters may be slices of others, or expanded: they are read as they lie only if contiguous.
+  const at::Tensor values = dense(pooled, {batch, fc1_weight.size(1)});
   std::vector<float> hidden(batch * width), z(batch * logits);
-  const at::Tensor values = pooled.contiguous();
-  linear(hidden.data(), values.const_data_ptr<float>(), batch, fc1_weight.contiguous(), fc1_bias);
-  normalize(hidden.data(), batch, width, mean, variance, norm_weight, norm_bias, norm_eps);
-  linear(z.data(), hidden.data(), batch, fc2_weight.contiguous(), fc2_bias);
+  linear(hidden.data(), values.const_data_ptr<float>(), batch,
+         dense(fc1_weight, {width, values.size(1)}), dense_or_none(fc1_bias, width));
+  normalize(hidden.data(), batch, width, dense_or_none(mean, width),
+            dense_or_none(variance, width), dense(norm_weight, {width}), dense(norm_bias, {width}),
+            norm_eps);
+  linear(z.data(), hidden.data(), batch, dense(fc2_weight, {logits, width}),
+         dense(fc2_bias, {logits}));
   const at::Tensor alpha = at::empty({batch, mixtures, n}, pooled.options());
   float* to = alpha.mutable_data_ptr<float>();
   for (int64_t mixture = 0; mixture < batch * mixtures; mixture++) {
@@ -84,14 +105,4 @@ at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
   return alpha;
 }
 
-}  // namespace
 }  // namespace mmkw
-
-TORCH_LIBRARY_FRAGMENT(mmkw, library) {
-  library.def(
-      "attend(Tensor pooled, Tensor fc1_weight, Tensor? fc1_bias, Tensor? mean, Tensor? variance, "
-      "Tensor norm_weight, Tensor norm_bias, float norm_eps, Tensor fc2_weight, Tensor fc2_bias, "
-      "int mixtures, float eps) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(mmkw, CPU, library) { library.impl("attend", &mmkw::attend); }

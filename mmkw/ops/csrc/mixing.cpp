@@ -1,4 +1,4 @@
-// Mixing and its backward pass for float32 on the CPU, behind mmkw/ops/native.py.
+// Mixing and its backward pass for float32 on the CPU, behind mmkw/ops/compiled.py.
 //
 // A warehouse (n cells of `size` values each) is far larger than the caches next to a core, and its
 // rows lie a power of two apart, so that the same columns of all of them fall into few sets of a
@@ -8,18 +8,16 @@
 // stays in the caches, and serves all of them from there. tiles.h has the arithmetic.
 
 #include "blocks.h"
+#include "operators.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <optional>
 #include <vector>
-
-#include <Python.h>
 
 namespace mmkw {
 namespace {
@@ -72,7 +70,12 @@ struct Places {
   int64_t size() const { return cell_out * run; }
 };
 
-Places places(at::IntArrayRef grid, at::IntArrayRef cell_shape) {
+Places places(at::IntArrayRef grid, at::IntArrayRef warehouse) {
+  const bool fits = warehouse.size() > 3 && grid.size() + 1 == warehouse.size();
+  TORCH_CHECK(fits && std::all_of(grid.begin(), grid.end(), [](int64_t side) { return side > 0; }) &&
+                  std::all_of(warehouse.begin(), warehouse.end(), [](int64_t s) { return s > 0; }),
+              "grid ", grid, " does not fit cells of ", warehouse);
+  const at::IntArrayRef cell_shape = warehouse.slice(1);
   const size_t dims = grid.size() - 2;
   Places p{1, grid[dims], grid[dims + 1], cell_shape[0], cell_shape[1]};
   for (size_t dim = 0; dim < dims; dim++) {
@@ -167,16 +170,23 @@ int64_t block_columns(int64_t size, int64_t rows, int64_t most) {
 // many for each thread.
 constexpr int64_t SHARES = 8;
 
-int64_t num_shares(int64_t size, int64_t columns) {
-  return std::min(num_parts(size, columns), SHARES * at::get_num_threads());
+// Values of the sums that shares may have, all together, before there is one share a thread.
+constexpr int64_t SUM_VALUES = 8 << 20;
+
+// How many shares the columns are dealt out in, where each sums up so many values.
+int64_t num_shares(int64_t size, int64_t columns, int64_t sum_values) {
+  const int64_t threads = at::get_num_threads();
+  const int64_t fitting = std::max(SUM_VALUES / std::max<int64_t>(sum_values, 1), threads);
+  return std::min({num_parts(size, columns), SHARES * threads, fitting});
 }
 
 // Runs work(span, memory, share) for blocks of all `size` columns, on all threads, with so many
 // values of memory; the blocks of a share one after the other. What is summed up by shares does not
 // depend on which thread had which.
 template <typename Work>
-void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work) {
-  const int64_t count = num_parts(size, columns), shares = num_shares(size, columns);
+void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work,
+                int64_t sum_values = 0) {
+  const int64_t count = num_parts(size, columns), shares = num_shares(size, columns, sum_values);
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), shares);
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
@@ -210,7 +220,20 @@ void copy_columns(const Block& block, const float* matrix, int64_t rows, int64_t
   clear_rest(block, rows, span.count);
 }
 
-// --- the operators -----------------------------------------------------------------------------
+// --- what the operators have in common ---------------------------------------------------------
+
+// Whether a tensor is of this shape, of float32, its values side by side.
+bool is_dense(const at::Tensor& tensor, at::IntArrayRef shape) {
+  return tensor.sizes() == shape && tensor.is_contiguous() && tensor.scalar_type() == at::kFloat;
+}
+
+// (batch, out, in, *kernel_size)
+std::vector<int64_t> kernel_shape(int64_t batch, const at::Tensor& cells, at::IntArrayRef grid) {
+  const size_t dims = grid.size() - 2;
+  std::vector<int64_t> shape{batch, grid[dims] * cells.size(1), grid[dims + 1] * cells.size(2)};
+  for (size_t dim = 0; dim < dims; dim++) shape.push_back(grid[dim] * cells.size(3 + dim));
+  return shape;
+}
 
 // What mixing is given: the warehouse, and every mixture's weights on its cells.
 struct Mixing {
@@ -224,8 +247,8 @@ struct Mixing {
   Weights weights;
 
   Mixing(const at::Tensor& attention_of_images, const at::Tensor& warehouse, at::IntArrayRef grid)
-      : p(places(grid, warehouse.sizes().slice(1))),
-        batch(attention_of_images.size(0)),
+      : p(places(grid, warehouse.sizes())),
+        batch(attention_of_images.dim() ? attention_of_images.size(0) : 0),
         rows(batch * p.rows()),
         num_cells(warehouse.size(0)),
         size(p.size()),
@@ -238,14 +261,15 @@ struct Mixing {
                 streamed ? STREAMED_TERMS : COPIED_TERMS) {}
 
   const at::Tensor& checked(const at::Tensor& given, at::IntArrayRef grid) const {
-    TORCH_CHECK(given.size(1) == p.rows() && given.size(2) == num_cells, "attention of ",
-                given.sizes(), " does not fit grid ", grid, " and cells of ", cells.sizes());
+    TORCH_CHECK(given.dim() == 3 && given.size(1) == p.rows() && given.size(2) == num_cells &&
+                    given.scalar_type() == at::kFloat && cells.scalar_type() == at::kFloat,
+                "attention of ", given.sizes(), " does not fit grid ", grid, " and cells of ", cells.sizes());
     return given;
   }
 
-  void check_kernels(const at::Tensor& kernels) const {
-    TORCH_CHECK(kernels.is_contiguous() && kernels.numel() == batch * kernel_size, "kernels of ",
-                kernels.sizes(), " for ", batch, " images and ", p.rows(), " cells of ",
+  void check_kernels(const at::Tensor& kernels, at::IntArrayRef grid) const {
+    TORCH_CHECK(is_dense(kernels, kernel_shape(batch, cells, grid)), "kernels of ",
+                kernels.sizes(), " for ", batch, " images, grid ", grid, " and cells of ",
                 cells.sizes());
   }
 
@@ -276,12 +300,16 @@ struct Mixing {
   }
 };
 
+}  // namespace
+
+// --- the operators -----------------------------------------------------------------------------
+
 // attention (batch, mixtures, n), cells (n, cell_out, cell_in, ...); fills kernels
 // (batch, out, in, ...).
 void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid,
                     at::Tensor kernels) {
   const Mixing m(attention, cells, grid);
-  m.check_kernels(kernels);
+  m.check_kernels(kernels, grid);
   float* to = kernels.mutable_data_ptr<float>();
   const int64_t rows = m.streamed ? m.rows : m.rows + m.num_cells;
   const int64_t most = m.streamed ? STREAMED_COLUMNS : COPIED_COLUMNS;
@@ -303,11 +331,9 @@ void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::In
 
 // The same into new memory.
 at::Tensor mix_cells(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid) {
-  const size_t dims = grid.size() - 2;
-  std::vector<int64_t> shape{attention.size(0), grid[dims] * cells.size(1),
-                             grid[dims + 1] * cells.size(2)};
-  for (size_t dim = 0; dim < dims; dim++) shape.push_back(grid[dim] * cells.size(3 + dim));
-  const at::Tensor kernels = at::empty(shape, cells.options());
+  places(grid, cells.sizes());
+  TORCH_CHECK(attention.dim() == 3, "attention of ", attention.sizes());
+  const at::Tensor kernels = at::empty(kernel_shape(attention.size(0), cells, grid), cells.options());
   mix_cells_into(attention, cells, grid, kernels);
   return kernels;
 }
@@ -315,12 +341,13 @@ at::Tensor mix_cells(const at::Tensor& attention, const at::Tensor& cells, at::I
 // sum (n, cell_out, cell_in, ...) (+)= weights (mixtures, n) transposed * rows (mixtures, cell_out,
 // cell_in, ...).
 void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor sum, bool begin) {
-  const int64_t terms = weights.size(0), num_cells = weights.size(1);
-  TORCH_CHECK(rows.size(0) == terms && sum.size(0) == num_cells &&
-                  rows.numel() * num_cells == sum.numel() * terms,
+  TORCH_CHECK(weights.dim() == 2 && rows.dim() > 0 && sum.dim() > 0 && sum.numel() > 0 &&
+                  is_dense(sum, sum.sizes()) && is_dense(rows, rows.sizes()) &&
+                  weights.scalar_type() == at::kFloat && rows.size(0) == weights.size(0) &&
+                  sum.size(0) == weights.size(1) && rows.sizes().slice(1) == sum.sizes().slice(1),
               "weights of ", weights.sizes(), ", rows of ", rows.sizes(), " and a sum of ",
-              sum.sizes());
-  TORCH_CHECK(rows.is_contiguous() && sum.is_contiguous(), "rows and sum must be contiguous");
+              sum.sizes(), ", of float32, the last two dense");
+  const int64_t terms = weights.size(0), num_cells = weights.size(1);
   const at::Tensor given = weights.contiguous();
   const Weights transposed(given.const_data_ptr<float>(), num_cells, 1, terms, num_cells,
                            COPIED_TERMS);
@@ -356,14 +383,16 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
                         const at::Tensor& cells, at::IntArrayRef grid,
                         std::optional<at::Tensor> kernels, std::optional<at::Tensor> rows) {
   const Mixing m(attention, cells, grid);
-  if (kernels) m.check_kernels(*kernels);
-  TORCH_CHECK(!rows || (rows->is_contiguous() && rows->numel() == m.rows * m.size),
-              "rows for attention of ", attention.sizes());
+  if (kernels) m.check_kernels(*kernels, grid);
+  std::vector<int64_t> rows_shape = cells.sizes().slice(1).vec();
+  rows_shape.insert(rows_shape.begin(), {m.batch, m.p.rows()});
+  TORCH_CHECK(!rows || is_dense(*rows, rows_shape), "rows must be dense float32 of ", rows_shape);
   TORCH_CHECK(static_cast<int64_t>(grad_kernels.size()) == m.batch, grad_kernels.size(),
               " gradients for ", m.batch, " images");
   std::vector<at::Tensor> gradients;
   for (const at::Tensor& gradient : grad_kernels) {
-    TORCH_CHECK(gradient.numel() == m.kernel_size, "a gradient of ", gradient.sizes(),
+    TORCH_CHECK(gradient.numel() == m.kernel_size && gradient.scalar_type() == at::kFloat,
+                "a gradient of ", gradient.sizes(),
                 " does not fit grid ", grid, " and cells of ", cells.sizes());
     gradients.push_back(gradient.contiguous());
   }
@@ -376,7 +405,8 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
   const int64_t values = num_rows * stride + (m.streamed ? 0 : m.num_cells * copy_stride);
   // A sum for every share: columns are not disjoint in the attention.
   const at::Tensor parts =
-      at::zeros({num_shares(m.size, columns), m.rows, m.num_cells}, cells.options());
+      at::zeros({num_shares(m.size, columns, m.rows * m.num_cells), m.rows, m.num_cells},
+                cells.options());
   float* const part = parts.mutable_data_ptr<float>();
   for_blocks(m.size, columns, values, [&](Span span, float* memory, int64_t share) {
     const Block gradient{memory, stride};
@@ -417,32 +447,8 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
       if (to) m.mix_copied({gradient.values + c, stride}, copy, count);
     }
     if (to) m.into_kernels(to, gradient, span);
-  });
+  }, m.rows * m.num_cells);
   return parts.sum(0).view(attention.sizes());
 }
 
-}  // namespace
 }  // namespace mmkw
-
-TORCH_LIBRARY(mmkw, library) {
-  library.def("mix_cells(Tensor attention, Tensor cells, int[] grid) -> Tensor");
-  library.def(
-      "mix_cells_into(Tensor attention, Tensor cells, int[] grid, Tensor(a!) kernels) -> ()");
-  library.def(
-      "mix_backward(Tensor[] grad_kernels, Tensor attention, Tensor cells, int[] grid, "
-      "Tensor(a!)? kernels, Tensor(b!)? rows) -> Tensor");
-  library.def("add_to_cells(Tensor weights, Tensor rows, Tensor(a!) sum, bool begin) -> ()");
-}
-
-TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
-  library.impl("mix_cells", &mmkw::mix_cells);
-  library.impl("mix_cells_into", &mmkw::mix_cells_into);
-  library.impl("mix_backward", &mmkw::mix_backward);
-  library.impl("add_to_cells", &mmkw::add_to_cells);
-}
-
-// Importing the module is what loads the library.
-PyMODINIT_FUNC PyInit__native() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr};
-  return PyModule_Create(&module);
-}

@@ -1,0 +1,101 @@
+"""The one place that chooses what computes.
+
+Once for a call, forward and backward together, it is one of
+
+- PyTorch's own operators on the whole batch, where a transformation looks inside;
+- :class:`~mmkw.ops.mixing.Mixing`, a block of images at a time;
+- :class:`~mmkw.ops.compiled.CompiledMixing`, for float32 on the CPU.
+
+``MMKW_COMPILED=0`` in the environment, or :func:`use_compiled`, leaves the compiled kernels out.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import modes
+from .compiled import MISSING, CompiledMixing
+from .mixing import Mixing
+
+_switched_on = os.environ.get('MMKW_COMPILED', '1') != '0'
+
+
+def use_compiled(on: bool) -> None:
+    """Switches the compiled kernels on or off for the process.
+
+    Args:
+        on: Whether they compute where they can.
+    """
+    global _switched_on
+    _switched_on = on
+
+
+def why_not_compiled() -> str | None:
+    """Why no compiled kernel is used; None where they are."""
+    if MISSING is None and not _switched_on:
+        return 'they are switched off, by MMKW_COMPILED=0 or use_compiled(False)'
+    return MISSING
+
+
+def is_compiled(*tensors: Tensor | None) -> bool:
+    """Whether the compiled kernels can take tensors: plain ones of float32 on the CPU.
+
+    Args:
+        *tensors: Of any shapes.
+    """
+    return why_not_compiled() is None and all(
+        tensor.dtype == torch.float32 and tensor.device.type == 'cpu'
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
+def mixing_of(x: Tensor, attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Mixing | None:
+    """What mixes the kernels of a call.
+
+    Args:
+        x: The images.
+        attention: Tensor[batch, mixtures, cells].
+        cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
+        grid: Cells of the kernel along ``(*spatial, out, in)``.
+
+    Returns:
+        None where PyTorch's own operators shall be seen.
+    """
+    if x.shape[0] == 0 or modes.is_seen_through(x, attention, cells):
+        return None
+    if is_compiled(attention, cells) and CompiledMixing.serves(cells, grid):
+        return CompiledMixing(cells, grid)
+    return Mixing(cells, grid)
+
+
+def is_one_operator(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bool:
+    """Whether mixing is one operator of ours to a transformation: in ``torch.compile`` only.
+
+    An exported program shall run where mmkw is not installed.
+
+    Args:
+        attention: Tensor[batch, mixtures, cells].
+        cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
+        grid: Cells of the kernel along ``(*spatial, out, in)``.
+    """
+    return (
+        modes.is_compiling()
+        and not modes.is_exporting()
+        and hasattr(torch.library, 'register_autograd')
+        and is_compiled(attention, cells)
+        and CompiledMixing.serves(cells, grid)
+    )
+
+
+def computes_constants(*tensors: Tensor | None) -> bool:
+    """Whether a compiled kernel without gradient may compute from tensors.
+
+    Args:
+        *tensors: Of any shapes.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    return not learns and is_compiled(*given) and not modes.is_seen_through(*given)

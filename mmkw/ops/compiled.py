@@ -1,0 +1,173 @@
+"""The compiled CPU kernels, where the installation has them: float32, as constants.
+
+Their source is in ``csrc``. Here they are loaded, registered with PyTorch (shapes without values,
+gradient, floating-point operations), and put in the place of :class:`~mmkw.ops.mixing.Mixing`.
+Whether they compute, :mod:`.backend` says.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gradient import CellSum
+from .kernels import cut, flops_of_mixing, kernel_shape
+from .mixing import Mixing
+
+
+def _load() -> str | None:
+    """Loads the library; what is in the way, if something is."""
+    if find_spec('mmkw.ops._native') is None:
+        return (
+            'they were not built; install with pip install --no-build-isolation where torch and a '
+            'C++ compiler are'
+        )
+    try:
+        from . import _native  # noqa: F401  (registers torch.ops.mmkw)
+    except ImportError as error:
+        warnings.warn(
+            f"mmkw's CPU kernels do not load ({error}). They were built for another torch; "
+            'PyTorch computes instead, more slowly. Install mmkw again, with pip install '
+            '--no-build-isolation.',
+            stacklevel=2,
+        )
+        return f'they do not load: {error}'
+    return None
+
+
+# Why the kernels are not there; None if they are.
+MISSING = _load()
+
+
+class CompiledMixing(Mixing):
+    """Mixing by the compiled kernels, which put kernels together as they mix them."""
+
+    @staticmethod
+    def serves(cells: Tensor, grid: Sequence[int]) -> bool:
+        """Whether the kernels know the shape: cells have one place of the kernel, or all."""
+        return 1 in (math.prod(grid[:-2]), cells.shape[3:].numel())
+
+    def parts(self, attention: Tensor) -> list[slice]:
+        """All images."""
+        return [slice(None)]
+
+    def kernels(self, attention: Tensor) -> Tensor:
+        """See :class:`Mixing`."""
+        return torch.ops.mmkw.mix_cells(attention, self.cells, self.grid)
+
+    def mixed(
+        self, attention: Tensor, kept: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """See :class:`Mixing`."""
+        if kept is None:
+            kept = self._kernels(attention)
+            torch.ops.mmkw.mix_cells_into(attention, self.cells, self.grid, kept)
+        yield slice(None), kept
+
+    def backward(
+        self,
+        grad_kernels: Iterable[Tensor],
+        attention: Tensor,
+        total: CellSum | None,
+        kept: Tensor | None,
+        again: bool,
+    ) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
+        """See :class:`Mixing`; the kernels are mixed in the same pass over the warehouse."""
+        place = rows = None if total is None else total.place(attention)
+        if total is not None and place is None:
+            rows = self._rows(attention, 'rows')
+        gradients = [kernel.to(self.cells.dtype) for kernel in grad_kernels]
+        mixed = self._kernels(attention) if again and kept is None else None
+        grad_attention = torch.ops.mmkw.mix_backward(
+            gradients, attention, self.cells, self.grid, mixed, rows
+        )
+        if total is not None:
+            total.add(attention, rows, waits=place is not None)
+        kernels = mixed if kept is None else kept
+        return grad_attention, self.mixed(attention, kernels) if again else iter(())
+
+    @staticmethod
+    def add_to_cells(weights: Tensor, rows: Tensor, total: Tensor, begin: bool) -> None:
+        """See :class:`Mixing`."""
+        torch.ops.mmkw.add_to_cells(weights, rows, total, begin)
+
+    def _kernels(self, attention: Tensor) -> Tensor:
+        """Memory for kernels: Tensor[images, out, in, *kernel_size]."""
+        shape = (len(attention), *kernel_shape(self.cells.shape[1:], self.grid))
+        return self.scratch.take(self.cells, shape, 'mixing')
+
+
+def _register() -> None:
+    """What PyTorch's transformations have to know of the operators."""
+    library = torch.library
+
+    @library.register_fake('mmkw::mix_cells')
+    def _(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
+        return cells.new_empty(attention.shape[0], *kernel_shape(cells.shape[1:], grid))
+
+    @library.register_fake('mmkw::mix_cells_into')
+    def _(attention: Tensor, cells: Tensor, grid: Sequence[int], kernels: Tensor) -> None:
+        return None
+
+    @library.register_fake('mmkw::mix_backward')
+    def _(gradients: list, attention: Tensor, cells: Tensor, grid: Any, *_: Any) -> Tensor:
+        return attention.new_empty(attention.shape)
+
+    @library.register_fake('mmkw::add_to_cells')
+    def _(weights: Tensor, rows: Tensor, total: Tensor, begin: bool) -> None:
+        return None
+
+    @library.register_fake('mmkw::attend')
+    def _(pooled: Tensor, *rest: Any) -> Tensor:
+        fc2_weight, mixtures = rest[-4], rest[-2]
+        return pooled.new_empty(len(pooled), mixtures, len(fc2_weight) // mixtures - 1)
+
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        attention, cells, ctx.grid = inputs
+        ctx.save_for_backward(attention, cells)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        attention, cells = ctx.saved_tensors
+        rows = torch.stack([cut(kernel, ctx.grid, cells.shape[1:]) for kernel in grad])
+        rows = rows.reshape(-1, cells.shape[1:].numel())
+        grad_attention = (rows @ cells.flatten(1).t()).view(attention.shape)
+        return grad_attention, (attention.flatten(0, 1).t() @ rows).view(cells.shape), None
+
+    library.register_autograd('mmkw::mix_cells', backward, setup_context=setup_context)
+
+    from torch.utils.flop_counter import register_flop_formula
+
+    ops = torch.ops.mmkw
+
+    @register_flop_formula([ops.mix_cells, ops.mix_cells_into])
+    def _(attention: Sequence[int], cells: Sequence[int], *_: Any, **__: Any) -> int:
+        return flops_of_mixing(attention, cells)
+
+    @register_flop_formula(ops.mix_backward)
+    def _(
+        gradients: Any,
+        attention: Sequence[int],
+        cells: Sequence[int],
+        grid: Any,
+        kernels: Any,
+        *_: Any,
+        **__: Any,
+    ) -> int:
+        return flops_of_mixing(attention, cells) * (1 if kernels is None else 2)
+
+    @register_flop_formula(ops.add_to_cells)
+    def _(weights: Sequence[int], rows: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * weights[1] * math.prod(rows)
+
+    @register_flop_formula(ops.attend)
+    def _(pooled: Sequence[int], fc1: Sequence[int], *rest: Any, **__: Any) -> int:
+        return 2 * pooled[0] * (math.prod(fc1) + math.prod(rest[-4]))
+
+
+# Older releases have no names for this; there the operators serve where nothing looks inside.
+if MISSING is None and hasattr(torch.library, 'register_autograd'):
+    _register()

@@ -1,0 +1,36 @@
+// Registers the operators with PyTorch. Shapes without values, gradients and counts of operations
+// are registered in mmkw/ops/compiled.py.
+
+#include "operators.h"
+
+#include <torch/library.h>
+
+#include <Python.h>
+
+TORCH_LIBRARY(mmkw, library) {
+  library.def("mix_cells(Tensor attention, Tensor cells, int[] grid) -> Tensor");
+  library.def(
+      "mix_cells_into(Tensor attention, Tensor cells, int[] grid, Tensor(a!) kernels) -> ()");
+  library.def(
+      "mix_backward(Tensor[] grad_kernels, Tensor attention, Tensor cells, int[] grid, "
+      "Tensor(a!)? kernels, Tensor(b!)? rows) -> Tensor");
+  library.def("add_to_cells(Tensor weights, Tensor rows, Tensor(a!) sum, bool begin) -> ()");
+  library.def(
+      "attend(Tensor pooled, Tensor fc1_weight, Tensor? fc1_bias, Tensor? mean, Tensor? variance, "
+      "Tensor norm_weight, Tensor norm_bias, float norm_eps, Tensor fc2_weight, Tensor fc2_bias, "
+      "int mixtures, float eps) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
+  library.impl("mix_cells", &mmkw::mix_cells);
+  library.impl("mix_cells_into", &mmkw::mix_cells_into);
+  library.impl("mix_backward", &mmkw::mix_backward);
+  library.impl("add_to_cells", &mmkw::add_to_cells);
+  library.impl("attend", &mmkw::attend);
+}
+
+// Importing the module is what loads the library.
+PyMODINIT_FUNC PyInit__native() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,28 @@
+// The operators of torch.ops.mmkw: float32 on the CPU, without gradients of their own.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace mmkw {
+
+at::Tensor mix_cells(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid);
+
+void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid,
+                    at::Tensor kernels);
+
+at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention,
+                        const at::Tensor& cells, at::IntArrayRef grid,
+                        std::optional<at::Tensor> kernels, std::optional<at::Tensor> rows);
+
+void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor sum, bool begin);
+
+at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
+                  const std::optional<at::Tensor>& fc1_bias, const std::optional<at::Tensor>& mean,
+                  const std::optional<at::Tensor>& variance, const at::Tensor& norm_weight,
+                  const at::Tensor& norm_bias, double norm_eps, const at::Tensor& fc2_weight,
+                  const at::Tensor& fc2_bias, int64_t mixtures, double eps);
+
+}  // namespace mmkw
