@@ -2,9 +2,9 @@
 
 Autograd alone would make one gradient of the whole warehouse for each of its layers and add them
 up. Here the layers of one forward pass hold the same *token*, an empty tensor made from the cells;
-by it autograd knows that the cells depend on all of them. In the backward pass a layer adds its part
-to a sum in place and gives its token no gradient; when the last layer is done, autograd calls the
-token's backward, which hands the sum over.
+by it autograd knows that the cells depend on all of them. In the backward pass a layer adds its
+part to a sum in place and gives its token no gradient; when the last layer is done, autograd calls
+the token's backward, which hands the sum over.
 
 A sum belongs to one backward pass and to the graph: to the first by its key, to the second because
 nothing but the graph holds it. It is made only in a pass that will come to the token, hence is

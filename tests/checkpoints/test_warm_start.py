@@ -189,7 +189,8 @@ def test_the_attention_starts_at_its_cell():
     network.load_state_dict(Net().state_dict())
     for layer in (network.a, network.b, network.c):
         alpha = layer.attention(torch.randn(3, layer.in_channels))
-        assigned = alpha.gather(2, layer.attention.assigned_cells.expand(3, -1).unsqueeze(-1))
+        cells = torch.tensor(layer.attention._assigned)
+        assigned = alpha.gather(2, cells.expand(3, -1).unsqueeze(-1))
         assert ((assigned - 1).abs() < 1e-3).all()
         torch.testing.assert_close(alpha.sum(-1, keepdim=True), assigned, atol=1e-6, rtol=0)
 

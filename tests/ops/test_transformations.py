@@ -91,7 +91,9 @@ def test_the_first_gradient_is_the_same_with_and_without_a_graph(kind, precision
     layers, x = twins(kind, precision)
     cases = [(layer, x) for layer in layers]
     if kind == '3x3':
-        cases += [(network, torch.randn(2, 8, 5, 5, dtype=precision)) for network in chains(precision)]
+        cases += [
+            (network, torch.randn(2, 8, 5, 5, dtype=precision)) for network in chains(precision)
+        ]
     for layer, images in cases:
         image = images.clone().requires_grad_()
         inputs = [image, *layer.parameters()]
