@@ -38,25 +38,35 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.group().split('.')) if match else ()
 
 
+def fault_of(name: str) -> str | None:
+    """What is wrong with an installed distribution, or with its absence.
+
+    Args:
+        name: Of :data:`SUPPORTED`.
+
+    Returns:
+        Both versions and the command that mends it; None where nothing is wrong.
+    """
+    low, high, tested = SUPPORTED[name]
+    isolation = ' --no-build-isolation' if name == 'mmcv' else ''
+    remedy = f"Run: pip install{isolation} '{name}=={tested}'"
+    try:
+        installed = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        if name in OPTIONAL:
+            return None
+        return f'mmkw needs {requirement(name)}, which is not installed. {remedy}'
+    if not _release(low) <= _release(installed) < _release(high):
+        return f'mmkw needs {requirement(name)}, but {name} {installed} is installed. {remedy}'
+    return None
+
+
 def check_versions() -> None:
     """Checks every installed dependency against :data:`SUPPORTED`.
 
     Raises:
         UnsupportedVersionError: With both versions and the command that mends it.
     """
-    for name, (low, high, tested) in SUPPORTED.items():
-        isolation = ' --no-build-isolation' if name == 'mmcv' else ''
-        remedy = f"pip install{isolation} '{name}=={tested}'"
-        try:
-            installed = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            if name in OPTIONAL:
-                continue
-            raise UnsupportedVersionError(
-                f'mmkw needs {requirement(name)}, which is not installed. Run: {remedy}'
-            ) from None
-        if not _release(low) <= _release(installed) < _release(high):
-            raise UnsupportedVersionError(
-                f'mmkw needs {requirement(name)}, but {name} {installed} is installed. '
-                f'Run: {remedy}'
-            )
+    for name in SUPPORTED:
+        if fault := fault_of(name):
+            raise UnsupportedVersionError(fault)

@@ -43,6 +43,13 @@ def _load() -> str | None:
 MISSING = _load()
 
 
+def cpu_level() -> str:
+    """The generation of processors whose kernels are used here, as PyTorch names its own."""
+    from . import _native
+
+    return _native.CPU_LEVEL
+
+
 class CompiledMixing(Mixing):
     """Mixing by the compiled kernels, which put kernels together as they mix them."""
 
@@ -132,8 +139,8 @@ def _register() -> None:
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         attention, cells = ctx.saved_tensors
-        rows = torch.stack([cut(kernel, ctx.grid, cells.shape[1:]) for kernel in grad])
-        rows = rows.reshape(-1, cells.shape[1:].numel())
+        rows = cut(grad, ctx.grid, cells.shape[1:])
+        rows = rows.reshape(attention.shape[:2].numel(), cells.shape[1:].numel())
         grad_attention = (rows @ cells.flatten(1).t()).view(attention.shape)
         return grad_attention, (attention.flatten(0, 1).t() @ rows).view(cells.shape), None
 

@@ -46,25 +46,26 @@ def assemble(rows: Tensor, grid: Sequence[int]) -> Tensor:
     return cells.permute(order).reshape(rows.shape[0], *kernel_shape(rows.shape[2:], grid))
 
 
-def cut(kernel: Tensor, grid: Sequence[int], cell_shape: Sequence[int]) -> Tensor:
-    """Takes one kernel apart: undoes :func:`assemble`.
+def cut(kernels: Tensor, grid: Sequence[int], cell_shape: Sequence[int]) -> Tensor:
+    """Takes kernels apart: undoes :func:`assemble`.
 
     Args:
-        kernel: Tensor[out, in, *kernel_size].
+        kernels: Tensor[batch, out, in, *kernel_size].
         grid: As in :func:`mix_cells`.
         cell_shape: ``(cell_out, cell_in, *cell_kernel)``.
 
     Returns:
-        Tensor[*spatial, out block, in block, cell_out, cell_in, *cell_kernel], one cell a mixture.
+        Tensor[batch, *spatial, out block, in block, cell_out, cell_in, *cell_kernel], one cell a
+        mixture.
     """
     *spatial, out_blocks, in_blocks = grid
     cell_out, cell_in, *cell_kernel = cell_shape
     dims = len(spatial)
-    shape = [out_blocks, cell_out, in_blocks, cell_in]
+    shape = [kernels.shape[0], out_blocks, cell_out, in_blocks, cell_in]
     for blocks, size in zip(spatial, cell_kernel):
         shape += [blocks, size]
-    order = [*range(4, 4 + 2 * dims, 2), 0, 2, 1, 3, *range(5, 5 + 2 * dims, 2)]
-    return kernel.reshape(shape).permute(order)
+    order = [0, *range(5, 5 + 2 * dims, 2), 1, 3, 2, 4, *range(6, 6 + 2 * dims, 2)]
+    return kernels.reshape(shape).permute(order)
 
 
 def cut_kernels(kernels: Iterable[Tensor], grid: Sequence[int], rows: Tensor) -> None:
@@ -76,7 +77,7 @@ def cut_kernels(kernels: Iterable[Tensor], grid: Sequence[int], rows: Tensor) ->
         rows: Tensor[images, mixtures, cell_out, cell_in, *cell_kernel], to be filled.
     """
     for kernel, mixtures in zip(kernels, rows):
-        pieces = cut(kernel, grid, rows.shape[2:])
+        (pieces,) = cut(kernel.unsqueeze(0), grid, rows.shape[2:])
         mixtures.view(pieces.shape).copy_(pieces)
 
 

@@ -83,6 +83,7 @@ at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
   const int64_t batch = pooled.size(0), width = fc1_weight.size(0), logits = fc2_weight.size(0);
   TORCH_CHECK(mixtures > 0 && logits > 0 && logits % mixtures == 0, logits, " logits for ",
               mixtures, " mixtures");
+  TORCH_CHECK(mean.has_value() == variance.has_value(), "mean and variance come together");
   const int64_t n = logits / mixtures - 1;
   // Parameters may be slices of others, or expanded: they are read as they lie only if contiguous.
   const at::Tensor values = dense(pooled, {batch, fc1_weight.size(1)});

@@ -18,6 +18,7 @@ typedef int Indices __attribute__((vector_size(16)));
 
 #if defined(__x86_64__) && defined(__GNUC__)
 namespace avx512 {
+#define CPU_LEVEL "AVX512"
 #define TARGET __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma")))
 #define LANES 16
 #define ROWS 12
@@ -27,6 +28,7 @@ namespace avx512 {
 #include "tiles.h"
 }  // namespace avx512
 namespace avx2 {
+#define CPU_LEVEL "AVX2"
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
 #define ROWS 6
@@ -37,6 +39,7 @@ namespace avx2 {
 }  // namespace avx2
 #endif
 namespace any_processor {
+#define CPU_LEVEL "DEFAULT"
 #define TARGET
 #define LANES 4
 #define ROWS 6

@@ -20,6 +20,8 @@ void for_tiles(int64_t count, int64_t fitting, const Work& work) {
 
 // What tiles.h offers for a generation of processors.
 struct Blocks {
+  // As PyTorch names it.
+  const char* cpu_level;
   // Of inner products the columns come in multiples of this.
   int64_t lanes;
   // Of a product's tile: the most rows, and the columns.

@@ -3,6 +3,9 @@
 
 #include "operators.h"
 
+#include "blocks.h"
+
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <Python.h>
@@ -29,8 +32,17 @@ TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
   library.impl("attend", &mmkw::attend);
 }
 
+// These are constants to autograd: a backward pass through them is an error, not a wrong gradient.
+// That of mix_cells is registered in mmkw/ops/compiled.py.
+TORCH_LIBRARY_IMPL(mmkw, Autograd, library) {
+  for (const char* name : {"mix_cells_into", "mix_backward", "add_to_cells", "attend"})
+    library.impl(name, torch::autograd::autogradNotImplementedFallback());
+}
+
 // Importing the module is what loads the library.
 PyMODINIT_FUNC PyInit__native() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr};
-  return PyModule_Create(&module);
+  PyObject* const made = PyModule_Create(&module);
+  if (made) PyModule_AddStringConstant(made, "CPU_LEVEL", mmkw::blocks().cpu_level);
+  return made;
 }

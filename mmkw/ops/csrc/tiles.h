@@ -1,6 +1,7 @@
 // Products of blocks that lie in the caches next to a core, for one generation of processors.
 //
 // blocks.cpp includes this file once for each of them, in a namespace of its own, with
+//   CPU_LEVEL  its name,
 //   TARGET  the attribute that lets the compiler use the generation's instructions,
 //   LANES   floats in a vector register,
 //   ROWS, VECTORS  of a product's tile, and DOT_ROWS, DOT_CELLS of a tile of inner products: as
@@ -131,9 +132,10 @@ TARGET void dots(float* result, int64_t result_stride, const float* rows, int64_
   });
 }
 
-constexpr Blocks blocks{LANES, ROWS, WIDTH, &product, &dots};
+constexpr Blocks blocks{CPU_LEVEL, LANES, ROWS, WIDTH, &product, &dots};
 
 #undef INLINE
+#undef CPU_LEVEL
 #undef TARGET
 #undef LANES
 #undef ROWS

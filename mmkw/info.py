@@ -1,0 +1,61 @@
+"""``python -m mmkw.info``: what is installed here, and what computes. For questions and reports."""
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+from . import requirements
+from .version import __version__
+
+
+def report() -> str:
+    """Says which versions are installed, which mmkw accepts, and what computes.
+
+    Returns:
+        Lines of a name and what is known of it.
+
+    Example:
+        ``print(mmkw.info.report())``, or ``python -m mmkw.info`` in a shell.
+    """
+    lines = [
+        ('mmkw', f'{__version__}, in {Path(__file__).parent}'),
+        ('python', f'{platform.python_version()}, {platform.platform()}'),
+    ]
+    for name in requirements.SUPPORTED:
+        fault = requirements.fault_of(name)
+        lines.append((name, _installed(name) if fault is None else fault))
+    lines += _of_operators()
+    width = max(len(name) for name, _ in lines)
+    return '\n'.join(f'{name:{width}}  {text}' for name, text in lines)
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return 'not installed; one of mmdet and mmsegmentation is enough'
+
+
+def _of_operators() -> list[tuple[str, str]]:
+    try:
+        import torch
+
+        from .ops import backend
+        from .ops.compiled import cpu_level
+    except ImportError as error:
+        return [('compiled kernels', f'not used: {error}')]
+    missing = backend.why_not_compiled()
+    used = f'used in float32 on the CPU, for {cpu_level()}' if missing is None else None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'
+    return [
+        ('compiled kernels', used or f'not used: {missing}'),
+        (
+            'PyTorch',
+            f'{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}',
+        ),
+        ('GPU', gpu),
+    ]
+
+
+if __name__ == '__main__':
+    print(report())

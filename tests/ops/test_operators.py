@@ -1,0 +1,243 @@
+"""``torch.ops.mmkw``: what PyTorch is told of them is true, and wrong calls are refused."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmkw.ops import backend, mix_cells
+from mmkw.ops.compiled import MISSING
+from mmkw.ops.kernels import cut_kernels
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=f'compiled kernels: {MISSING}')
+ops = torch.ops.mmkw
+# Two images of 3x3 kernels, 8 to 8 channels, from six cells of 8 x 4.
+GRID, CELLS, MIXTURES = (3, 3, 1, 2), (6, 8, 4, 1, 1), 18
+
+
+def floats(*shape):
+    return torch.randn(shape)
+
+
+def mixing(**changes):
+    return dict(attention=floats(2, MIXTURES, 6), cells=floats(*CELLS), grid=GRID) | changes
+
+
+def kernels(batch=2):
+    return floats(batch, 8, 8, 3, 3)
+
+
+def backward(**changes):
+    return dict(grad_kernels=list(kernels()), **mixing(), kernels=None, rows=None) | changes
+
+
+def addition(**changes):
+    sizes = dict(weights=floats(5, 6), rows=floats(5, *CELLS[1:]), sum=floats(*CELLS), begin=False)
+    return sizes | changes
+
+
+def attention(**changes):
+    hidden = dict(pooled=floats(2, 8), fc1_weight=floats(16, 8), fc1_bias=None)
+    norm = dict(mean=floats(16), variance=floats(16).exp(), norm_weight=floats(16))
+    output = dict(norm_bias=floats(16), norm_eps=1e-5, fc2_weight=floats(21, 16))
+    return hidden | norm | output | dict(fc2_bias=floats(21), mixtures=3, eps=1e-3) | changes
+
+
+CALLS = {
+    'mix_cells': ('mix_cells', mixing),
+    'mix_cells for no image': ('mix_cells', lambda: mixing(attention=floats(0, MIXTURES, 6))),
+    'mix_cells_into': ('mix_cells_into', lambda: dict(**mixing(), kernels=kernels())),
+    'mix_backward': ('mix_backward', backward),
+    'mix_backward and kernels': ('mix_backward', lambda: backward(kernels=kernels())),
+    'mix_backward and rows': (
+        'mix_backward',
+        lambda: backward(rows=floats(2, MIXTURES, *CELLS[1:])),
+    ),
+    'add_to_cells': ('add_to_cells', addition),
+    'add_to_cells at first': ('add_to_cells', lambda: addition(begin=True)),
+    'attend': ('attend', attention),
+    'attend by own statistics': (
+        'attend',
+        lambda: attention(mean=None, variance=None, fc1_bias=floats(16)),
+    ),
+}
+
+
+def test_every_operator_is_checked():
+    names = {
+        name.split('::')[1] for name in torch._C._dispatch_get_all_op_names() if 'mmkw::' in name
+    }
+    assert names == {name for name, _ in CALLS.values()}
+
+
+# Writing into arguments is nothing to learn from.
+WRITING = ('mix_cells_into', 'mix_backward and kernels', 'mix_backward and rows')
+LEARNING = [call for call in CALLS if call not in WRITING and not call.startswith('add_to_cells')]
+
+
+@pytest.mark.parametrize('call', CALLS)
+def test_constants_are_what_their_registration_says(call):
+    """Schema, shapes without values, and ``torch.compile`` with sizes unknown."""
+    name, arguments = CALLS[call]
+    torch.library.opcheck(getattr(ops, name).default, (), arguments())
+
+
+@pytest.mark.parametrize('call', LEARNING)
+def test_gradients_are_what_their_registration_says(call):
+    """The same, and that there is a gradient or an error."""
+    name, arguments = CALLS[call]
+    given = arguments()
+    given['attention' if 'attention' in given else 'pooled'].requires_grad_()
+    checks = ['test_schema', 'test_autograd_registration', 'test_faketensor']
+    if name == 'mix_cells':
+        checks.append('test_aot_dispatch_dynamic')
+    torch.library.opcheck(getattr(ops, name).default, (), given, test_utils=checks)
+
+
+def test_what_has_no_gradient_says_so():
+    for name, arguments, learning in (
+        ('attend', attention(), 'pooled'),
+        ('mix_backward', backward(), 'attention'),
+    ):
+        arguments[learning].requires_grad_()
+        result = getattr(ops, name)(**arguments)
+        with pytest.raises(RuntimeError, match=f'{name} is not implemented'):
+            result.sum().backward()
+
+
+def test_mix_cells_has_the_gradient_of_its_definition():
+    given = mixing()
+    operands = [given[name].requires_grad_() for name in ('attention', 'cells')]
+    results = []
+    for mix in (ops.mix_cells, mix_cells):
+        mixed = mix(*operands, GRID)
+        results.append([mixed, *torch.autograd.grad(mixed.square().sum(), operands)])
+    for found, right in zip(*results, strict=True):
+        torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
+
+
+def test_operations_are_counted():
+    """Two for every multiplication of the products that the definitions name."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    mixed = 2 * 2 * MIXTURES * torch.Size(CELLS).numel()
+    expected = dict.fromkeys(('mix_cells', 'mix_cells_into', 'mix_backward'), mixed)
+    expected['mix_backward and kernels'] = 2 * mixed
+    expected['add_to_cells'] = 2 * 5 * torch.Size(CELLS).numel()
+    expected['attend'] = 2 * 2 * (16 * 8 + 21 * 16)
+    for call, flops in expected.items():
+        name, arguments = CALLS[call]
+        with FlopCounterMode(display=False) as counter:
+            getattr(ops, name)(**arguments())
+        assert counter.get_total_flops() == flops, call
+
+
+WRONG = {
+    'no grid': ('mix_cells', lambda: mixing(grid=[])),
+    'a short grid': ('mix_cells', lambda: mixing(grid=[3, 3, 2])),
+    'a grid of nothing': ('mix_cells', lambda: mixing(grid=[3, 3, 0, 2])),
+    'a negative grid': ('mix_cells', lambda: mixing(grid=[-3, -3, 1, 2])),
+    'no cells': ('mix_cells', lambda: mixing(cells=floats(0, 8, 4, 1, 1))),
+    'other cells': ('mix_cells', lambda: mixing(cells=floats(7, *CELLS[1:]))),
+    'cells of two dimensions': ('mix_cells', lambda: mixing(cells=floats(6, 32))),
+    'a cell between one place and all': (
+        'mix_cells',
+        lambda: mixing(cells=floats(6, 8, 4, 2, 2)),
+    ),
+    'an attention for one image': ('mix_cells', lambda: mixing(attention=floats(MIXTURES, 6))),
+    'a scalar': ('mix_cells', lambda: mixing(attention=floats())),
+    'too few mixtures': ('mix_cells', lambda: mixing(attention=floats(2, 17, 6))),
+    'a double attention': ('mix_cells', lambda: mixing(attention=floats(2, MIXTURES, 6).double())),
+    'double cells': ('mix_cells', lambda: mixing(cells=floats(*CELLS).double())),
+    'kernels of one image': ('mix_cells_into', lambda: dict(**mixing(), kernels=kernels(1))),
+    'kernels of as many values': (
+        'mix_cells_into',
+        lambda: dict(**mixing(), kernels=floats(2, 8, 8, 9)),
+    ),
+    'kernels transposed': (
+        'mix_cells_into',
+        lambda: dict(**mixing(), kernels=kernels().transpose(1, 2)),
+    ),
+    'half kernels': ('mix_cells_into', lambda: dict(**mixing(), kernels=kernels().half())),
+    'too few gradients': ('mix_backward', lambda: backward(grad_kernels=list(kernels(1)))),
+    'small gradients': (
+        'mix_backward',
+        lambda: backward(grad_kernels=list(floats(2, 8, 8, 2, 2))),
+    ),
+    'double gradients': ('mix_backward', lambda: backward(grad_kernels=list(kernels().double()))),
+    'small rows': ('mix_backward', lambda: backward(rows=floats(2, 9, *CELLS[1:]))),
+    'rows of as many values': (
+        'mix_backward',
+        lambda: backward(rows=floats(1, 2 * MIXTURES, *CELLS[1:])),
+    ),
+    'strided rows': (
+        'mix_backward',
+        lambda: backward(rows=floats(2, MIXTURES, 4, 8, 1, 1).transpose(2, 3)),
+    ),
+    'small kernels': ('mix_backward', lambda: backward(kernels=kernels(1))),
+    'a sum of no cells': (
+        'add_to_cells',
+        lambda: addition(weights=floats(5, 0), sum=floats(0, *CELLS[1:])),
+    ),
+    'a sum of empty cells': (
+        'add_to_cells',
+        lambda: addition(rows=floats(5, 0, 4, 1, 1), sum=floats(6, 0, 4, 1, 1)),
+    ),
+    'a scalar sum': ('add_to_cells', lambda: addition(sum=floats())),
+    'other weights': ('add_to_cells', lambda: addition(weights=floats(4, 6))),
+    'other rows': ('add_to_cells', lambda: addition(rows=floats(5, 8, 5, 1, 1))),
+    'a strided sum': ('add_to_cells', lambda: addition(sum=floats(6, 4, 8, 1, 1).transpose(1, 2))),
+    'no mixtures': ('attend', lambda: attention(mixtures=0)),
+    'negative mixtures': ('attend', lambda: attention(mixtures=-3)),
+    'mixtures that do not divide': ('attend', lambda: attention(mixtures=4)),
+    'no logits': ('attend', lambda: attention(fc2_weight=floats(0, 16), fc2_bias=floats(0))),
+    'other hidden units': ('attend', lambda: attention(fc2_weight=floats(21, 15))),
+    'a small norm': ('attend', lambda: attention(norm_weight=floats(15))),
+    'small statistics': ('attend', lambda: attention(variance=floats(4))),
+    'one statistic': ('attend', lambda: attention(variance=None)),
+    'a small bias': ('attend', lambda: attention(fc2_bias=floats(20))),
+    'maps': ('attend', lambda: attention(pooled=floats(2, 8, 1))),
+    'a double weight': ('attend', lambda: attention(fc1_weight=floats(16, 8).double())),
+}
+
+
+@pytest.mark.parametrize('wrong', WRONG)
+def test_wrong_calls_are_refused_and_change_nothing(wrong):
+    name, arguments = WRONG[wrong]
+    given = arguments()
+    written = [given[key] for key in ('kernels', 'rows', 'sum') if given.get(key) is not None]
+    before = [tensor.clone() for tensor in written]
+    with pytest.raises(RuntimeError):
+        getattr(ops, name)(**given)
+    assert all(map(torch.equal, written, before))
+
+
+sizes = st.integers(0, 5)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    attention_shape=st.lists(sizes, max_size=4),
+    cells_shape=st.lists(sizes, max_size=6),
+    grid=st.lists(st.integers(-1, 3), max_size=5),
+)
+def test_random_calls_are_right_or_refused(attention_shape, cells_shape, grid):
+    attention, cells = floats(*attention_shape), floats(*cells_shape)
+    try:
+        mixed = ops.mix_cells(attention, cells, grid)
+    except RuntimeError:
+        return
+    torch.testing.assert_close(mixed, mix_cells(attention, cells, grid), atol=1e-5, rtol=1e-4)
+    rows = cells.new_empty(*attention.shape[:2], *cells.shape[1:])
+    cut_kernels(mixed, grid, rows)
+    found = ops.mix_backward(list(mixed), attention, cells, grid, None, None)
+    expected = rows.flatten(0, 1).flatten(1) @ cells.flatten(1).t()
+    torch.testing.assert_close(found, expected.view_as(found), atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_kernels_can_be_switched_off(monkeypatch):
+    assert backend.why_not_compiled() is None
+    monkeypatch.setattr(backend, '_switched_on', True)
+    backend.use_compiled(False)
+    assert 'MMKW_COMPILED' in backend.why_not_compiled()
+    assert not backend.is_compiled(floats(1))

@@ -1,0 +1,55 @@
+"""What ``python -m mmkw.info`` says is so."""
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+import torch
+
+import mmkw
+from mmkw import requirements
+from mmkw.ops.compiled import MISSING
+
+
+def lines_of(root, **environment):
+    result = subprocess.run(
+        [sys.executable, '-m', 'mmkw.info'],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=root,
+        env=os.environ | environment,
+    )
+    return dict(line.split('  ', 1) for line in result.stdout.splitlines())
+
+
+def test_versions_and_what_computes(root):
+    lines = {name: text.strip() for name, text in lines_of(root).items()}
+    assert lines['mmkw'].startswith(mmkw.__version__)
+    for name in requirements.SUPPORTED:
+        try:
+            assert lines[name] == metadata.version(name)
+        except metadata.PackageNotFoundError:
+            assert 'not installed' in lines[name]
+    if MISSING is None:
+        level = torch.backends.cpu.get_cpu_capability()
+        level = level if level in ('AVX512', 'AVX2') else 'DEFAULT'
+        assert lines['compiled kernels'] == f'used in float32 on the CPU, for {level}'
+    else:
+        assert lines['compiled kernels'] == f'not used: {MISSING}'
+
+
+@pytest.mark.skipif(MISSING is not None, reason=f'compiled kernels: {MISSING}')
+def test_the_environment_is_heard(root):
+    assert 'MMKW_COMPILED=0' in lines_of(root, MMKW_COMPILED='0')['compiled kernels']
+    assert lines_of(root, ATEN_CPU_CAPABILITY='default')['compiled kernels'].endswith('for DEFAULT')
+
+
+def test_versions_that_do_not_fit_are_named(monkeypatch):
+    from mmkw import info
+
+    real = metadata.version
+    monkeypatch.setattr(metadata, 'version', lambda name: '1.0' if name == 'torch' else real(name))
+    assert "but torch 1.0 is installed. Run: pip install 'torch==" in info.report()
