@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..ops import backend
-from .partition import LayerShare, WarehouseOptions
+from .partition import LayerShare, WarehouseOptions, check_size
 
 MIN_WIDTH = 16
 DENOMINATOR_EPS = 1e-3
@@ -36,6 +36,10 @@ class Attention(nn.Module):
         norm_cfg: Config of the norm over the hidden units, for ``mmcv.cnn.build_norm_layer``:
             ``BN1d`` or ``SyncBN`` (no bias in fc1 then), or ``LN``.
 
+    Raises:
+        PlanError: If the attention would have too many parameters.
+        ValueError: If ``norm_cfg`` gives no norm for vectors.
+
     Attributes:
         temperature: tau, in [0, 1]. 0 unless a schedule sets it; not part of the state dict.
     """
@@ -56,7 +60,13 @@ class Attention(nn.Module):
         self.local_cells = num_cells
 
         width = max(int(in_channels * options.reduction), MIN_WIDTH)
-        _, norm = build_norm_layer(norm_cfg, width)
+        check_size(
+            f'The attention of {share.kernel}, of {width} hidden units for {self.num_mixtures} '
+            f'mixtures of {num_cells} cells,',
+            width * max(in_channels, self.num_mixtures * (num_cells + 1)),
+            f'Lower cell_num_ratio={options.cell_num_ratio} or reduction={options.reduction}',
+        )
+        norm = _norm_of(norm_cfg, width)
         self.fc1 = nn.Linear(in_channels, width, bias=not isinstance(norm, _BatchNorm))
         self.norm1 = norm
         self.relu = nn.ReLU(inplace=True)
@@ -218,6 +228,23 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         """Mixtures and cells."""
         return f'mixtures={self.num_mixtures}, cells={self.num_cells}'
+
+
+def _norm_of(norm_cfg: dict, width: int) -> nn.Module:
+    """Builds the norm of the hidden units."""
+    expected = "attention_norm_cfg must be such as dict(type='BN1d'), 'SyncBN' or 'LN'"
+    try:
+        _, norm = build_norm_layer(norm_cfg, width)
+    except Exception as error:
+        raise ValueError(f'{expected}, got {norm_cfg!r}: {error}') from error
+    if isinstance(norm, _NormBase) and not isinstance(norm, (nn.BatchNorm1d, nn.SyncBatchNorm)):
+        raise ValueError(f'{expected}, got {norm_cfg!r}, which normalises maps, not vectors.')
+    if isinstance(norm, _BatchNorm) and norm.running_mean is None:
+        raise ValueError(
+            f'{expected}, got {norm_cfg!r}: without running statistics there is nothing to '
+            'normalise a batch of one image by.'
+        )
+    return norm
 
 
 def _is_as_made(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import SampleConv, SampleLinear, apply_mixed
 from ..registry import MODELS
+from .arguments import check_arguments
 from .attention import Attention
 from .partition import KernelShape, WarehouseOptions, partition_warehouse, split_options
 from .warehouse import WarehouseManager, fault_of
@@ -37,8 +38,10 @@ class DynamicLayer(nn.Module):
             to 3.4). A layer alone has no cells of other layers: the basis has no effect on it.
 
     Raises:
-        PlanError: If a warehouse option is out of range or the budget does not come out.
-        ValueError: If the namesake refuses its arguments.
+        PlanError: If a warehouse option is out of range, the budget does not come out, or the layer
+            would be too large.
+        ValueError: If a value of the namesake's arguments is out of range.
+        TypeError: If one of them is missing, unknown, or of a wrong type.
     """
 
     static_class: type[nn.Module]
@@ -48,6 +51,7 @@ class DynamicLayer(nn.Module):
     ) -> None:
         super().__init__()
         options, kwargs = split_options(kwargs)
+        check_arguments(self.static_class, args, kwargs)
         device, dtype = kwargs.pop('device', None), kwargs.pop('dtype', None)
         # torch.nn checks and normalises the arguments; on the meta device that costs no memory.
         static = self.static_class(*args, **kwargs, device='meta')
@@ -199,7 +203,7 @@ class _KWConvNd(DynamicLayer):
                 f'{type(self).__name__} expects an input of shape (batch, {self.in_channels}, '
                 f'{dims} spatial sizes) or the same without batch, got {tuple(x.shape)}.'
             )
-        if x.shape[0] and not x.shape[2:].numel():
+        if not x.shape[2:].numel():
             raise ValueError(
                 f'{type(self).__name__} expects an input with pixels, got {tuple(x.shape)}.'
             )

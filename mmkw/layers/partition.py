@@ -5,9 +5,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+# Of one tensor, and of one warehouse: thousands of times what the networks of the paper have. More
+# is refused before memory is asked for.
+MOST_VALUES = 2**32
+MOST_CELLS = 2**18
+
 
 class PlanError(ValueError):
     """A plan that cannot be carried out; names the warehouse, its layers and the numbers."""
+
+
+def check_size(what: str, values: int, remedy: str) -> None:
+    """Refuses what is too large to be made.
+
+    Args:
+        what: Its name, for the message.
+        values: How many it has.
+        remedy: What to do about it.
+
+    Raises:
+        PlanError: If there are more than :data:`MOST_VALUES`.
+    """
+    if values > MOST_VALUES:
+        raise PlanError(f'{what} has {values} values, more than {MOST_VALUES}. {remedy}.')
 
 
 @dataclass(frozen=True)
@@ -46,7 +66,9 @@ class WarehouseOptions:
                 unbounded = field.name in ('cell_num_ratio', 'reduction')
                 expected = 'a number above 0' if unbounded else 'a number in (0, 1]'
                 valid = isinstance(value, (int, float)) and not isinstance(value, bool)
-                valid = valid and 0 < value < math.inf and (unbounded or value <= 1)
+                valid = valid and value > 0 and (unbounded or value <= 1)
+                if valid and not 1 / MOST_VALUES <= value <= MOST_VALUES:
+                    valid, expected = False, f'from 1 / {MOST_VALUES} to {MOST_VALUES}'
             if not valid:
                 raise PlanError(f'{field.name} must be {expected}, got {value!r}.')
 
@@ -154,8 +176,9 @@ def partition_warehouse(
         The warehouse's cells and every layer's share in them.
 
     Raises:
-        PlanError: If the kernels differ in dimension, or in size without spatial partition, or if
-            the one-to-one start does not use exactly the cells of the budget.
+        PlanError: If the kernels differ in dimension, or in size without spatial partition, if the
+            one-to-one start does not use exactly the cells of the budget, or if there would be more
+            mixtures or values than can be made.
     """
     layers = ', '.join(map(str, kernels))
     if len({len(kernel.kernel_size) for kernel in kernels}) != 1:
@@ -188,6 +211,21 @@ def partition_warehouse(
         grids.append((*spatial, kernel.out_channels // cell_out, kernel.in_channels // cell_in))
     mixtures = sum(math.prod(grid) for grid in grids)
     num_cells = max(int(mixtures * options.cell_num_ratio), 1)
+    if max(mixtures, num_cells) > MOST_CELLS:
+        raise PlanError(
+            f'Warehouse {name!r}: {mixtures} mixtures of {num_cells} cells, more than '
+            f'{MOST_CELLS}, for {layers}. Lower cell_num_ratio={options.cell_num_ratio}; larger '
+            'cells, by the other ratios or spatial_partition=False, are fewer.'
+        )
+    cell_kernel = (1,) * len(kernels[0].kernel_size)
+    if not options.spatial_partition:
+        cell_kernel = kernels[0].kernel_size
+    cell_shape = (cell_out, cell_in, *cell_kernel)
+    check_size(
+        f'Warehouse {name!r}, {num_cells} cells of {cell_shape},',
+        num_cells * math.prod(cell_shape),
+        f'Lower cell_num_ratio={options.cell_num_ratio}',
+    )
 
     shares, start = [], 0
     for kernel, grid in zip(kernels, grids):
@@ -202,12 +240,7 @@ def partition_warehouse(
             'Take an integer or 1/integer budget; below 1, smaller cell_inplane_ratio or '
             'cell_outplane_ratio give more mixtures to divide.'
         )
-    cell_kernel = (1,) * len(kernels[0].kernel_size)
-    if not options.spatial_partition:
-        cell_kernel = kernels[0].kernel_size
-    return WarehousePartition(
-        name, options, num_cells, (cell_out, cell_in, *cell_kernel), tuple(shares)
-    )
+    return WarehousePartition(name, options, num_cells, cell_shape, tuple(shares))
 
 
 def _cell_channels(channels: Sequence[int], ratio: float) -> int:
