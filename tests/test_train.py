@@ -4,7 +4,16 @@ import socket
 
 import pytest
 import torch
-from distributed_worker import gradients, images, loss_of, make_network, work
+from distributed_worker import (
+    REFUSED,
+    SHARDED,
+    gradients,
+    images,
+    loss_of,
+    make_network,
+    work,
+    work_sharded,
+)
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
@@ -105,18 +114,32 @@ def test_moving_average_of_the_weights(demo):
         assert torch.equal(network(x)[-1], averaged) and torch.equal(average(x)[-1], current)
 
 
+def in_two_processes(work, path, *arguments):
+    """What process 0 saves."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, str(path), *arguments), nprocs=2)
+    return torch.load(path)
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_parameters_may_be_sharded_with_their_layers(tmp_path):
+    found = in_two_processes(work_sharded, tmp_path / 'results.pth')
+    for kind in SHARDED:
+        for dynamic in (False, True):
+            assert found[kind, dynamic] == pytest.approx(found['DDP', dynamic], rel=1e-5)
+    for kind in REFUSED:
+        assert found[kind, False] == pytest.approx(found['DDP', False], rel=1e-5)
+        assert 'wrap the module that has warehouse_manager' in found[kind, True]
+
+
 @pytest.mark.parametrize('with_cp', [False, True])
 @pytest.mark.parametrize('tau', [0, 1])
 def test_averaged_gradients_of_two_processes_equal_those_of_the_joined_batch(
     tmp_path, with_cp, tau
 ):
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    path = tmp_path / 'gradients.pth'
-    torch.multiprocessing.spawn(work, (port, str(path), with_cp, tau), nprocs=2)
-    averaged = torch.load(path)
-
+    averaged = in_two_processes(work, tmp_path / 'results.pth', with_cp, tau)
     network = make_network(with_cp=False, tau=tau)
     loss_of(network, images()).backward()
     expected = gradients(network)

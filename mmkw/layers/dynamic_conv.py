@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks import wrappers
 from torch import Tensor, nn
 
-from ..ops import SampleConv, SampleLinear, apply_mixed
+from ..ops import SampleConv, SampleLinear, apply_mixed, modes
 from ..registry import MODELS
 from .arguments import check_arguments
 from .attention import Attention
@@ -131,8 +131,14 @@ class DynamicLayer(nn.Module):
 
     def _map(self, x: Tensor, pooled: Tensor) -> Tensor:
         """Maps every image by the kernel that its pooled input asks for."""
-        attention = self.attention(pooled)
-        return apply_mixed(x, attention, self.cells, self._grid, self._sample_map, self.bias)
+        attention, cells = self.attention(pooled), self.cells
+        if modes.is_sharded(cells) and not modes.is_sharded(attention):
+            raise RuntimeError(
+                f'The kernel cells of a {type(self).__name__} are sharded where it computes. With '
+                'FSDP or fully_shard wrap the module that has warehouse_manager with all its '
+                'layers, not warehouse_manager or what is in it.'
+            )
+        return apply_mixed(x, attention, cells, self._grid, self._sample_map, self.bias)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Takes the kernel of a static layer, where its network has not taken it."""

@@ -70,6 +70,15 @@ def _is_no_plain_tensor(tensor: Tensor) -> bool:
     )
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a process holds only a part of a tensor: ``fully_shard``'s, or a flat one of FSDP's.
+
+    Args:
+        tensor: Kernel cells, of at least four dimensions where they are whole.
+    """
+    return tensor.dim() < 2 or hasattr(tensor, 'device_mesh')
+
+
 def backward_pass() -> int:
     """A number of the backward pass that is running in this thread."""
     return torch._C._current_graph_task_id()

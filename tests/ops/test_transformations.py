@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from distributed_worker import Chain
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -56,16 +57,6 @@ def twins(kind, precision=torch.float32, batch=3):
     torch.manual_seed(0)
     layers = [dynamic().to(precision), static().to(precision)]
     return layers, torch.randn(batch, *shape, dtype=precision)
-
-
-class Chain(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Conv2d(8, 8, 3, padding=1)
-        self.b = nn.Conv2d(8, 8, 1)
-
-    def forward(self, x):
-        return self.b(self.a(self.a(x).tanh()).tanh())
 
 
 def chains(precision=torch.float32):
