@@ -10,7 +10,7 @@ demo-seg: env
 test: env
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist worksteal
 
 env:
 	tools/setup_env.sh

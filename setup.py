@@ -75,6 +75,7 @@ setup(
         # Tests, checks and the demo's data set, made from images inside these packages.
         'dev': [
             'pytest>=8,<10',
+            'pytest-xdist>=3.5,<4',
             'hypothesis>=6,<7',
             'ruff>=0.17,<0.18',
             'scikit-image>=0.22,<1',

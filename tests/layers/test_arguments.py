@@ -131,7 +131,12 @@ def expected_of(layer, twin, x, batched):
 
 
 @pytest.mark.parametrize('layer_type', TWINS, ids=lambda layer: layer.__name__)
-@settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=2500,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 @given(data=st.data())
 def test_random_arguments(layer_type, data):
     drawn = data.draw(arguments(layer_type))

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -220,6 +221,28 @@ def test_a_backward_pass_that_stops_early_keeps_nothing(use):
         fresh.zero_grad()
         fresh(image).square().sum().backward()
         close(found, [p.grad for p in fresh.parameters()], torch.float32)
+
+
+@pytest.mark.parametrize('threads', [1, 2, 3])
+def test_threads_share_a_network(threads):
+    """Each with passes of its own, of PyTorch's threads as many as there may be."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for network in chains():
+            images = torch.randn(4, 3, 8, 6, 6)
+
+            def gradients(image, network=network):
+                inputs = [image.clone().requires_grad_(), *network.parameters()]
+                return torch.autograd.grad(network(inputs[0]).square().sum(), inputs)
+
+            expected = list(map(gradients, images))
+            with ThreadPoolExecutor(4) as pool:
+                found = list(pool.map(gradients, [*images] * 5))
+            for index, result in enumerate(found):
+                close(result, expected[index % 4], torch.float32)
+    finally:
+        torch.set_num_threads(before)
 
 
 # Modes
