@@ -5,7 +5,6 @@ from typing import Any
 
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def static_network(name: str) -> type[nn.Module]:
@@ -70,7 +69,8 @@ def attention_norm(network: nn.Module, otherwise: str = 'BN1d') -> dict:
         network: A static network.
         otherwise: The type where the network has no BatchNorm.
     """
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    norms = [module for module in network.modules() if isinstance(module, kinds)]
     if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
         return dict(type='SyncBN')
     return dict(type='BN1d' if norms else otherwise)

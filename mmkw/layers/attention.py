@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from ..ops import backend
+from ..ops import backend, modes
 from .partition import LayerShare, WarehouseOptions, check_size
 
+# Of vectors; they have statistics of a batch.
+BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
 MIN_WIDTH = 16
 DENOMINATOR_EPS = 1e-3
 
@@ -67,7 +68,7 @@ class Attention(nn.Module):
             f'Lower cell_num_ratio={options.cell_num_ratio} or reduction={options.reduction}',
         )
         norm = _norm_of(norm_cfg, width)
-        self.fc1 = nn.Linear(in_channels, width, bias=not isinstance(norm, _BatchNorm))
+        self.fc1 = nn.Linear(in_channels, width, bias=not isinstance(norm, BATCH_NORMS))
         self.norm1 = norm
         self.relu = nn.ReLU(inplace=True)
         # A warehouse of one layer has no cells beyond the layer's own, hence no basis.
@@ -186,7 +187,7 @@ class Attention(nn.Module):
         if self.temperature > 0 or self.has_nonlocal_basis or not all(map(_is_as_made, (fc1, fc2))):
             return None
         statistics = (None, None)
-        if isinstance(norm, _BatchNorm):
+        if isinstance(norm, BATCH_NORMS):
             if norm.training or norm.running_mean is None:
                 return None
             statistics = (norm.running_mean, norm.running_var)
@@ -204,7 +205,7 @@ class Attention(nn.Module):
     def _norm(self, hidden: Tensor) -> Tensor:
         norm = self.norm1
         alone = hidden.shape[0] <= 1 and not _joins_processes(norm)
-        if isinstance(norm, _BatchNorm) and norm.training and alone:
+        if isinstance(norm, BATCH_NORMS) and norm.training and alone:
             return F.batch_norm(
                 hidden,
                 norm.running_mean,
@@ -237,9 +238,10 @@ def _norm_of(norm_cfg: dict, width: int) -> nn.Module:
         _, norm = build_norm_layer(norm_cfg, width)
     except Exception as error:
         raise ValueError(f'{expected}, got {norm_cfg!r}: {error}') from error
-    if isinstance(norm, _NormBase) and not isinstance(norm, (nn.BatchNorm1d, nn.SyncBatchNorm)):
+    for_maps = (nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d)
+    if isinstance(norm, (*for_maps, nn.InstanceNorm3d)):
         raise ValueError(f'{expected}, got {norm_cfg!r}, which normalises maps, not vectors.')
-    if isinstance(norm, _BatchNorm) and norm.running_mean is None:
+    if isinstance(norm, BATCH_NORMS) and norm.running_mean is None:
         raise ValueError(
             f'{expected}, got {norm_cfg!r}: without running statistics there is nothing to '
             'normalise a batch of one image by.'
@@ -250,7 +252,7 @@ def _norm_of(norm_cfg: dict, width: int) -> nn.Module:
 def _is_as_made(module: nn.Module) -> bool:
     """Whether a module computes what its class says: not replaced, parametrised or hooked."""
     classes = (nn.Linear, nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm)
-    return type(module) in classes and not (module._forward_hooks or module._forward_pre_hooks)
+    return type(module) in classes and not modes.is_hooked(module)
 
 
 def _joins_processes(norm: nn.Module) -> bool:

@@ -193,7 +193,7 @@ class _KWConvNd(DynamicLayer):
         self.groups = static.groups
         self.padding_mode = static.padding_mode
         # Before the convolution, where its own padding cannot express it; last dimension first.
-        self._explicit_padding = static._reversed_padding_repeated_twice
+        self._explicit_padding = modes.padding_of(static)
         begins, ends = self._explicit_padding[::2], self._explicit_padding[1::2]
         self._pads_first = self.padding_mode != 'zeros' or begins != ends
         padding = (0,) * len(begins) if self._pads_first else tuple(reversed(begins))

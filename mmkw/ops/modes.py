@@ -3,6 +3,7 @@
 They are in this module only.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,6 +69,36 @@ def _is_no_plain_tensor(tensor: Tensor) -> bool:
         or tensor.is_meta
         or torch._C._functorch.is_legacy_batchedtensor(tensor)
     )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether someone has a module's forward pass seen or changed.
+
+    Args:
+        module: Any module.
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def padding_of(convolution: nn.Module) -> list[int]:
+    """The padding of a convolution for ``torch.nn.functional.pad``, also where it is named.
+
+    Args:
+        convolution: Of ``torch.nn``.
+    """
+    return convolution._reversed_padding_repeated_twice
+
+
+def reshaped(temporary: Tensor, shape: Sequence[int]) -> Tensor:
+    """A temporary in another shape, but no view of it: such a result could not be changed in place.
+
+    Activations that follow a layer do so, and autograd allows it for no view from a function.
+
+    Args:
+        temporary: Contiguous, and not used any more.
+        shape: Of as many values.
+    """
+    return torch.ops.aten._unsafe_view(temporary, shape)
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -51,7 +51,7 @@ class SampleConv:
         if self._is_matrix(kernels):
             sampled = self._sampled(x)
             y = torch.bmm(self._matrices(kernels), self._columns(sampled))
-            y = _result(y, (batch, kernels.shape[1], *sampled.shape[2:]))
+            y = modes.reshaped(y, (batch, kernels.shape[1], *sampled.shape[2:]))
             return y if bias is None else y.add_(bias.view(-1, *[1] * (x.dim() - 2)))
         if batch <= 1 and not modes.is_exporting():
             # One image is an ordinary convolution; of no image, the sum is a kernel of its shape.
@@ -60,7 +60,7 @@ class SampleConv:
             bias = None if bias is None else bias.repeat(batch)
             x = x.reshape(1, -1, *x.shape[2:])
             y = self._conv(x, kernels.flatten(0, 1), bias, batch * self.groups)
-            return _result(y, (batch, kernels.shape[1], *y.shape[2:]))
+            return modes.reshaped(y, (batch, kernels.shape[1], *y.shape[2:]))
         images = (self._conv(x[i : i + 1], kernels[i], bias, self.groups) for i in range(batch))
         return _gathered(images, batch)
 
@@ -179,7 +179,7 @@ class SampleLinear:
             Tensor[batch, ..., out_features].
         """
         y = torch.bmm(_tokens(x), kernels.squeeze(-1).transpose(1, 2))
-        y = _result(y, (*x.shape[:-1], kernels.shape[1]))
+        y = modes.reshaped(y, (*x.shape[:-1], kernels.shape[1]))
         return y if bias is None else y.add_(bias)
 
     def backward_kernels(
@@ -197,14 +197,6 @@ class SampleLinear:
 def _tokens(x: Tensor) -> Tensor:
     """Tensor[batch, tokens, features]."""
     return x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
-
-
-def _result(y: Tensor, shape: Sequence[int]) -> Tensor:
-    """A temporary in another shape, but no view of it: such a result could not be changed in place.
-
-    Activations that follow a layer do so, and autograd allows it for no view from a function.
-    """
-    return torch.ops.aten._unsafe_view(y, shape)
 
 
 def _gathered(images: Sequence[Tensor], batch: int) -> Tensor:

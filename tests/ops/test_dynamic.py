@@ -373,6 +373,24 @@ def test_kernels_of_many_cells_are_kept_by_their_shapes(path, monkeypatch):
         assert_same_gradients(found, slow_gradients(network, x))
 
 
+@pytest.mark.parametrize('learns', [False, True])
+def test_kernels_are_mixed_again_for_the_images_alone(path, learns, monkeypatch):
+    layer = KWConv2d(4, 4, 3)
+    x = torch.randn(2, 4, 5, 5, requires_grad=learns)
+    y = layer(x)
+    mixed = []
+    if path == 'native':
+        memory = CompiledMixing._kernels
+        monkeypatch.setattr(
+            CompiledMixing, '_kernels', lambda *args: mixed.append(1) or memory(*args)
+        )
+    else:
+        assemble = mixing.assemble
+        monkeypatch.setattr(mixing, 'assemble', lambda *args: mixed.append(1) or assemble(*args))
+    y.sum().backward()
+    assert bool(mixed) == learns
+
+
 def test_cells_changed_before_the_backward_pass_are_refused():
     layer = KWConv2d(4, 4, 3)
     y = layer(torch.randn(2, 4, 5, 5)).sum()

@@ -235,6 +235,23 @@ def test_random_calls_are_right_or_refused(attention_shape, cells_shape, grid):
     torch.testing.assert_close(found, expected.view_as(found), atol=1e-4, rtol=1e-4)
 
 
+def test_sums_of_many_threads_take_little_memory():
+    """Each of them adds up columns of its own; what they add up has to be kept apart."""
+    attention, cells = floats(16, 9, 376), floats(376, 256, 128, 1, 1)
+    gradients = list(floats(16, 256, 128, 3, 3))
+    before = torch.get_num_threads()
+    torch.set_num_threads(128)
+    try:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            ops.mix_backward(gradients, attention, cells, (3, 3, 1, 1), None, None)
+    finally:
+        torch.set_num_threads(before)
+    taken = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    sums = 4 * attention.numel()
+    # One sum for a thread, or 32 MB; and the result.
+    assert sums < taken <= max(128 * sums, 32 << 20) + 2 * sums
+
+
 def test_compiled_kernels_can_be_switched_off(monkeypatch):
     assert backend.why_not_compiled() is None
     monkeypatch.setattr(backend, '_switched_on', True)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +83,11 @@ def test_reading(root):
     pytest.importorskip('mmdet', reason="the file holds MMDetection's ResNet")
     output = run(root, 'reading.py', '--copies', '1', '--repeats', '1')
     assert 'MB, 954 tensors' in output and 'ratio: ' in output
+
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='counts the pages of Linux')
+def test_memory_is_watched_over_many_steps(root):
+    rows = run(root, 'long_run.py', '--steps', '1').splitlines()[2:]
+    names = [tuple(cell.strip() for cell in row.split('|')[1:3]) for row in rows]
+    kinds = ('train', 'saliency')
+    assert names == [(network, kind) for network in ('static', 'kw 1x') for kind in kinds]

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from published_form import published_form
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmkw
 from mmkw.layers.dynamic_conv import DynamicLayer
@@ -73,7 +72,8 @@ def calibrate(case: Case) -> None:
     Under the statistics they start with, activations vanish from layer to layer, until the
     processor computes with denormal numbers, at a fraction of its speed.
     """
-    norms = [m for m in case.model.modules() if isinstance(m, _BatchNorm)]
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    norms = [m for m in case.model.modules() if isinstance(m, kinds)]
     before = [(norm.momentum, norm.training) for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
