@@ -104,7 +104,8 @@ def _apply_in_parts(
         images, weights = x[block], attention[block]
         kernels = None
         if kept is not None:
-            kernels = mixing.kernels(weights) if mixing.is_kept(block) else None
+            is_kept = mixing.is_kept(block, attention.shape[1])
+            kernels = mixing.kernels(weights) if is_kept else None
             kept.append(kernels)
         for part, some in mixing.mixed(weights, kernels):
             results.append(sample_map(images[part], some.to(dtype), bias))

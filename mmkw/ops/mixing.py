@@ -26,8 +26,10 @@ DEFAULT_BYTES = 512 << 20
 # Where mixing kernels again takes far longer than fresh memory for them, from so many cells on,
 # those of the first images are kept for the backward pass: of so many as have this size in all if
 # every layer's kernels were as large as the warehouse. (With a budget of 4 they take a fourth.)
-KEPT_BYTES = {'cpu': 640 << 20}
 KEPT_CELLS = 256
+KEPT_BYTES = {'cpu': 1152 << 20}
+# Of more mixtures than these, which do not wait for memory, half as many.
+FEW_MIXTURES = 40
 
 
 class Mixing:
@@ -59,13 +61,19 @@ class Mixing:
         """
         return self._slices(attention, PART_BYTES)
 
-    def is_kept(self, block: slice) -> bool:
+    def is_kept(self, block: slice, mixtures: int) -> bool:
         """Whether the kernels of a block should be kept for the backward pass.
 
         It follows from shapes alone, so that a forward pass that is run again keeps the same.
+
+        Args:
+            block: Images.
+            mixtures: Of each of them.
         """
         cells = self.cells
         limit = KEPT_BYTES.get(cells.device.type, 4 * DEFAULT_BYTES)
+        if (block.stop - block.start) * mixtures > FEW_MIXTURES:
+            limit //= 2
         return len(cells) >= KEPT_CELLS and (
             block.stop * cells.numel() * cells.element_size() <= limit
         )
