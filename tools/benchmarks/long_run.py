@@ -38,7 +38,8 @@ def watch(budget: float | None, steps: int) -> None:
     """Prints a line for each kind of step, counted from when caches are as large as they get."""
     warm_up = max(steps // 10, 1)
     torch.manual_seed(0)
-    network = build('R18', budget).train()
+    network = build('R18', budget)
+    network.train()
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
     name = 'static' if budget is None else f'kw {budget:g}x'
     for step in (train, saliency):
