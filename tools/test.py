@@ -9,19 +9,25 @@ from mmkw.engine.command_line import (
     add_common_arguments,
     build_runner,
     check_checkpoint,
+    check_scopes,
+    library_of,
     load_config,
 )
+
+# Of MMSegmentation, that write what they are given.
+WRITING_METRICS = ('IoUMetric', 'CityscapesMetric')
 
 
 def show_predictions(config: Config, args: argparse.Namespace) -> None:
     """Has the visualization hook draw the predictions."""
-    kind = 'Seg' if config.default_scope == 'mmseg' else 'Det'
-    drawing = ConfigDict(type=f'{kind}VisualizationHook')
+    library = library_of(config)
+    kind = 'Seg' if library == 'mmseg' else 'Det'
+    drawing = ConfigDict(type=f'{library}.{kind}VisualizationHook')
     hook = config.default_hooks.setdefault('visualization', drawing)
     hook.draw = True
     hook.interval = 1
     hook.show, hook.wait_time = args.show, args.wait_time
-    if args.show_dir and config.default_scope == 'mmseg':
+    if args.show_dir and library == 'mmseg':
         config.visualizer.save_dir = args.show_dir
     elif args.show_dir:
         hook.test_out_dir = args.show_dir
@@ -32,27 +38,32 @@ def augment_at_test_time(config: Config) -> None:
     dataset = config.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
-    if config.default_scope != 'mmseg':
+    if library_of(config) != 'mmseg':
         nms = dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
         config.setdefault('tta_model', dict(type='DetTTAModel', tta_cfg=nms))
         meta = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
-        flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
-        pack = dict(type='PackDetInputs', meta_keys=(*meta, 'flip', 'flip_direction'))
+        flips = [dict(type='mmdet.RandomFlip', prob=p) for p in (1.0, 0.0)]
+        pack = dict(type='mmdet.PackDetInputs', meta_keys=(*meta, 'flip', 'flip_direction'))
         augmentation = dict(type='TestTimeAug', transforms=[flips, [pack]])
         config.setdefault('tta_pipeline', [*deepcopy(dataset.pipeline[:-1]), augmentation])
     dataset.pipeline = config.tta_pipeline
     config.model = ConfigDict(**config.tta_model, module=config.model)
 
 
-def dump_predictions(config: Config, out: str) -> None:
+def dump_predictions(parser: argparse.ArgumentParser, config: Config, out: str) -> None:
     """Has an evaluator keep the predictions: a pickle for detection, a folder for segmentation."""
-    if config.default_scope == 'mmseg':
-        config.test_evaluator.output_dir = out
-        config.test_evaluator.keep_results = True
-        return
     evaluators = config.test_evaluator
     evaluators = list(evaluators) if isinstance(evaluators, (list, tuple)) else [evaluators]
-    config.test_evaluator = [*evaluators, dict(type='DumpDetResults', out_file_path=out)]
+    if library_of(config) == 'mmseg':
+        keepers = [e for e in evaluators if e.type.rpartition('.')[2] in WRITING_METRICS]
+        if not keepers:
+            parser.error(f'--out needs one of {WRITING_METRICS} in test_evaluator')
+        keepers[0].output_dir = out
+        keepers[0].keep_results = True
+        return
+    if not out.endswith(('.pkl', '.pickle')):
+        parser.error(f'--out must end in .pkl or .pickle, got {out}')
+    config.test_evaluator = [*evaluators, dict(type='mmdet.DumpDetResults', out_file_path=out)]
 
 
 def main() -> None:
@@ -71,15 +82,14 @@ def main() -> None:
     check_checkpoint(parser, args.checkpoint)
 
     config = load_config(args)
+    check_scopes(parser, config)
     config.load_from = args.checkpoint
     if args.out:
-        if config.default_scope != 'mmseg' and not args.out.endswith(('.pkl', '.pickle')):
-            parser.error(f'--out must end in .pkl or .pickle, got {args.out}')
-        dump_predictions(config, args.out)
+        dump_predictions(parser, config, args.out)
     if args.show or args.show_dir:
         show_predictions(config, args)
     if args.tta:
-        if config.default_scope == 'mmseg' and 'tta_model' not in config:
+        if library_of(config) == 'mmseg' and 'tta_model' not in config:
             parser.error(f'--tta needs tta_model and tta_pipeline, which {args.config} lacks')
         augment_at_test_time(config)
     build_runner(config).test()

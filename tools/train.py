@@ -8,6 +8,7 @@ from mmkw.engine.command_line import (
     add_common_arguments,
     build_runner,
     check_checkpoint,
+    check_scopes,
     check_weights,
     load_config,
 )
@@ -35,6 +36,7 @@ def main() -> None:
         check_checkpoint(parser, args.resume)
 
     config = load_config(args)
+    check_scopes(parser, config)
     if args.amp:
         config.optim_wrapper.type = 'AmpOptimWrapper'
         config.optim_wrapper.setdefault('loss_scale', 'dynamic')

@@ -48,12 +48,15 @@ def refuse_small_images(network: nn.Module, side: int = 4) -> nn.Module:
     Returns:
         The same network. Its forward pass raises ValueError for such an image.
     """
-    network.register_forward_pre_hook(partial(_check_size, side))
+    network.register_forward_pre_hook(partial(_check_size, side), with_kwargs=True)
     return network
 
 
-def _check_size(side: int, network: nn.Module, inputs: tuple[Any, ...]) -> None:
-    height, width = inputs[0].shape[-2:]
+def _check_size(
+    side: int, network: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    (image,) = inputs or named.values()
+    height, width = image.shape[-2:]
     if height < side or width < side:
         raise ValueError(
             f'{type(network).__name__} got an image of {height} x {width} pixels; a side must have '

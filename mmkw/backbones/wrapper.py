@@ -44,7 +44,13 @@ def KWBackbone(
     Raises:
         PlanError: If the plan or the options do not fit the module.
         ValueError: If ``start_tau`` is neither 0 nor 1.
+        TypeError: If ``backbone`` is no config.
     """
+    if not isinstance(backbone, dict):
+        raise TypeError(
+            "backbone must be the config of a module, such as dict(type='ResNet', depth=50), got "
+            f'{backbone!r}.'
+        )
     options, more = split_options(arguments)
     network = MMENGINE_MODELS.build({**more, **backbone})
     take_over_checkpoints(network)

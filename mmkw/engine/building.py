@@ -16,7 +16,7 @@ def build_model(config: Config, on_meta: bool = False) -> nn.Module:
         config: Of a detector or segmentor; not changed.
         on_meta: Tensors without memory, for counting.
     """
-    init_default_scope(config.default_scope)
+    init_default_scope(config.get('default_scope') or 'mmengine')
     cfg = _without_weights(copy.deepcopy(config.model))
     if not on_meta:
         return MODELS.build(cfg)

@@ -77,20 +77,58 @@ def build_runner(config: Config) -> Runner:
 
 def check_weights(parser: argparse.ArgumentParser, config: Config) -> None:
     """Stops with a usage error if pretrained weights that training starts from are not in place."""
-    for place, path in _pretrained_files('model', config.model):
+    for place, option, path in _pretrained_files('model', config.model):
         if '://' not in path and not osp.isfile(osp.expanduser(path)):
             source = config.get('weights_source')
             download = f' Download the weights ({source}) and save them there.' if source else ''
             parser.error(
-                f'{place}.checkpoint: {path} does not exist.{download} For another place use '
-                f'--cfg-options {place}.checkpoint=PATH, to train from scratch {place}=None'
+                f'{option}: {path} does not exist.{download} For another place use '
+                f'--cfg-options {option}=PATH, to train from scratch {place}=None'
             )
 
 
-def _pretrained_files(place: str, cfg: Any) -> Iterator[tuple[str, str]]:
+def library_of(config: Config) -> str:
+    """The library whose classes a config names, ``mmdet`` or ``mmseg``, also by their scopes."""
+    scope = config.get('default_scope') or str(config.model.get('type')).partition('.')[0]
+    return 'mmseg' if scope == 'mmseg' else 'mmdet'
+
+
+def check_scopes(parser: argparse.ArgumentParser, config: Config) -> None:
+    """Stops with a usage error if a type of mmkw is named without its scope."""
+    from ..registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+
+    for registry, part in (
+        (MODELS, 'model'),
+        (HOOKS, 'custom_hooks'),
+        (OPTIM_WRAPPER_CONSTRUCTORS, 'optim_wrapper'),
+    ):
+        registry.import_from_location()
+        for place, name in _types(part, config.get(part)):
+            if name not in registry.module_dict:
+                continue
+            # The libraries have a ResNet, too.
+            if registry.parent.get(f'{library_of(config)}.{name}') is None:
+                parser.error(f"{place} is {name!r}, a type of mmkw: write 'mmkw.{name}'")
+
+
+def _types(place: str, cfg: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(cfg, dict):
+        for name, value in cfg.items():
+            if name in ('type', 'constructor') and isinstance(value, str):
+                yield f'{place}.{name}', value
+            else:
+                yield from _types(f'{place}.{name}', value)
+    elif isinstance(cfg, (list, tuple)):
+        for index, value in enumerate(cfg):
+            yield from _types(f'{place}.{index}', value)
+
+
+def _pretrained_files(place: str, cfg: Any) -> Iterator[tuple[str, str, str]]:
     if isinstance(cfg, dict):
         if cfg.get('type') == 'Pretrained' and isinstance(cfg.get('checkpoint'), str):
-            yield place, cfg['checkpoint']
+            yield place, f'{place}.checkpoint', cfg['checkpoint']
+        if isinstance(cfg.get('pretrained'), str):
+            yield (f'{place}.pretrained',) * 2 + (cfg['pretrained'],)
         for name, value in cfg.items():
             yield from _pretrained_files(f'{place}.{name}', value)
     elif isinstance(cfg, (list, tuple)):

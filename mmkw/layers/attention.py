@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -265,6 +266,20 @@ def _joins_processes(norm: nn.Module) -> bool:
     )
 
 
+def check_temperature(name: str, value: Any) -> None:
+    """Checks a temperature.
+
+    Args:
+        name: Of the argument, for the message.
+        value: What it was given.
+
+    Raises:
+        ValueError: If it is no number in [0, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f'{name} must be a number in [0, 1], got {value!r}.')
+
+
 def set_temperature(model: nn.Module, tau: float) -> None:
     """Sets the temperature of every dynamic layer of a model.
 
@@ -276,8 +291,7 @@ def set_temperature(model: nn.Module, tau: float) -> None:
     Raises:
         ValueError: If ``tau`` is out of range or the model has no dynamic layer.
     """
-    if not isinstance(tau, (int, float)) or not 0 <= tau <= 1:
-        raise ValueError(f'tau must be a number in [0, 1], got {tau!r}.')
+    check_temperature('tau', tau)
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     if not attentions:
         raise ValueError(

@@ -10,7 +10,7 @@ from ..layers import DYNAMIC_LAYERS, WarehouseOptions, kernel_shape
 from ..layers.attention import MIN_WIDTH
 from ..layers.partition import partition_warehouse
 from ..layers.value_projection import fused_projections
-from .rules import convnext_rule, mobilenet_v2_rule, resnet_rule
+from .rules import convnext_rule, mobilenet_v2_rule, refuse_nothing, resnet_rule
 
 # Layers of fewer channels see the image or make predictions.
 MIN_CHANNELS = 16
@@ -61,7 +61,7 @@ def family_rule(network: nn.Module) -> list[tuple[str, str]]:
     layers = plannable_layers(network)
     names = {parent.__name__ for parent in type(network).__mro__}
     rule = next((rule for family, rule in _FAMILIES.items() if family in names), _general_rule)
-    return split_groups(rule(network), layers)
+    return split_groups(refuse_nothing(network, rule(network)), layers)
 
 
 def split_groups(

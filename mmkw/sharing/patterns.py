@@ -59,7 +59,7 @@ def pattern_plan(
                 f'match the whole name; {type(network).__name__} has layers such as {examples}.'
             )
         for name in found:
-            warehouse = matched[name].expand(pattern.get('warehouse', '')) or expression.pattern
+            warehouse = _warehouse_of(matched[name], pattern)
             if settings.setdefault(warehouse, chosen) != chosen:
                 raise PlanError(
                     f'patterns: match={expression.pattern!r} gives warehouse {warehouse!r} other '
@@ -67,6 +67,18 @@ def pattern_plan(
                 )
             home[name] = warehouse
     return SharingPlan(tuple((name, home[name]) for name in layers if name in home), settings)
+
+
+def _warehouse_of(match: re.Match, pattern: Mapping[str, Any]) -> str:
+    expression = match.re.pattern
+    warehouse = pattern.get('warehouse', '')
+    try:
+        return match.expand(warehouse) or expression
+    except (re.error, IndexError) as error:
+        raise PlanError(
+            f'patterns: warehouse={warehouse!r} does not fit match={expression!r}: {error}. Groups '
+            f'are (...) in the expression, which has {match.re.groups}.'
+        ) from error
 
 
 def _compiled(number: int, pattern: Any) -> tuple[re.Pattern, Mapping[str, Any]]:
@@ -80,6 +92,9 @@ def _compiled(number: int, pattern: Any) -> tuple[re.Pattern, Mapping[str, Any]]
         raise PlanError(
             f'patterns[{number}] has the unknown {sorted(unknown)}; known are {sorted(known)}.'
         )
+    for key in ('match', 'warehouse'):
+        if not isinstance(pattern.get(key, ''), str):
+            raise PlanError(f'patterns[{number}]: {key} must be text, got {pattern[key]!r}.')
     try:
         return re.compile(pattern['match']), pattern
     except re.error as error:

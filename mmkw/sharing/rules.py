@@ -1,10 +1,11 @@
 """The paper's rules: from the module names of a static network to pairs (layer, warehouse)."""
 
+import itertools
 import re
 
 from torch import nn
 
-from ..layers import DYNAMIC_LAYERS
+from ..layers import DYNAMIC_LAYERS, PlanError
 
 # Res2Net has several 3x3 convolutions, ``convs``, in the place of conv2.
 _RESNET_LAYER = re.compile(r'layer(\d+)\.(\d+)\.(conv\d+|convs\.\d+|downsample\.\d+)')
@@ -35,7 +36,35 @@ def resnet_rule(network: nn.Module) -> list[tuple[str, str]]:
                 continue
             stage = max(stage - 1, 0)
         pairs.append((name, f'stage{stage}'))
-    return pairs
+    return refuse_nothing(network, pairs)
+
+
+def refuse_nothing(network: nn.Module, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Checks that a rule has found something.
+
+    Args:
+        network: A static network.
+        pairs: What the rule has found.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        PlanError: If there are none, with the layers that the network has instead.
+    """
+    if pairs:
+        return pairs
+    weighted = (
+        (name, type(module).__name__)
+        for name, module in network.named_modules()
+        if getattr(module, 'weight', None) is not None and module.weight.dim() > 1
+    )
+    found = ', '.join(f'{name} is a {kind}' for name, kind in itertools.islice(weighted, 4))
+    raise PlanError(
+        f'{type(network).__name__} has no layer that could be dynamic: '
+        f'{found or "it has no kernel"}. Only plain convolutions and linear layers of enough '
+        'channels can: without conv_cfg, dcn or other kinds.'
+    )
 
 
 _CONVNEXT_BLOCK = re.compile(r'stages\.(\d+)\.\d+\.(dwconv|pwconv1|pwconv2)')

@@ -115,3 +115,32 @@ def test_the_static_twin_of_a_config_is_built_beside_it():
         static = build(backbone=config)
     assert not hasattr(static, 'warehouse_manager')
     assert hasattr(build(backbone=config), 'warehouse_manager')
+
+
+def test_what_is_no_config_is_refused():
+    with pytest.raises(TypeError, match=r"dict\(type='ResNet', depth=50\), got 'ResNet'"):
+        build(backbone='ResNet')
+
+
+@pytest.mark.parametrize('own', [True, False])
+def test_a_network_without_plain_layers_says_what_it_has_instead(own):
+    config = dict(depth=18, base_channels=8, conv_cfg=dict(type='ConvWS'))
+    with pytest.raises(
+        PlanError, match=r'no layer that could be dynamic: conv1 is a ConvWS2d.*conv_cfg'
+    ):
+        if own:
+            MODELS.build(dict(type='mmkw.KWResNet', **config))
+        else:
+            build(backbone=dict(type='ResNet', **config))
+
+
+@pytest.mark.parametrize('kind', ['mmkw.KWResNet', 'mmkw.ResNet', 'mmdet.ResNet'])
+def test_images_may_be_named(kind):
+    network = MODELS.build(dict(type=kind, depth=18, base_channels=8))
+    network.eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert all(map(torch.equal, network(x=x), network(x)))
+    if kind != 'mmdet.ResNet':
+        with pytest.raises(ValueError, match='got an image of 2 x 32 pixels'):
+            network(x=x[..., :2, :])

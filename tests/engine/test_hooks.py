@@ -153,8 +153,10 @@ def test_a_model_without_dynamic_layers_is_refused_before_training(tmp_path):
     [
         (dict(length=0), 'length must be an integer of at least 1, got 0'),
         (dict(length=2.5), 'length must be an integer of at least 1, got 2.5'),
-        (dict(length=1, begin=1.5), r'begin must be in \[0, 1\], got 1.5'),
-        (dict(length=1, end=-1), r'end must be in \[0, 1\], got -1'),
+        (dict(length=1, begin='1'), r"begin must be a number in \[0, 1\], got '1'"),
+        (dict(length=1, end=None), r'end must be a number in \[0, 1\], got None'),
+        (dict(length=1, begin=1.5), r'begin must be a number in \[0, 1\], got 1.5'),
+        (dict(length=1, end=-1), r'end must be a number in \[0, 1\], got -1'),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):

@@ -115,9 +115,9 @@ def test_all_attentions_keep_gradients_at_temperature_one():
     assert all(p.grad is not None for p in layer.attention.parameters())
 
 
-@pytest.mark.parametrize('tau', [-0.1, 1.1])
+@pytest.mark.parametrize('tau', [-0.1, 1.1, '0.5', None, True, float('nan')])
 def test_set_temperature_refuses_values_out_of_range(tau):
-    with pytest.raises(ValueError, match=rf'tau must be a number in \[0, 1\], got {tau}'):
+    with pytest.raises(ValueError, match=rf'tau must be a number in \[0, 1\], got {tau!r}'):
         set_temperature(KWConv2d(4, 4, 1), tau)
 
 

@@ -69,6 +69,18 @@ def test_first_match_wins_and_the_rest_is_static():
         ),
         ([dict(match='(')], r"patterns\[0\]: match='\(': missing \)"),
         ([dict(match='layer3.*', cell_num_ratio=-1)], r'cell_num_ratio must be a number above 0'),
+        ([dict(match=3)], r'patterns\[0\]: match must be text, got 3'),
+        ([dict(match=None)], r'patterns\[0\]: match must be text, got None'),
+        ([dict(match='layer3.*', warehouse=4)], r'patterns\[0\]: warehouse must be text, got 4'),
+        ([dict(match='layer3.*', warehouse=None)], 'warehouse must be text, got None'),
+        (
+            [dict(match='layer3.*', warehouse=r'stage\1')],
+            r"warehouse='stage.*1' does not fit match='layer3.*': invalid group reference 1.*has 0",
+        ),
+        (
+            [dict(match='layer3.*', warehouse=r'\g<stage>')],
+            r"does not fit match='layer3.*': unknown group name 'stage'",
+        ),
         ([], 'The plan names no layer'),
         (
             [

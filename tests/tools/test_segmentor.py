@@ -16,6 +16,10 @@ model = dict(
 train_dataloader = dict(batch_size=2, dataset=dict(data_root='{data}'))
 val_dataloader = dict(dataset=dict(data_root='{data}'))
 test_dataloader = dict(dataset=dict(data_root='{data}'))
+test_evaluator = [
+    dict(type='IoUMetric', iou_metrics=['mFscore'], prefix='second'),
+    dict(type='IoUMetric', iou_metrics=['mIoU']),
+]
 train_cfg = dict(max_iters=2, val_interval=2)
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1))
 custom_hooks = [dict(type='mmkw.TemperatureHook', length=4, by_epoch=False)]

@@ -1,13 +1,16 @@
 """tools/train.py, tools/test.py and the scripts around them, as subprocesses."""
 
+import argparse
 import os
 import pickle
+import runpy
 import socket
 import sys
 
 import pytest
 import torch
 from command_util import run, scalars
+from mmengine.config import Config
 
 pytest.importorskip('mmdet', reason="runs MMDetection's configs")
 DEMO = 'configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py'
@@ -122,6 +125,22 @@ def test_slurm_scripts_pass_their_arguments_on(root, tmp_path):
         ('train.py', ['--cfg-options', 'load_from=no.pth'], 'checkpoint no.pth does not exist'),
         ('test.py', ['no.pth'], 'checkpoint no.pth does not exist'),
         (
+            'train.py',
+            ['--cfg-options', 'model.backbone.type=KWResNet'],
+            "model.backbone.type is 'KWResNet', a type of mmkw: write 'mmkw.KWResNet'",
+        ),
+        (
+            'test.py',
+            ['README.md', '--cfg-options', 'custom_hooks.0.type=TemperatureHook'],
+            "custom_hooks.0.type is 'TemperatureHook', a type of mmkw: write 'mmkw.Temperature",
+        ),
+        (
+            'train.py',
+            ['--cfg-options', 'model.backbone.pretrained=no.pth'],
+            'model.backbone.pretrained: no.pth does not exist. For another place use '
+            '--cfg-options model.backbone.pretrained=PATH',
+        ),
+        (
             'test.py',
             ['README.md', '--out', 'a.json'],
             '--out must end in .pkl or .pickle, got a.json',
@@ -148,3 +167,32 @@ def test_missing_imagenet_weights_are_named_before_anything_starts(root, tmp_pat
     # The way out that the message gives: the next thing that is missing is COCO.
     result, output = run(root, *command, '--cfg-options', 'model.backbone.init_cfg=None')
     assert "No such file or directory: 'data/coco/annotations" in output
+
+
+def test_a_config_without_default_scope_names_its_library_by_types(root, tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text(
+        f"_base_ = '{root}/{DEMO}'\ndefault_scope = None\nmodel = dict(type='mmdet.MaskRCNN')\n"
+    )
+    script = 'tools/analysis_tools/print_plan.py'
+    result, output = run(root, sys.executable, script, config)
+    assert result.returncode == 0 and 'backbone (ResNet)' in output, output
+
+    script = runpy.run_path(str(root / 'tools/test.py'))
+    parser = argparse.ArgumentParser()
+    for scope, kind, name in (
+        (None, 'mmdet.MaskRCNN', 'mmdet'),
+        (None, 'mmseg.EncoderDecoder', 'mmseg'),
+        ('mmseg', 'EncoderDecoder', 'mmseg'),
+    ):
+        evaluator = dict(type=f'{name}.IoUMetric' if name == 'mmseg' else 'mmdet.CocoMetric')
+        config = Config(dict(default_scope=scope, model=dict(type=kind), test_evaluator=evaluator))
+        assert script['library_of'](config) == name
+        script['dump_predictions'](parser, config, 'out.pkl')
+        if name == 'mmseg':
+            assert config.test_evaluator.output_dir == 'out.pkl'
+        else:
+            assert config.test_evaluator[1].type == 'mmdet.DumpDetResults'
+    config.test_evaluator = [dict(type='mmseg.DepthMetric')]
+    with pytest.raises(SystemExit):
+        script['dump_predictions'](parser, config, 'out')

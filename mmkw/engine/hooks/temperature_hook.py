@@ -5,6 +5,7 @@ from mmengine.hooks.hook import DATA_BATCH
 from mmengine.runner import Runner
 
 from ...layers import set_temperature
+from ...layers.attention import check_temperature
 from ...registry import HOOKS
 
 
@@ -39,8 +40,7 @@ class TemperatureHook(Hook):
                 'Remove the hook to run at temperature 0.'
             )
         for name, value in (('begin', begin), ('end', end)):
-            if not 0 <= value <= 1:
-                raise ValueError(f'TemperatureHook: {name} must be in [0, 1], got {value!r}.')
+            check_temperature(f'TemperatureHook: {name}', value)
         self.length = length
         self.by_epoch = by_epoch
         self.begin = begin
