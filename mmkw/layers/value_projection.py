@@ -5,6 +5,7 @@ keep the three in one matrix: ``nn.MultiheadAttention.in_proj_weight``, or the `
 attention. The modules here take their place and read their state dicts.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -112,9 +113,39 @@ class SplitMultiheadAttention(SplitProjection):
         key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
-    ) -> tuple[Tensor, None]:
-        """As in ``torch.nn.MultiheadAttention``, for batches; the weights are not returned."""
-        if not self.batch_first:
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As in ``torch.nn.MultiheadAttention``, for batches and single sequences.
+
+        Args:
+            query: Tensor[batch, queries, channels], or as ``batch_first`` says; a single sequence
+                without batch.
+            key: The same with keys.
+            value: As ``key``.
+            key_padding_mask: Tensor[batch, keys]: keys to be left out, or what is added.
+            need_weights: Whether the weights are returned. Without them it is faster.
+            attn_mask: Tensor[queries, keys] or Tensor[batch * heads, queries, keys], the same.
+            average_attn_weights: Whether the weights are averaged over the heads.
+            is_causal: A hint that ``attn_mask`` is causal; the mask is applied as it is.
+
+        Returns:
+            The result, shaped like ``query``, and Tensor[batch, heads, queries, keys], without the
+            heads if averaged, or None.
+
+        Raises:
+            RuntimeError: If ``is_causal`` comes without ``attn_mask``, as in PyTorch.
+        """
+        if is_causal and attn_mask is None:
+            raise RuntimeError(
+                'is_causal=True is a hint about attn_mask, which is None: give the mask, such as '
+                'torch.nn.Transformer.generate_square_subsequent_mask(queries).'
+            )
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         weights = self.query_key.weight.chunk(2)
         biases = (None, None) if self.query_key.bias is None else self.query_key.bias.chunk(2)
@@ -126,11 +157,25 @@ class SplitMultiheadAttention(SplitProjection):
                 self.value(value),
             )
         ]
-        dropout = self.dropout if self.training else 0.0
         mask = self._mask(attn_mask, key_padding_mask, heads[0])
-        y = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout)
+        y, weights = self._attend(*heads, mask, need_weights)
         y = self.out_proj(y.transpose(1, 2).flatten(2))
-        return (y if self.batch_first else y.transpose(0, 1)), None
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        if not batched:
+            return y.squeeze(0), None if weights is None else weights.squeeze(0)
+        return (y if self.batch_first else y.transpose(0, 1)), weights
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        dropout = self.dropout if self.training else 0.0
+        if not need_weights:
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout), None
+        logits = (query / math.sqrt(query.shape[-1])) @ key.transpose(-2, -1)
+        weights = (logits if mask is None else logits + mask).softmax(-1)
+        weights = F.dropout(weights, dropout)
+        return weights @ value, weights
 
     def _mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor

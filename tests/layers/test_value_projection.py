@@ -13,30 +13,61 @@ from mmkw.layers.value_projection import (
 )
 from mmkw.sharing import SharingPlan, convert
 
+MASKS = ['none', 'bool', 'float', 'padding', 'per head', 'causal', 'both']
 
-@pytest.mark.parametrize('batch_first', [True, False])
+
+@pytest.mark.parametrize('layout', ['batch first', 'batch second', 'one sequence'])
 @pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('masks', ['none', 'bool', 'float', 'padding', 'per head'])
-def test_split_attention_equals_torch_s(batch_first, bias, masks):
-    fused = nn.MultiheadAttention(12, 3, bias=bias, batch_first=batch_first).eval()
+@pytest.mark.parametrize('masks', MASKS)
+@pytest.mark.parametrize(
+    'options', [{}, dict(need_weights=False), dict(average_attn_weights=False)], ids=str
+)
+def test_split_attention_equals_torch_s(layout, bias, masks, options):
+    fused = nn.MultiheadAttention(12, 3, bias=bias, batch_first=layout == 'batch first').eval()
     if bias:
         nn.init.normal_(fused.in_proj_bias)
     split = SplitMultiheadAttention(fused).eval()
-    query, memory = torch.randn(2, 5, 12), torch.randn(2, 7, 12)
-    if not batch_first:
+    query, memory = torch.randn(2, 5, 12), torch.randn(2, 5, 12)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    per_head = torch.randn(6, 5, 5)
+    if layout == 'batch second':
         query, memory = query.transpose(0, 1), memory.transpose(0, 1)
-    causal = torch.ones(5, 7, dtype=torch.bool).triu(1)
+    elif layout == 'one sequence':
+        query, memory, padding, per_head = query[0], memory[0], padding[1], per_head[:3]
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
     arguments = {
         'none': {},
         'bool': dict(attn_mask=causal),
-        'float': dict(attn_mask=torch.randn(5, 7)),
-        'per head': dict(attn_mask=torch.randn(6, 5, 7)),
-        'padding': dict(key_padding_mask=torch.tensor([[False] * 7, [False] * 4 + [True] * 3])),
+        'float': dict(attn_mask=torch.randn(5, 5)),
+        'per head': dict(attn_mask=per_head),
+        'padding': dict(key_padding_mask=padding),
+        'causal': dict(attn_mask=causal, is_causal=True),
+        'both': dict(attn_mask=causal, key_padding_mask=padding),
     }[masks]
-    expected, _ = fused(query, memory, memory, **arguments)
-    found, weights = split(query, memory, memory, **arguments)
+    expected, expected_weights = fused(query, memory, memory, **arguments, **options)
+    found, weights = split(query, memory, memory, **arguments, **options)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-    assert weights is None
+    torch.testing.assert_close(weights, expected_weights, atol=1e-6, rtol=1e-5)
+
+
+def test_a_hint_without_a_mask_is_refused_by_both():
+    fused = nn.MultiheadAttention(12, 3)
+    x = torch.randn(2, 5, 12)
+    for attention in (fused, SplitMultiheadAttention(fused)):
+        with pytest.raises(RuntimeError, match='is_causal'):
+            attention(x, x, x, is_causal=True)
+
+
+@pytest.mark.parametrize('need_weights', [True, False])
+def test_dropout_is_of_the_weights_in_training(need_weights):
+    fused = nn.MultiheadAttention(12, 3, dropout=0.5)
+    x = torch.randn(4, 5, 12)
+    for attention in (fused, SplitMultiheadAttention(fused)):
+        torch.manual_seed(0)
+        found, weights = attention(x, x, x, need_weights=need_weights, average_attn_weights=False)
+        again, _ = attention.eval()(x, x, x, need_weights=need_weights)
+        assert not torch.allclose(found, again)
+        assert not need_weights or 0.2 < (weights == 0).float().mean() < 0.8
 
 
 class Holder(nn.Module):
