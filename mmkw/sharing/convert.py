@@ -10,6 +10,7 @@ from ..checkpoints import check_checkpoint
 from ..layers import DYNAMIC_LAYERS, KernelShape, PlanError, WarehouseManager, kernel_shape
 from ..layers.dynamic_conv import DEFAULT_NORM_CFG
 from ..layers.value_projection import fused_projections, split_projections
+from .freezing import FreezeWithLayers
 from .plan import SharingPlan
 
 _building_static: ContextVar[bool] = ContextVar('building static networks', default=False)
@@ -36,9 +37,10 @@ def convert(
 
     The network gains a submodule ``warehouse_manager``; every other name stays. It loads state
     dicts of its own and those of the static network (a warm start), and refuses others. Layers that
-    do not require gradients (a frozen stage) give frozen attentions; a warehouse is frozen only if
-    all its layers are. The static kernels are dropped, the biases kept. Checked before anything
-    changes, but that a fused projection of which the plan names the value is split in two.
+    do not require gradients (a frozen stage) give frozen attentions; a warehouse is frozen where
+    and as long as all its layers are. The static kernels are dropped, the biases kept. Checked
+    before anything changes, but that a fused projection of which the plan names the value is split
+    in two.
 
     Args:
         network: The static network. Its planned layers must be plain ``torch.nn`` convolutions or
@@ -79,6 +81,7 @@ def convert(
 
     manager = WarehouseManager(partitions, start_tau)
     twins: dict[nn.Module, nn.Module] = {}
+    members: list[list[nn.Module]] = []
     for index, partition in enumerate(partitions):
         layers = {
             position: static_layers[share.kernel.layer]
@@ -94,6 +97,7 @@ def convert(
             twins[layer] = DYNAMIC_LAYERS[type(layer)].from_static(
                 layer, manager, index, position, attention_norm_cfg
             )
+        members.append([twins[layer] for layer in layers.values()])
     # By identity, not by name: a layer that a head uses at several places stays one layer.
     for parent in list(network.modules()):
         for name, child in parent._modules.items():
@@ -101,6 +105,7 @@ def convert(
                 parent._modules[name] = twins[child]
     network.warehouse_manager = manager.train(network.training)
     network._register_load_state_dict_pre_hook(check_checkpoint, with_module=True)
+    network.register_forward_pre_hook(FreezeWithLayers(manager, members))
     return network
 
 

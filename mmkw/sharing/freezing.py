@@ -1,0 +1,43 @@
+"""Freezes a warehouse with its layers, whenever those are frozen."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers import WarehouseManager
+
+
+class FreezeWithLayers:
+    """Freezes every warehouse none of whose layers learns; a forward hook of a converted network.
+
+    Networks freeze their stages when they are built, or each time they are set to training, and
+    users freeze what they name: layers, not warehouses. A warehouse that was frozen so learns again
+    when one of its layers does. One that was frozen by itself is left alone.
+
+    Args:
+        manager: The network's warehouses.
+        layers: Of each warehouse its dynamic layers.
+    """
+
+    def __init__(self, manager: WarehouseManager, layers: Sequence[Sequence[nn.Module]]) -> None:
+        # In tuples: what a network registers it would save, too.
+        self._warehouses = tuple(zip(range(len(layers)), map(tuple, layers)))
+        self._manager = (manager,)
+        self._frozen: set[int] = set()
+
+    def __call__(self, network: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Looks at the layers before they compute, where gradients are wanted."""
+        if not torch.is_grad_enabled():
+            return
+        weights = self._manager[0].weights
+        for index, layers in self._warehouses:
+            learns = any(p.requires_grad for layer in layers for p in layer.attention.parameters())
+            cells = weights[index]
+            if cells.requires_grad and not learns:
+                cells.requires_grad_(False)
+                self._frozen.add(index)
+            elif learns and index in self._frozen:
+                cells.requires_grad_(True)
+                self._frozen.discard(index)

@@ -1,0 +1,127 @@
+"""A warehouse is frozen with its layers: when a network is built, set to training, or by name."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+from torch import nn
+
+from mmkw.layers.dynamic_conv import DynamicLayer
+from mmkw.sharing import SharingPlan, convert
+
+CSP = dict(widen_factor=0.25, deepen_factor=0.33, frozen_stages=3)
+SWIN = dict(embed_dims=48, num_heads=[3] * 4, window_size=2, frozen_stages=3)
+# Of each one more stage than its layers share with frozen ones.
+NETWORKS = {
+    'mmdet.ResNet': dict(depth=18, base_channels=16, frozen_stages=2),
+    'mmdet.SwinTransformer': dict(depths=(2, 2, 2, 2), **SWIN),
+    'mmdet.CSPDarknet': CSP,
+    'mmdet.CSPNeXt': CSP,
+    'mmdet.EfficientNet': dict(arch='b0', frozen_stages=5),
+    'mmdet.Darknet': dict(depth=53, frozen_stages=3),
+    'mmdet.MobileNetV2': dict(widen_factor=0.5, frozen_stages=4),
+    'mmseg.SwinTransformer': dict(depths=[2, 2, 2, 2], **SWIN),
+    'mmseg.MobileNetV2': dict(widen_factor=0.5, frozen_stages=4),
+    'mmseg.MobileNetV3': dict(arch='large', frozen_stages=9),
+    'mmseg.HRNet': dict(
+        frozen_stages=2,
+        extra=dict(
+            stage1=dict(
+                num_modules=1,
+                num_branches=1,
+                block='BOTTLENECK',
+                num_blocks=(1,),
+                num_channels=(16,),
+            ),
+            **{
+                f'stage{n}': dict(
+                    num_modules=1,
+                    num_branches=n,
+                    block='BASIC',
+                    num_blocks=(1,) * n,
+                    num_channels=(16, 32, 64, 128)[:n],
+                )
+                for n in (2, 3, 4)
+            },
+        ),
+    ),
+}
+
+
+def step(network):
+    """One of training, with decay."""
+    network.train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, weight_decay=0.1)
+    outputs = network(torch.randn(2, 3, 64, 64))
+    sum(y.square().mean() for y in outputs).backward()
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    optimizer.step()
+    return {name for name, p in network.named_parameters() if not p.equal(before[name])}
+
+
+def layers_of(network):
+    """By warehouse."""
+    found = {}
+    for name, module in network.named_modules():
+        if isinstance(module, DynamicLayer):
+            found.setdefault(module._warehouse_index, []).append(name)
+    return found
+
+
+@pytest.mark.parametrize('kind', NETWORKS)
+def test_frozen_stages_freeze_their_warehouses(kind):
+    library = kind.partition('.')[0]
+    pytest.importorskip(library, reason='the networks are its')
+    config = dict(type=kind, **NETWORKS[kind])
+    static = MODELS.build(config)
+    dynamic = MODELS.build(dict(type='mmkw.KWBackbone', backbone=config))
+    moved = step(static)
+    moves = step(dynamic)
+    frozen = 0
+    for index, names in layers_of(dynamic).items():
+        # Of a fused projection the value is dynamic.
+        weights = [f'{name}.weight' for name in names if not name.endswith('.value')]
+        cells = f'warehouse_manager.weights.{index}'
+        attentions = [name for name in moves if name.startswith(tuple(f'{n}.att' for n in names))]
+        assert (cells in moves) == bool(attentions)
+        if weights:
+            assert (cells in moves) == any(weight in moved for weight in weights)
+        frozen += cells not in moves
+    assert 0 < frozen < len(dynamic.warehouse_manager.weights)
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)))
+
+
+@pytest.mark.parametrize('copied', ['not', 'deepcopy', 'pickle'])
+def test_layers_frozen_by_name_freeze_and_thaw_their_warehouse(copied):
+    network = convert(Network(), SharingPlan.make([('a', 'one'), ('b', 'one'), ('c', 'two')]))
+    network = dict(deepcopy=copy.deepcopy, pickle=lambda n: pickle.loads(pickle.dumps(n))).get(
+        copied, lambda n: n
+    )(network)
+    one, two = network.warehouse_manager.weights
+    x = torch.randn(2, 8, 4, 4)
+    network.a.requires_grad_(False)
+    network(x)
+    assert one.requires_grad
+    network.b.requires_grad_(False)
+    with torch.no_grad():
+        network(x)
+    assert one.requires_grad
+    network(x)
+    assert not one.requires_grad and two.requires_grad
+    network.b.requires_grad_(True)
+    network(x)
+    assert one.requires_grad
+    # What is frozen by itself stays so.
+    two.requires_grad_(False)
+    network(x)
+    assert not two.requires_grad and network.c.attention.fc1.weight.requires_grad
