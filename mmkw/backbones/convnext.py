@@ -19,7 +19,7 @@ from ..layers import split_options
 from ..layers.residual import checkpoint_blocks, drop_path_rates
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, convnext_rule
-from .static import refuse_small_images
+from .static import attention_norm, refuse_small_images
 
 EPS = 1e-6
 
@@ -182,17 +182,25 @@ class ConvNeXt(BaseModule):
 
 
 @MODELS.register_module()
-def KWConvNeXt(arch: str | dict = 'tiny', *, start_tau: float = 0.0, **arguments: Any) -> ConvNeXt:
+def KWConvNeXt(
+    arch: str | dict = 'tiny',
+    *,
+    attention_norm_cfg: dict | None = None,
+    start_tau: float = 0.0,
+    **arguments: Any,
+) -> ConvNeXt:
     """Builds a ConvNeXt whose convolutions are all dynamic, with the paper's twelve warehouses.
 
     Args:
         arch: As in :class:`ConvNeXt`.
+        attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default LN,
+            as the norms of the network are.
         start_tau: See :func:`~mmkw.sharing.convert`.
         **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
             or one per warehouse; and the other arguments of :class:`ConvNeXt`.
 
     Returns:
-        The network. Its attentions use LayerNorm.
+        The network.
 
     Raises:
         PlanError: If the warehouse options do not fit the network.
@@ -201,4 +209,5 @@ def KWConvNeXt(arch: str | dict = 'tiny', *, start_tau: float = 0.0, **arguments
     options, static = split_options(arguments)
     network = ConvNeXt(arch, **static)
     plan = SharingPlan.make(convnext_rule(network), **options)
-    return convert(network, plan, attention_norm_cfg=dict(type='LN'), start_tau=start_tau)
+    norm = attention_norm_cfg or attention_norm(network)
+    return convert(network, plan, norm, start_tau=start_tau)

@@ -48,6 +48,7 @@ def KWMobileNetV2(
     widen_factor: float = 1.0,
     *,
     pointwise: str = 'joint',
+    attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
     **arguments: Any,
 ) -> nn.Module:
@@ -62,6 +63,8 @@ def KWMobileNetV2(
         widen_factor: Width of the network, relative to its channels at 1.
         pointwise: How pointwise convolutions share: ``joint`` (the paper's 1x), ``separate`` (4x)
             or ``last_stage`` (1/2x); see :func:`~mmkw.sharing.mobilenet_v2_rule`.
+        attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default
+            SyncBN or BatchNorm where the network has it, else LayerNorm.
         start_tau: See :func:`~mmkw.sharing.convert`.
         **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
             or one per warehouse; and the arguments of :func:`MobileNetV2`, those of the library's
@@ -82,7 +85,8 @@ def KWMobileNetV2(
     kinds = {len({home for _, home in mobilenet_v2_rule(network, p)}): p for p in POINTWISE}
     network._register_load_state_dict_pre_hook(partial(_check_sharing, pointwise, kinds))
     absent = [] if hasattr(network, 'conv2') else [_conv2(network)]
-    return convert(network, plan, attention_norm(network), absent, start_tau)
+    norm = attention_norm_cfg or attention_norm(network)
+    return convert(network, plan, norm, absent, start_tau)
 
 
 def _conv2(network: nn.Module) -> KernelShape:

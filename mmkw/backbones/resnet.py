@@ -42,17 +42,24 @@ def ResNet(
 
 
 @MODELS.register_module()
-def KWResNet(depth: int, *, start_tau: float = 0.0, **arguments: Any) -> nn.Module:
+def KWResNet(
+    depth: int,
+    *,
+    attention_norm_cfg: dict | None = None,
+    start_tau: float = 0.0,
+    **arguments: Any,
+) -> nn.Module:
     """Builds the library's own ResNet with the paper's four warehouses, one per stage.
 
     The result is the ``ResNet`` of mmdet or mmseg, whichever the config belongs to, or their
     ``ResNeXt`` where ``groups`` is given: every argument of theirs keeps its meaning and every
     module its name. A warehouse is frozen by ``frozen_stages`` only when no trainable layer uses
-    it. The norms of the attentions are synchronised where ``norm_cfg`` is SyncBN, and
-    ``norm_eval`` covers them.
+    it. ``norm_eval`` covers the norms of the attentions.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
+        attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default
+            SyncBN or BatchNorm where the network has it, else LayerNorm.
         start_tau: See :func:`~mmkw.sharing.convert`.
         **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
             or one per warehouse; and the arguments of :func:`ResNet`, those of the library's own
@@ -68,7 +75,8 @@ def KWResNet(depth: int, *, start_tau: float = 0.0, **arguments: Any) -> nn.Modu
     options, static = split_options(arguments)
     network = ResNet(depth, **static)
     plan = SharingPlan.make(resnet_rule(network), **options)
-    return convert(network, plan, attention_norm(network), start_tau=start_tau)
+    norm = attention_norm_cfg or attention_norm(network)
+    return convert(network, plan, norm, start_tau=start_tau)
 
 
 @MODELS.register_module()

@@ -65,15 +65,17 @@ def _check_size(
         )
 
 
-def attention_norm(network: nn.Module, otherwise: str = 'BN1d') -> dict:
-    """The norm of the attentions: over all processes where the network's own is, else BatchNorm.
+def attention_norm(network: nn.Module) -> dict:
+    """The norm of the attentions that goes with a network's own.
 
     Args:
         network: A static network.
-        otherwise: The type where the network has no BatchNorm.
+
+    Returns:
+        ``SyncBN`` where the network has it, else ``BN1d`` where it has any BatchNorm, else ``LN``.
     """
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     norms = [module for module in network.modules() if isinstance(module, kinds)]
     if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
         return dict(type='SyncBN')
-    return dict(type='BN1d' if norms else otherwise)
+    return dict(type='BN1d' if norms else 'LN')

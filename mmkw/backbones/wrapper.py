@@ -58,5 +58,5 @@ def KWBackbone(
         plan = SharingPlan.make(family_rule(network), **options)
     else:
         plan = pattern_plan(network, patterns, **options)
-    norm = attention_norm_cfg or attention_norm(network, 'LN')
+    norm = attention_norm_cfg or attention_norm(network)
     return convert(network, plan, norm, start_tau=start_tau)

@@ -144,3 +144,35 @@ def test_images_may_be_named(kind):
     if kind != 'mmdet.ResNet':
         with pytest.raises(ValueError, match='got an image of 2 x 32 pixels'):
             network(x=x[..., :2, :])
+
+
+NETWORKS = {
+    'mmkw.KWResNet': ('ResNet', dict(depth=18, base_channels=8)),
+    'mmkw.KWMobileNetV2': ('MobileNetV2', dict(widen_factor=0.25)),
+    'mmkw.KWConvNeXt': ('mmkw.ConvNeXt', dict(arch=dict(depths=[1] * 4, channels=[16] * 4))),
+}
+
+
+NORMS = [None, dict(type='GN', num_groups=2), dict(type='SyncBN')]
+
+
+@pytest.mark.parametrize(
+    'kind, norm_cfg',
+    # The norms of a ConvNeXt are LayerNorms.
+    [(kind, norm) for kind in NETWORKS for norm in NORMS if norm is None or 'ConvNeXt' not in kind],
+)
+@pytest.mark.parametrize('given', [None, dict(type='LN', eps=1e-3)])
+def test_both_ways_to_a_network_give_it_the_same_norms(kind, norm_cfg, given):
+    static, config = NETWORKS[kind]
+    config = config if norm_cfg is None else dict(config, norm_cfg=norm_cfg)
+    options = {} if given is None else dict(attention_norm_cfg=given)
+    with torch.device('meta'):
+        own = MODELS.build(dict(type=kind, **config, **options))
+        wrapped = build(backbone=dict(type=static, **config), **options)
+    norms = [
+        {str(m.norm1) for m in network.modules() if isinstance(m, Attention)}
+        for network in (own, wrapped)
+    ]
+    assert norms[0] == norms[1]
+    if given is not None:
+        assert all('LayerNorm' in norm and 'eps=0.001' in norm for norm in norms[0])
