@@ -10,7 +10,7 @@ from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
 from ..ops import backend, modes
-from .partition import LayerShare, WarehouseOptions, check_size
+from .partition import MOST_CELLS, LayerShare, PlanError, WarehouseOptions, check_size
 
 # Of vectors; they have statistics of a batch.
 BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
@@ -62,6 +62,11 @@ class Attention(nn.Module):
         self.local_cells = num_cells
 
         width = max(int(in_channels * options.reduction), MIN_WIDTH)
+        if width > MOST_CELLS:
+            raise PlanError(
+                f'The attention of {share.kernel} would have {width} hidden units, more than '
+                f'{MOST_CELLS}. Lower reduction={options.reduction}.'
+            )
         check_size(
             f'The attention of {share.kernel}, of {width} hidden units for {self.num_mixtures} '
             f'mixtures of {num_cells} cells,',

@@ -7,7 +7,7 @@ from typing import Any
 
 # Of one tensor, and of one warehouse: thousands of times what the networks of the paper have. More
 # is refused before memory is asked for.
-MOST_VALUES = 2**32
+MOST_VALUES = 2**30
 MOST_CELLS = 2**18
 
 

@@ -178,11 +178,12 @@ def test_random_arguments(layer_type, data):
     [
         (lambda: KWConv2d(10**5, 10**5, 3), 'out_channels=100000, in_channels=100000.*smaller'),
         (lambda: KWLinear(10**6, 10**6), 'out_features=1000000, in_features=1000000'),
-        (lambda: KWConv2d(4, 4, 10**4), r'100000000 mixtures.*spatial_partition=False'),
+        (lambda: KWConv2d(4, 4, 5000), r'25000000 mixtures.*spatial_partition=False'),
         (lambda: KWConv2d(4, 4, 3, cell_num_ratio=10**8), 'Lower cell_num_ratio=100000000;'),
         (lambda: KWConv2d(4, 4, 100, cell_num_ratio=20), 'or reduction=0.0625'),
-        (lambda: KWConv2d(10**6, 1, 1, reduction=1.0), 'or reduction=1.0'),
-        (lambda: KWConv2d(4, 4, 3, cell_num_ratio=1e308), 'cell_num_ratio must be from 1 / 42949'),
+        (lambda: KWConv2d(10**6, 1, 1, reduction=1.0), '1000000 hidden units.*reduction=1.0'),
+        (lambda: KWLinear(1, 1, reduction=10**9), '1000000000 hidden units'),
+        (lambda: KWConv2d(4, 4, 3, cell_num_ratio=1e308), 'cell_num_ratio must be from 1 / 10737'),
         (lambda: KWConv2d(4, 4, -1), 'kernel_size must be a whole number.* got -1'),
         (
             lambda: KWConv2d(4, 4, (3, 3, 3)),
