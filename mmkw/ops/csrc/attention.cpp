@@ -41,7 +41,8 @@ void linear(float* result, const float* values, int64_t rows, const at::Tensor& 
         for (int64_t i = whole; i < in; i++) sum += values[r * in + i] * all[o * in + i];
         result[r * out + o] = sum;
       }
-    blocks().dots(result + first, out, values, rows, in, all + first * in, last - first, in, whole);
+    blocks().gemm_nt(rows, last - first, whole, values, in, all + first * in, in, result + first,
+                     out);
   });
 }
 

@@ -23,8 +23,8 @@ namespace avx512 {
 #define LANES 16
 #define ROWS 12
 #define VECTORS 2
-#define DOT_ROWS 4
-#define DOT_CELLS 6
+#define NT_ROWS 4
+#define NT_COLUMNS 6
 #include "tiles.h"
 }  // namespace avx512
 namespace avx2 {
@@ -33,8 +33,8 @@ namespace avx2 {
 #define LANES 8
 #define ROWS 6
 #define VECTORS 2
-#define DOT_ROWS 3
-#define DOT_CELLS 4
+#define NT_ROWS 3
+#define NT_COLUMNS 4
 #include "tiles.h"
 }  // namespace avx2
 #endif
@@ -44,8 +44,8 @@ namespace any_processor {
 #define LANES 4
 #define ROWS 6
 #define VECTORS 2
-#define DOT_ROWS 3
-#define DOT_CELLS 4
+#define NT_ROWS 3
+#define NT_COLUMNS 4
 #include "tiles.h"
 }  // namespace any_processor
 

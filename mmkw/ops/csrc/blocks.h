@@ -22,16 +22,16 @@ void for_tiles(int64_t count, int64_t fitting, const Work& work) {
 struct Blocks {
   // As PyTorch names it.
   const char* cpu_level;
-  // Of inner products the columns come in multiples of this.
+  // Of gemm_nt k comes in multiples of this.
   int64_t lanes;
-  // Of a product's tile: the most rows, and the columns.
+  // Of a tile of gemm: the most rows, and the columns, of which n is a multiple.
   int64_t rows, width;
-  void (*product)(float* result, int64_t result_stride, int64_t num_rows, const float* weights,
-                  const float* rows, int64_t rows_stride, int64_t count, int64_t columns,
-                  bool begin);
-  void (*dots)(float* result, int64_t result_stride, const float* rows, int64_t num_rows,
-               int64_t rows_stride, const float* cells, int64_t num_cells, int64_t cells_stride,
-               int64_t columns);
+  // C = beta * C + A * B, beta 0 or 1, A packed tile by tile.
+  void (*gemm)(int64_t m, int64_t n, int64_t k, const float* a, const float* b, int64_t ldb,
+               float beta, float* c, int64_t ldc);
+  // C += A * B^T.
+  void (*gemm_nt)(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+                  int64_t ldb, float* c, int64_t ldc);
 };
 
 // The fastest for this processor.

@@ -24,7 +24,7 @@ namespace {
 
 // --- weights of a product ------------------------------------------------------------------------
 
-// Weights (rows, terms) in the order in which `product` reads them: in parts of at most so many
+// Weights (rows, terms) in the order in which `gemm` reads them: in parts of at most so many
 // terms, and of a part tile by tile.
 class Weights {
  public:
@@ -51,8 +51,8 @@ class Weights {
   // multiple of the width.
   void multiply(int64_t first, int64_t terms, float* result, int64_t result_stride,
                 const float* values, int64_t stride, int64_t columns, bool begin) const {
-    blocks().product(result, result_stride, rows_, packed_.data() + first * rows_, values, stride,
-                     terms, columns, begin);
+    blocks().gemm(rows_, columns, terms, packed_.data() + first * rows_, values, stride,
+                  begin ? 0 : 1, result, result_stride);
   }
 
  private:
@@ -423,8 +423,8 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
     float* const grad_attention = part + share * m.rows * m.num_cells;
     const auto add_dots = [&](int64_t first, int64_t count, const float* from, int64_t from_stride,
                               int64_t column, int64_t width) {
-      blocks().dots(grad_attention + first, m.num_cells, gradient.values + column, m.rows, stride,
-                    from, count, from_stride, padded(width));
+      blocks().gemm_nt(m.rows, count, padded(width), gradient.values + column, stride, from,
+                       from_stride, grad_attention + first, m.num_cells);
     };
     const float* from = m.warehouse() + span.begin;
     if (m.streamed) {

@@ -4,8 +4,10 @@
 //   CPU_LEVEL  its name,
 //   TARGET  the attribute that lets the compiler use the generation's instructions,
 //   LANES   floats in a vector register,
-//   ROWS, VECTORS  of a product's tile, and DOT_ROWS, DOT_CELLS of a tile of inner products: as
-//                  many sums as there are registers for beside the operands.
+//   ROWS, VECTORS  of a tile of gemm, and NT_ROWS, NT_COLUMNS of one of gemm_nt: as many sums as
+//                  there are registers for beside the operands.
+//
+// Names are those of BLAS; matrices lie row by row, of B the rows ldb apart.
 
 #define INLINE TARGET inline __attribute__((always_inline))
 
@@ -15,50 +17,43 @@ constexpr int64_t WIDTH = LANES * VECTORS;
 
 INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 
-// result[r, :WIDTH] (+)= sum over k of weights[k, r] * rows[k, :WIDTH]
-template <int R>
-INLINE void tile(float* result, int64_t result_stride, const float* weights, const float* rows,
-                 int64_t rows_stride, int64_t count, bool begin) {
-  Vec sum[R][VECTORS];
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < VECTORS; v++)
-      sum[r][v] = begin ? Vec{} : load(result + r * result_stride + v * LANES);
-  for (int64_t k = 0; k < count; k++) {
+// C (M, WIDTH) = beta * C + A (M, k) * B (k, WIDTH), beta 0 or 1; A lies column by column.
+template <int M>
+INLINE void gemm_tile(int64_t k, const float* a, const float* b, int64_t ldb, float beta, float* c,
+                      int64_t ldc) {
+  Vec sum[M][VECTORS];
+  for (int i = 0; i < M; i++)
+    for (int v = 0; v < VECTORS; v++) sum[i][v] = beta == 0 ? Vec{} : load(c + i * ldc + v * LANES);
+  for (int64_t p = 0; p < k; p++) {
     Vec row[VECTORS];
-    for (int v = 0; v < VECTORS; v++) row[v] = load(rows + v * LANES);
-    for (int r = 0; r < R; r++) {
-      const float weight = weights[r];
-      for (int v = 0; v < VECTORS; v++) sum[r][v] += weight * row[v];
+    for (int v = 0; v < VECTORS; v++) row[v] = load(b + v * LANES);
+    for (int i = 0; i < M; i++) {
+      const float value = a[i];
+      for (int v = 0; v < VECTORS; v++) sum[i][v] += value * row[v];
     }
-    weights += R;
-    rows += rows_stride;
+    a += M;
+    b += ldb;
   }
-  for (int r = 0; r < R; r++)
+  for (int i = 0; i < M; i++)
     for (int v = 0; v < VECTORS; v++)
-      *reinterpret_cast<Vec*>(result + r * result_stride + v * LANES) = sum[r][v];
+      *reinterpret_cast<Vec*>(c + i * ldc + v * LANES) = sum[i][v];
 }
 
-// Tiles of num_rows <= R rows.
-template <int R>
-TARGET void tiles(int64_t num_rows, float* result, int64_t result_stride, const float* weights,
-                  const float* rows, int64_t rows_stride, int64_t count, int64_t columns,
-                  bool begin) {
-  if constexpr (R > 1)
-    if (num_rows < R)
-      return tiles<R - 1>(num_rows, result, result_stride, weights, rows, rows_stride, count,
-                          columns, begin);
-  for (int64_t c = 0; c < columns; c += WIDTH)
-    tile<R>(result + c, result_stride, weights, rows + c, rows_stride, count, begin);
+// The same for m <= M rows and n columns, a multiple of WIDTH.
+template <int M>
+TARGET void gemm_tiles(int64_t m, int64_t n, int64_t k, const float* a, const float* b,
+                       int64_t ldb, float beta, float* c, int64_t ldc) {
+  if constexpr (M > 1)
+    if (m < M) return gemm_tiles<M - 1>(m, n, k, a, b, ldb, beta, c, ldc);
+  for (int64_t j = 0; j < n; j += WIDTH) gemm_tile<M>(k, a, b + j, ldb, beta, c + j, ldc);
 }
 
-// result (num_rows, columns) (+)= weights (num_rows, count) * rows (count, columns), columns a
-// multiple of WIDTH; the weights lie tile by tile, count by rows of the tile.
-TARGET void product(float* result, int64_t result_stride, int64_t num_rows, const float* weights,
-                    const float* rows, int64_t rows_stride, int64_t count, int64_t columns,
-                    bool begin) {
-  for_tiles(num_rows, ROWS, [&](int64_t first, int64_t tile_rows) {
-    tiles<ROWS>(tile_rows, result + first * result_stride, result_stride, weights + first * count,
-                rows, rows_stride, count, columns, begin);
+// C (m, n) = beta * C + A (m, k) * B (k, n), beta 0 or 1, n a multiple of WIDTH; A lies tile by
+// tile, of each tile column by column.
+TARGET void gemm(int64_t m, int64_t n, int64_t k, const float* a, const float* b, int64_t ldb,
+                 float beta, float* c, int64_t ldc) {
+  for_tiles(m, ROWS, [&](int64_t i, int64_t rows) {
+    gemm_tiles<ROWS>(rows, n, k, a + i * k, b, ldb, beta, c + i * ldc, ldc);
   });
 }
 
@@ -77,62 +72,53 @@ INLINE Four sums_of(const Vec (&values)[4]) {
   return SHUFFLE(low, high, 0, 2, 4, 6) + SHUFFLE(low, high, 1, 3, 5, 7);
 }
 
-// result[i, j] += sum over columns of rows[i, column] * cells[j, column]
-template <int I, int J>
-INLINE void dot_tile(float* result, int64_t result_stride, const float* rows, int64_t rows_stride,
-                     const float* cells, int64_t cells_stride, int64_t columns) {
-  Vec sum[I][J];
-  for (int i = 0; i < I; i++)
-    for (int j = 0; j < J; j++) sum[i][j] = Vec{};
-  for (int64_t c = 0; c < columns; c += LANES) {
-    Vec row[I];
-    for (int i = 0; i < I; i++) row[i] = load(rows + i * rows_stride + c);
-    for (int j = 0; j < J; j++) {
-      const Vec cell = load(cells + j * cells_stride + c);
-      for (int i = 0; i < I; i++) sum[i][j] += row[i] * cell;
+// C (M, N) += A (M, k) * B (N, k)^T, k a multiple of LANES.
+template <int M, int N>
+INLINE void gemm_nt_tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
+                         float* c, int64_t ldc) {
+  Vec sum[M][N];
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < N; j++) sum[i][j] = Vec{};
+  for (int64_t p = 0; p < k; p += LANES) {
+    Vec left[M];
+    for (int i = 0; i < M; i++) left[i] = load(a + i * lda + p);
+    for (int j = 0; j < N; j++) {
+      const Vec right = load(b + j * ldb + p);
+      for (int i = 0; i < M; i++) sum[i][j] += left[i] * right;
     }
   }
-  for (int i = 0; i < I; i++)
-    for (int first = 0; first < J; first += 4) {
+  for (int i = 0; i < M; i++)
+    for (int first = 0; first < N; first += 4) {
       Vec four[4] = {};
-      for (int j = first; j < J && j < first + 4; j++) four[j - first] = sum[i][j];
+      for (int j = first; j < N && j < first + 4; j++) four[j - first] = sum[i][j];
       const Four sums = sums_of(four);
-      for (int j = first; j < J && j < first + 4; j++)
-        result[i * result_stride + j] += sums[j - first];
+      for (int j = first; j < N && j < first + 4; j++) c[i * ldc + j] += sums[j - first];
     }
 }
 
-// Tiles of num_rows <= I rows and num_cells <= J cells.
-template <int I, int J>
-TARGET void dot_tiles(int64_t num_rows, int64_t num_cells, float* result, int64_t result_stride,
-                      const float* rows, int64_t rows_stride, const float* cells,
-                      int64_t cells_stride, int64_t columns) {
-  if constexpr (I > 1)
-    if (num_rows < I)
-      return dot_tiles<I - 1, J>(num_rows, num_cells, result, result_stride, rows, rows_stride,
-                                 cells, cells_stride, columns);
-  if constexpr (J > 1)
-    if (num_cells < J)
-      return dot_tiles<I, J - 1>(num_rows, num_cells, result, result_stride, rows, rows_stride,
-                                 cells, cells_stride, columns);
-  dot_tile<I, J>(result, result_stride, rows, rows_stride, cells, cells_stride, columns);
+// The same for m <= M and n <= N.
+template <int M, int N>
+TARGET void gemm_nt_tiles(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
+                          const float* b, int64_t ldb, float* c, int64_t ldc) {
+  if constexpr (M > 1)
+    if (m < M) return gemm_nt_tiles<M - 1, N>(m, n, k, a, lda, b, ldb, c, ldc);
+  if constexpr (N > 1)
+    if (n < N) return gemm_nt_tiles<M, N - 1>(m, n, k, a, lda, b, ldb, c, ldc);
+  gemm_nt_tile<M, N>(k, a, lda, b, ldb, c, ldc);
 }
 
-// result (num_rows, num_cells) += rows (num_rows, columns) * cells (num_cells, columns) transposed,
-// columns a multiple of LANES.
-TARGET void dots(float* result, int64_t result_stride, const float* rows, int64_t num_rows,
-                 int64_t rows_stride, const float* cells, int64_t num_cells, int64_t cells_stride,
-                 int64_t columns) {
-  for_tiles(num_cells, DOT_CELLS, [&](int64_t cell, int64_t tile_cells) {
-    for_tiles(num_rows, DOT_ROWS, [&](int64_t row, int64_t tile_rows) {
-      dot_tiles<DOT_ROWS, DOT_CELLS>(tile_rows, tile_cells, result + row * result_stride + cell,
-                                     result_stride, rows + row * rows_stride, rows_stride,
-                                     cells + cell * cells_stride, cells_stride, columns);
+// C (m, n) += A (m, k) * B (n, k)^T, k a multiple of LANES.
+TARGET void gemm_nt(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+                    int64_t ldb, float* c, int64_t ldc) {
+  for_tiles(n, NT_COLUMNS, [&](int64_t j, int64_t columns) {
+    for_tiles(m, NT_ROWS, [&](int64_t i, int64_t rows) {
+      gemm_nt_tiles<NT_ROWS, NT_COLUMNS>(rows, columns, k, a + i * lda, lda, b + j * ldb, ldb,
+                                         c + i * ldc + j, ldc);
     });
   });
 }
 
-constexpr Blocks blocks{CPU_LEVEL, LANES, ROWS, WIDTH, &product, &dots};
+constexpr Blocks blocks{CPU_LEVEL, LANES, ROWS, WIDTH, &gemm, &gemm_nt};
 
 #undef INLINE
 #undef CPU_LEVEL
@@ -140,5 +126,5 @@ constexpr Blocks blocks{CPU_LEVEL, LANES, ROWS, WIDTH, &product, &dots};
 #undef LANES
 #undef ROWS
 #undef VECTORS
-#undef DOT_ROWS
-#undef DOT_CELLS
+#undef NT_ROWS
+#undef NT_COLUMNS
