@@ -22,17 +22,16 @@ class FreezeWithLayers:
     """
 
     def __init__(self, manager: WarehouseManager, layers: Sequence[Sequence[nn.Module]]) -> None:
-        # In tuples: what a network registers it would save, too.
-        self._warehouses = tuple(zip(range(len(layers)), map(tuple, layers)))
-        self._manager = (manager,)
+        self._layers = layers
+        self._manager = manager
         self._frozen: set[int] = set()
 
     def __call__(self, network: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Looks at the layers before they compute, where gradients are wanted."""
         if not torch.is_grad_enabled():
             return
-        weights = self._manager[0].weights
-        for index, layers in self._warehouses:
+        weights = self._manager.weights
+        for index, layers in enumerate(self._layers):
             learns = any(p.requires_grad for layer in layers for p in layer.attention.parameters())
             cells = weights[index]
             if cells.requires_grad and not learns:

@@ -27,18 +27,18 @@ def test_split_attention_equals_torch_s(layout, bias, masks, options):
     if bias:
         nn.init.normal_(fused.in_proj_bias)
     split = SplitMultiheadAttention(fused).eval()
-    query, memory = torch.randn(2, 5, 12), torch.randn(2, 5, 12)
-    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    per_head = torch.randn(6, 5, 5)
+    query, memory = torch.randn(2, 5, 12), torch.randn(2, 7, 12)
+    padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+    per_head = torch.randn(6, 5, 7)
     if layout == 'batch second':
         query, memory = query.transpose(0, 1), memory.transpose(0, 1)
     elif layout == 'one sequence':
         query, memory, padding, per_head = query[0], memory[0], padding[1], per_head[:3]
-    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    causal = torch.ones(5, 7, dtype=torch.bool).triu(1)
     arguments = {
         'none': {},
         'bool': dict(attn_mask=causal),
-        'float': dict(attn_mask=torch.randn(5, 5)),
+        'float': dict(attn_mask=torch.randn(5, 7)),
         'per head': dict(attn_mask=per_head),
         'padding': dict(key_padding_mask=padding),
         'causal': dict(attn_mask=causal, is_causal=True),
