@@ -10,6 +10,7 @@ from mmkw.engine.command_line import (
     build_runner,
     check_checkpoint,
     check_scopes,
+    leave_processes,
     library_of,
     load_config,
 )
@@ -93,6 +94,7 @@ def main() -> None:
             parser.error(f'--tta needs tta_model and tta_pipeline, which {args.config} lacks')
         augment_at_test_time(config)
     build_runner(config).test()
+    leave_processes()
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ from mmkw.engine.command_line import (
     check_checkpoint,
     check_scopes,
     check_weights,
+    leave_processes,
     load_config,
 )
 
@@ -54,6 +55,7 @@ def main() -> None:
     if config.get('load_from'):
         check_checkpoint(parser, config.load_from)
     build_runner(config).train()
+    leave_processes()
 
 
 if __name__ == '__main__':

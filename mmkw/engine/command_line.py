@@ -3,6 +3,7 @@
 import argparse
 import os
 import os.path as osp
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,6 +74,18 @@ def build_runner(config: Config) -> Runner:
         )
         config.model_wrapper_cfg.device_ids = None
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+
+
+def leave_processes() -> None:
+    """Ends the work with other processes.
+
+    To be called at the end of a script. A thread of gloo needs the interpreter to let go of the
+    tensors of its last exchange: it aborts a process that ends first, and waits for ever for one
+    that takes the group apart first. So it is given time.
+    """
+    if torch.distributed.is_initialized():
+        time.sleep(0.5)
+        torch.distributed.destroy_process_group()
 
 
 def check_weights(parser: argparse.ArgumentParser, config: Config) -> None:
