@@ -8,6 +8,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from ..sharing import is_converted
+
 
 def build_model(config: Config, on_meta: bool = False) -> nn.Module:
     """Builds the model of a config with random weights: pretrained ones are left aside.
@@ -34,12 +36,7 @@ def dynamic_networks(model: nn.Module) -> dict[str, nn.Module]:
     Args:
         model: Any model with networks converted by :func:`~mmkw.sharing.convert`.
     """
-    return {name: module for name, module in model.named_modules() if _is_dynamic(module)}
-
-
-def _is_dynamic(module: nn.Module) -> bool:
-    # A single layer in conv_cfg has a manager too, but no layers by name.
-    return hasattr(module, 'warehouse_manager') and not hasattr(module, 'static_class')
+    return {name: module for name, module in model.named_modules() if is_converted(module)}
 
 
 def _without_weights(cfg: Any) -> Any:

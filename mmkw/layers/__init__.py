@@ -11,6 +11,7 @@ from .partition import (
     partition_warehouse,
     split_options,
 )
+from .twins import StandsForStatic, leave_static_twins, static_twins
 from .warehouse import WarehouseManager, fault_of
 from .warm_start import check_start_tau, warm_start
 
@@ -24,14 +25,17 @@ __all__ = [
     'KernelShape',
     'LayerShare',
     'PlanError',
+    'StandsForStatic',
     'WarehouseManager',
     'WarehouseOptions',
     'WarehousePartition',
     'check_start_tau',
     'fault_of',
     'kernel_shape',
+    'leave_static_twins',
     'partition_warehouse',
     'set_temperature',
     'split_options',
+    'static_twins',
     'warm_start',
 ]

@@ -1,6 +1,7 @@
 """Convolutional and linear layers whose kernel is mixed from a warehouse for every image."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,17 +10,25 @@ from mmcv.cnn.bricks import wrappers
 from torch import Tensor, nn
 
 from ..ops import SampleConv, SampleLinear, apply_mixed, modes
+from ..ops.kernels import assemble
 from ..registry import MODELS
 from .arguments import check_arguments
 from .attention import Attention
-from .partition import KernelShape, WarehouseOptions, partition_warehouse, split_options
+from .partition import (
+    KernelShape,
+    LayerShare,
+    WarehouseOptions,
+    partition_warehouse,
+    split_options,
+)
+from .twins import Kernels, StandsForStatic
 from .warehouse import WarehouseManager, fault_of
 from .warm_start import warm_start
 
 DEFAULT_NORM_CFG = dict(type='BN1d')
 
 
-class DynamicLayer(nn.Module):
+class DynamicLayer(StandsForStatic):
     """A layer whose kernel is a mixture of kernel cells, one mixture per image.
 
     Made by its constructor it owns its warehouse, ``warehouse_manager.weights[0]`` of shape
@@ -105,8 +114,8 @@ class DynamicLayer(nn.Module):
         self._take_settings(static)
         self._warehouses = (manager,)
         self._warehouse_index = warehouse
-        partition = manager.partitions[warehouse]
-        share = partition.layers[position]
+        self._position = position
+        partition, share = manager.partitions[warehouse], self.share
         self._grid = share.grid
         self._fan_in = share.kernel.in_channels * math.prod(share.kernel.kernel_size)
         in_channels = share.kernel.in_channels * getattr(static, 'groups', 1)
@@ -128,6 +137,69 @@ class DynamicLayer(nn.Module):
     def cells(self) -> Tensor:
         """The cells of the layer's warehouse: Tensor[cells, cell_out, cell_in, *cell_kernel]."""
         return self._warehouses[0].weights[self._warehouse_index]
+
+    @property
+    def place(self) -> tuple[WarehouseManager, int, int]:
+        """The manager, the index of the warehouse in it, and the layer's position in that."""
+        return self._warehouses[0], self._warehouse_index, self._position
+
+    @property
+    def share(self) -> LayerShare:
+        """What the layer takes from its warehouse."""
+        manager, warehouse, position = self.place
+        return manager.partitions[warehouse].layers[position]
+
+    @property
+    def _learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.attention.parameters())
+
+    @torch.no_grad()
+    def static_kernel(self) -> Tensor:
+        """The kernel of the one-to-one start: Tensor[out, in, *kernel_size]."""
+        cells, share = self.cells, self.share
+        held = [(i, cell) for i, cell in enumerate(share.assigned) if cell is not None]
+        rows = cells.new_zeros(1, share.num_mixtures, *cells.shape[1:])
+        if held:
+            mixtures, assigned = (list(numbers) for numbers in zip(*held))
+            rows[0, mixtures] = cells[assigned]
+        (kernel,) = assemble(rows, share.grid)
+        # In the order of a kernel in memory, in which random numbers are drawn.
+        return kernel.contiguous()
+
+    def static_twin(self) -> nn.Module:
+        """Makes the static layer that this one equals at a temperature of 1, with its bias."""
+        twin = self._make_static()
+        kernel = self.static_kernel().reshape(twin.weight.shape)
+        twin.weight = nn.Parameter(kernel, self._learns)
+        twin.bias = self.bias
+        return twin.train(self.training)
+
+    def _make_static(self) -> nn.Module:
+        """A layer of ``static_class`` without bias, on the meta device."""
+        raise NotImplementedError
+
+    def counterparts(self, twin: nn.Module) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
+        """See :class:`~mmkw.layers.twins.StandsForStatic`."""
+        yield twin.weight, [self.cells]
+        if self.bias is not None:
+            yield twin.bias, [self.bias]
+
+    def take_values(self, twin: nn.Module, kernels: Kernels) -> None:
+        """See :class:`~mmkw.layers.twins.StandsForStatic`; the twin's bias is this layer's."""
+        self.take_kernel(twin.weight.detach(), twin.weight.requires_grad, kernels)
+
+    def take_kernel(self, kernel: Tensor, learns: bool, kernels: Kernels) -> None:
+        """Takes the kernel of a static twin, and whether it learns.
+
+        Args:
+            kernel: Tensor[out, in, *kernel_size].
+            learns: Whether it requires gradients: then the attention does.
+            kernels: Gains the kernel, if it has changed.
+        """
+        if learns != self._learns:
+            self.attention.requires_grad_(learns)
+        if not torch.equal(kernel, self.static_kernel().view_as(kernel)):
+            kernels.add(self, kernel)
 
     def _map(self, x: Tensor, pooled: Tensor) -> Tensor:
         """Maps every image by the kernel that its pooled input asks for."""
@@ -199,6 +271,20 @@ class _KWConvNd(DynamicLayer):
         padding = (0,) * len(begins) if self._pads_first else tuple(reversed(begins))
         self._sample_map = SampleConv(self.stride, padding, self.dilation, self.groups)
 
+    def _make_static(self) -> nn.Module:
+        return self.static_class(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            False,
+            self.padding_mode,
+            device='meta',
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """Tensor[batch, in_channels, *size] or Tensor[in_channels, *size] to the same with out."""
         dims = len(self.kernel_size)
@@ -259,6 +345,9 @@ class KWLinear(DynamicLayer):
         self.in_features = static.in_features
         self.out_features = static.out_features
         self._sample_map = SampleLinear()
+
+    def _make_static(self) -> nn.Module:
+        return self.static_class(self.in_features, self.out_features, False, device='meta')
 
     def forward(self, x: Tensor) -> Tensor:
         """Tensor[batch, ..., in_features] or Tensor[in_features] to the same with out_features."""

@@ -6,17 +6,20 @@ attention. The modules here take their place and read their state dicts.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .twins import Kernels, StandsForStatic
+
 # Windowed attentions of mmdet and mmseg, whose images reach ``qkv`` as windows.
 _WINDOWED = 'ShiftWindowMSA'
 
 
-class SplitProjection(nn.Module):
+class SplitProjection(StandsForStatic):
     """A fused projection of queries, keys and values in two layers.
 
     Args:
@@ -28,7 +31,7 @@ class SplitProjection(nn.Module):
         value: Linear layer to the values.
     """
 
-    # What a state dict calls the fused parameters, before ``weight`` and ``bias``.
+    # What the fused parameters are called, before ``weight`` and ``bias``.
     fused_prefix = ''
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -44,6 +47,52 @@ class SplitProjection(nn.Module):
                     parameter = getattr(layer, name)
                     parameter.data.copy_(part)
                     parameter.requires_grad_(fused.requires_grad)
+
+    @torch.no_grad()
+    def static_twin(self) -> nn.Module:
+        """Makes the module with the fused projection, with the value of the one-to-one start."""
+        value = self.value
+        if isinstance(value, StandsForStatic):
+            value = value.static_twin()
+        twin = self._make_static()
+        for name in ('weight', 'bias'):
+            parts = [getattr(self.query_key, name), getattr(value, name)]
+            if parts[0] is not None:
+                learns = any(part.requires_grad for part in parts)
+                fused = nn.Parameter(torch.cat(parts), learns)
+                twin.register_parameter(f'{self.fused_prefix}{name}', fused)
+        return twin.train(self.training)
+
+    def _make_static(self) -> nn.Module:
+        """The fused module, its projection on the meta device."""
+        raise NotImplementedError
+
+    def counterparts(self, twin: nn.Module) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
+        """See :class:`~mmkw.layers.twins.StandsForStatic`."""
+        for name in ('weight', 'bias'):
+            fused = getattr(twin, f'{self.fused_prefix}{name}')
+            if fused is not None:
+                dynamic = name == 'weight' and isinstance(self.value, StandsForStatic)
+                value = self.value.cells if dynamic else getattr(self.value, name)
+                yield fused, [getattr(self.query_key, name), value]
+
+    @torch.no_grad()
+    def take_values(self, twin: nn.Module, kernels: Kernels) -> None:
+        """See :class:`~mmkw.layers.twins.StandsForStatic`."""
+        for name in ('weight', 'bias'):
+            fused = getattr(twin, f'{self.fused_prefix}{name}')
+            if fused is None:
+                continue
+            query_key, value = fused.split([len(fused) * 2 // 3, len(fused) // 3])
+            own = getattr(self.query_key, name)
+            own.copy_(query_key)
+            own.requires_grad_(fused.requires_grad)
+            if name == 'weight' and isinstance(self.value, StandsForStatic):
+                self.value.take_kernel(value, fused.requires_grad, kernels)
+            else:
+                own = getattr(self.value, name)
+                own.copy_(value)
+                own.requires_grad_(fused.requires_grad)
 
     def split_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Splits the fused parameters of a state dict, in place, if it has them.
@@ -69,6 +118,10 @@ class WindowProjection(SplitProjection):
     def __init__(self, qkv: nn.Linear) -> None:
         super().__init__(qkv.weight, qkv.bias)
         self._images = 1
+
+    def _make_static(self) -> nn.Module:
+        channels = self.value.in_features
+        return nn.Linear(channels, 3 * channels, self.query_key.bias is not None, device='meta')
 
     def count_images(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict) -> None:
         """Notes how many images the windows come from; a hook before the windows are cut."""
@@ -104,6 +157,18 @@ class SplitMultiheadAttention(SplitProjection):
         self.num_heads = attention.num_heads
         self.dropout = attention.dropout
         self.batch_first = attention.batch_first
+
+    def _make_static(self) -> nn.Module:
+        twin = nn.MultiheadAttention(
+            self.embed_dim,
+            self.num_heads,
+            self.dropout,
+            self.query_key.bias is not None,
+            batch_first=self.batch_first,
+            device='meta',
+        )
+        twin.out_proj = self.out_proj
+        return twin
 
     def forward(
         self,

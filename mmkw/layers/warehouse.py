@@ -36,12 +36,15 @@ class WarehouseManager(nn.Module):
     Attributes:
         partitions: The same, as a tuple.
         start_tau: The same.
+        keeps_start: Whether the cells keep the start that they are made with when an initialiser
+            sets a static kernel, as in the networks of the paper. False by default.
         weights: CellList of Tensor[cells, cell_out, cell_in, *cell_kernel].
     """
 
     def __init__(self, partitions: Sequence[WarehousePartition], start_tau: float = 0.0) -> None:
         super().__init__()
         self.start_tau = check_start_tau(start_tau)
+        self.keeps_start = False
         self.partitions = tuple(partitions)
         self.weights = CellList(
             nn.Parameter(torch.empty(partition.num_cells, *partition.cell_shape))

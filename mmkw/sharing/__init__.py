@@ -1,6 +1,6 @@
 """Sharing plans, rules and patterns that make them, and the conversion of static networks."""
 
-from .convert import convert, static_networks
+from .convert import convert, is_converted, static_networks
 from .families import family_rule, split_groups
 from .patterns import pattern_plan
 from .plan import SharingPlan
@@ -11,6 +11,7 @@ __all__ = [
     'convert',
     'convnext_rule',
     'family_rule',
+    'is_converted',
     'mobilenet_v2_rule',
     'pattern_plan',
     'resnet_rule',

@@ -3,13 +3,23 @@
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 from torch import nn
 
 from ..checkpoints import check_checkpoint
-from ..layers import DYNAMIC_LAYERS, KernelShape, PlanError, WarehouseManager, kernel_shape
-from ..layers.dynamic_conv import DEFAULT_NORM_CFG
+from ..layers import (
+    DYNAMIC_LAYERS,
+    KernelShape,
+    PlanError,
+    WarehouseManager,
+    kernel_shape,
+    leave_static_twins,
+    static_twins,
+)
+from ..layers.dynamic_conv import DEFAULT_NORM_CFG, DynamicLayer
 from ..layers.value_projection import fused_projections, split_projections
+from .families import is_of_the_paper
 from .freezing import FreezeWithLayers
 from .plan import SharingPlan
 
@@ -63,13 +73,14 @@ def convert(
     """
     if _building_static.get():
         return network
-    if hasattr(network, 'warehouse_manager'):
+    if is_converted(network):
         raise PlanError(f'{type(network).__name__} has a warehouse_manager: it is converted.')
     if isinstance(network, nn.Sequential):
         raise PlanError(
             'The network is a Sequential, which would run its warehouses as a layer. Convert a '
             'module that holds it.'
         )
+    network._register_load_state_dict_pre_hook(leave_static_twins, with_module=True)
     planned = {layer for layer, _ in plan.layers}
     split_projections(
         network, [name for name in fused_projections(network) if f'{name}.value' in planned]
@@ -80,6 +91,7 @@ def convert(
     partitions = plan.partition(kernels)
 
     manager = WarehouseManager(partitions, start_tau)
+    manager.keeps_start = is_of_the_paper(network)
     twins: dict[nn.Module, nn.Module] = {}
     members: list[list[nn.Module]] = []
     for index, partition in enumerate(partitions):
@@ -106,7 +118,30 @@ def convert(
     network.warehouse_manager = manager.train(network.training)
     network._register_load_state_dict_pre_hook(check_checkpoint, with_module=True)
     network.register_forward_pre_hook(FreezeWithLayers(manager, members))
+    if hasattr(network, 'init_weights'):
+        network.init_weights = partial(_initialise, network)
     return network
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether :func:`convert` has made a module dynamic.
+
+    Args:
+        module: Any module. A detector whose backbone is converted is not itself, nor is a dynamic
+            layer.
+
+    Example:
+        >>> [name for name, part in detector.named_modules() if mmkw.is_converted(part)]
+        ['backbone']
+    """
+    # A single layer has a manager, too.
+    return hasattr(module, 'warehouse_manager') and not isinstance(module, DynamicLayer)
+
+
+def _initialise(network: nn.Module) -> None:
+    """The network's own ``init_weights``, which sees the static network."""
+    with static_twins(network):
+        type(network).init_weights(network)
 
 
 def _find_layers(

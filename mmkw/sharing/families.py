@@ -59,9 +59,23 @@ def family_rule(network: nn.Module) -> list[tuple[str, str]]:
         Pairs of layer and warehouse in module order.
     """
     layers = plannable_layers(network)
-    names = {parent.__name__ for parent in type(network).__mro__}
-    rule = next((rule for family, rule in _FAMILIES.items() if family in names), _general_rule)
+    families = _families_of(network)
+    rule = _FAMILIES[families[0]] if families else _general_rule
     return split_groups(refuse_nothing(network, rule(network)), layers)
+
+
+def is_of_the_paper(network: nn.Module) -> bool:
+    """Whether the paper has a network of this family: ResNet, ConvNeXt or MobileNetV2.
+
+    Args:
+        network: A static network.
+    """
+    rules = {_FAMILIES[name] for name in _families_of(network)}
+    return bool(rules & {resnet_rule, convnext_rule, _mobilenet_v2_rule})
+
+
+def _families_of(network: nn.Module) -> list[str]:
+    return [parent.__name__ for parent in type(network).__mro__ if parent.__name__ in _FAMILIES]
 
 
 def split_groups(

@@ -1,0 +1,214 @@
+"""Initialisers do to a converted network what they do to the static one, and nothing else."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from mmengine.model import BaseModule
+from torch import nn
+from twin_networks import BACKBONES, HEADS, build
+
+from mmkw.layers import KWConv2d, KWLinear, StandsForStatic
+from mmkw.layers.attention import Attention
+from mmkw.layers.value_projection import SplitProjection
+from mmkw.sharing import SharingPlan, convert
+from mmkw.sharing.families import is_of_the_paper
+
+
+def kernels_and_biases(network):
+    """Of a static network, or of the static twins of a dynamic one, by name."""
+    found = {}
+    for name, module in network.named_modules():
+        if any(name.startswith(f'{place}.') for place in found.get('twins', ())):
+            continue
+        if isinstance(module, StandsForStatic):
+            found.setdefault('twins', []).append(name)
+            for part, parameter in module.static_twin().named_parameters():
+                found[f'{name}.{part}'] = parameter.detach().clone()
+        elif 'warehouse_manager' not in name:
+            for part, parameter in module.named_parameters(recurse=False):
+                found[f'{name}.{part}'.lstrip('.')] = parameter.detach().clone()
+    found.pop('twins', None)
+    return found
+
+
+def attentions(network):
+    return {
+        f'{place}.{name}': tensor.clone()
+        for place, attention in network.named_modules()
+        if isinstance(attention, Attention)
+        for name, tensor in attention.state_dict().items()
+    }
+
+
+def changes(network, initialise):
+    """The parameters that an initialiser sets, with their new values."""
+    before = kernels_and_biases(network)
+    torch.manual_seed(1)
+    initialise(network)
+    after = kernels_and_biases(network)
+    return {name: after[name] for name in after if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize('kind', [*BACKBONES, *HEADS])
+def test_init_weights(kind):
+    static, dynamic = build(kind, False), build(kind, True)
+    kept = attentions(dynamic)
+    assert kept
+    expected = changes(static, lambda network: network.init_weights())
+    found = changes(dynamic, lambda network: network.init_weights())
+    if is_of_the_paper(static):
+        # The cells of these start as released, whatever becomes of static kernels.
+        names = {
+            f'{name}.weight'
+            for name, module in dynamic.named_modules()
+            if isinstance(module, StandsForStatic)
+        }
+        assert not names & set(found)
+        expected = {name: value for name, value in expected.items() if name not in names}
+    # Biases are made at random, also where an initialiser then sets what was there.
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in attentions(dynamic).items())
+    assert not [m for m in dynamic.modules() if hasattr(m, '_params_init_info')]
+
+
+class Outer(BaseModule):
+    """Of a head with initialisers of its own, which holds a part that may be converted."""
+
+    def __init__(self, inner, init_cfg):
+        super().__init__(init_cfg)
+        self.inner = inner
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.last(self.inner(x))
+
+
+class Inner(nn.Module):
+    def __init__(self, kind=nn.Conv2d, linear=nn.Linear):
+        super().__init__()
+        self.first = kind(4, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = kind(8, 8, 3, padding=1, groups=2)
+        self.map = linear(8, 8)
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        y = self.map(self.second(self.norm(self.first(x))).flatten(2).transpose(1, 2))
+        return self.attend(y, y, y)[0].transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def converted():
+    names = ['first', 'second', 'map', 'attend.value']
+    plan = SharingPlan.make([(name, name) for name in names], cell_num_ratio=2)
+    return convert(Inner(), plan)
+
+
+INITIALISERS = {
+    'Normal': dict(type='Normal', layer=['Conv2d', 'Linear'], std=0.3, bias=0.5),
+    'Conv2d': dict(type='Xavier', layer='Conv2d', bias=0.25),
+    'Linear': dict(type='TruncNormal', layer='Linear', std=0.1),
+    'BatchNorm2d': dict(type='Constant', layer='BatchNorm2d', val=3.0),
+    'BatchNorm1d': dict(type='Constant', layer='BatchNorm1d', val=3.0),
+    'override': dict(
+        type='Constant', layer='GroupNorm', val=1, override=dict(type='Xavier', name='inner')
+    ),
+}
+
+
+@pytest.mark.parametrize('kind', INITIALISERS)
+@pytest.mark.parametrize('make', [converted, lambda: Inner(KWConv2d, KWLinear)])
+def test_initialisers_of_what_is_around(kind, make):
+    cfg = INITIALISERS[kind]
+    if kind == 'override':
+        # The norm has a weight of one dimension, which has no fan.
+        static = Outer(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Linear(8, 8)), cfg)
+        dynamic = Outer(nn.Sequential(KWConv2d(4, 8, 3), KWLinear(8, 8)), cfg)
+    else:
+        static, dynamic = Outer(Inner(), cfg), Outer(make(), cfg)
+    kept = attentions(dynamic)
+    expected = changes(static, lambda network: network.init_weights())
+    found = changes(dynamic, lambda network: network.init_weights())
+    assert set(found) == set(expected) and bool(expected) == (kind != 'BatchNorm1d')
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in attentions(dynamic).items())
+
+
+def test_other_functions_reach_what_is_in_a_dynamic_layer():
+    """As one that sets norms to evaluation, or counts, or freezes."""
+    network = converted()
+
+    def still(module):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+    network.train().apply(still)
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 5 and not any(norm.training for norm in norms)
+    seen = set()
+    network.apply(seen.add)
+    assert set(network.modules()) <= seen
+    network.apply(lambda module: module.requires_grad_(False))
+    assert not [n for n, p in network.named_parameters() if p.requires_grad]
+
+
+class Freezing(BaseModule):
+    """Freezes, and sets to evaluation, while it starts its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+
+    def init_weights(self):
+        for module in (self.inner.first, self.inner.attend):
+            module.eval()
+            for parameter in module.parameters():
+                parameter.requires_grad = False
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_freezing_in_init_weights():
+    names = ['inner.first', 'inner.second', 'inner.attend.value']
+    network = convert(Freezing(), SharingPlan.make([(name, name) for name in names]))
+    network.train().init_weights()
+    network(torch.randn(2, 4, 5, 5))
+    inner = network.inner
+    frozen = {id(p) for m in (inner.first, inner.attend) for p in m.parameters()}
+    frozen |= {id(network.warehouse_manager.weights[index]) for index in (0, 2)}
+    assert {id(p) for p in network.parameters() if not p.requires_grad} == frozen
+    assert not inner.first.attention.norm1.training and inner.second.attention.norm1.training
+    assert not inner.attend.value.attention.norm1.training
+
+
+def test_copies_have_their_own():
+    network = convert(Freezing(), SharingPlan.make([('inner.first', 'one')]))
+    for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        copied.init_weights()
+        assert not copied.inner.first.bias.requires_grad
+    assert network.inner.first.bias.requires_grad
+
+
+def test_an_error_leaves_the_network_as_it_was():
+    class Failing(Freezing):
+        def init_weights(self):
+            nn.init.zeros_(self.inner.first.weight)
+            raise RuntimeError('no file')
+
+    network = convert(Failing(), SharingPlan.make([('inner.first', 'one')]))
+    cells = network.warehouse_manager.weights[0].clone()
+    with pytest.raises(RuntimeError, match='no file'):
+        network.init_weights()
+    assert isinstance(network.inner.first, KWConv2d)
+    assert torch.equal(network.warehouse_manager.weights[0], cells)
+
+
+def test_a_fused_projection_stays_split():
+    network = converted()
+    assert isinstance(network.attend, SplitProjection)
+    network.apply(lambda module: None)
+    assert isinstance(network.attend, SplitProjection)
