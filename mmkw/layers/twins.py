@@ -1,9 +1,9 @@
 """What is done to a static layer, done to the dynamic one in its place.
 
-Initialisers and constructors of optimizers look for layers by type, by name and by ``weight``. While
-they work, static twins stand in the places of dynamic modules: real ``torch.nn`` layers whose
-kernel is the one of the one-to-one start (paper, section 3.4). What has become of them is handed on
-afterwards. So nothing ever reaches an attention that was meant for a kernel.
+Initialisers and constructors of optimizers look for layers by type, by name and by ``weight``.
+While they work, static twins stand in the places of dynamic modules: real ``torch.nn`` layers with
+the kernel of the one-to-one start (paper, section 3.4). What has become of them is handed on
+afterwards. So nothing reaches an attention that was meant for a kernel.
 """
 
 from collections.abc import Callable, Iterable, Iterator
