@@ -188,6 +188,7 @@ def KWConvNeXt(
     *,
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
+    freeze_warehouses: bool = True,
     **arguments: Any,
 ) -> ConvNeXt:
     """Builds a ConvNeXt whose convolutions are all dynamic, with the paper's twelve warehouses.
@@ -197,6 +198,7 @@ def KWConvNeXt(
         attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default LN,
             as the norms of the network are.
         start_tau: See :func:`~mmkw.sharing.convert`.
+        freeze_warehouses: The same.
         **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
             or one per warehouse; and the other arguments of :class:`ConvNeXt`.
 
@@ -212,4 +214,4 @@ def KWConvNeXt(
     network = ConvNeXt(arch, **static)
     plan = SharingPlan.make(convnext_rule(network), **options)
     norm = attention_norm_cfg or attention_norm(network)
-    return convert(network, plan, norm, start_tau=start_tau)
+    return convert(network, plan, norm, start_tau=start_tau, freeze_warehouses=freeze_warehouses)

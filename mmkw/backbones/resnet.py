@@ -54,6 +54,7 @@ def KWResNet(
     *,
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
+    freeze_warehouses: bool = True,
     **arguments: Any,
 ) -> nn.Module:
     """Builds the library's own ResNet with the paper's four warehouses, one per stage.
@@ -68,6 +69,7 @@ def KWResNet(
         attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default
             SyncBN or BatchNorm where the network has it, else LayerNorm.
         start_tau: See :func:`~mmkw.sharing.convert`.
+        freeze_warehouses: The same.
         **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
             or one per warehouse; and the arguments of :func:`ResNet`, those of the library's own
             among them.
@@ -84,7 +86,7 @@ def KWResNet(
     network = ResNet(depth, **static)
     plan = SharingPlan.make(resnet_rule(network), **options)
     norm = attention_norm_cfg or attention_norm(network)
-    return convert(network, plan, norm, start_tau=start_tau)
+    return convert(network, plan, norm, start_tau=start_tau, freeze_warehouses=freeze_warehouses)
 
 
 @MODELS.register_module()
