@@ -100,36 +100,6 @@ def test_config_of_the_readme_builds(tmp_path, library, cells):
     assert len(model.backbone.warehouse_manager.weights[0]) == cells
 
 
-def test_recipe_of_the_paper():
-    config = load('mask_rcnn/mask-rcnn_kw4x-r50_fpn_adamw-1x_coco.py')
-    assert config.model.backbone.frozen_stages == 1
-    assert config.model.backbone.norm_eval is True
-    assert config.model.backbone.drop_path_rate == 0.1
-    assert config.model.backbone.cell_num_ratio == 4
-    optimizer = config.optim_wrapper.optimizer
-    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-4, 0.05)
-    assert tuple(optimizer.betas) == (0.9, 0.999)
-    assert config.train_cfg.max_epochs == 12
-    assert config.param_scheduler[1].milestones == [8, 11]
-    assert config.auto_scale_lr.base_batch_size == 16
-    choices = config.train_pipeline[3].transforms
-    assert choices[0][0].scales == [(side, 1333) for side in range(480, 801, 32)]
-    assert choices[1][1].crop_size == (384, 600)
-    assert 'custom_hooks' not in config
-
-
-def test_norms_have_no_weight_decay():
-    config = load('mask_rcnn/mask-rcnn_kw1x-r50_fpn_adamw-1x_coco.py')
-    model = build_model(config)
-    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
-    decay = {id(p): group['weight_decay'] for group in groups for p in group['params']}
-    names = {n: decay[id(p)] for n, p in model.named_parameters() if id(p) in decay}
-    norms = [n for n in names if 'norm' in n or '.bn' in n or 'downsample.1' in n]
-    assert norms and all(names[n] == 0 for n in norms)
-    assert all(names[n] == 0.05 for n in names if n not in norms)
-    assert len(names) == sum(p.requires_grad for p in model.parameters())
-
-
 def test_loss_of_the_demo_falls():
     """Twenty steps on one batch."""
     config = load('demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py')

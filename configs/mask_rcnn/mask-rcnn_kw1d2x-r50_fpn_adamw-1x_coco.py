@@ -11,7 +11,7 @@ model = dict(
         cell_inplane_ratio=1 / 2,
         cell_outplane_ratio=1 / 2,
         nonlocal_basis_ratio=1 / 16,
-        drop_path_rate=0.1,
+        drop_path_rate=[0.1] * 16,
         init_cfg=dict(checkpoint='checkpoints/kw1d2x_resnet50.pth'),
     )
 )

@@ -3,4 +3,8 @@ _base_ = [
     '../_base_/backbones/kw4x-mobilenet-v2.py',
 ]
 
-model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))
+# The stem is frozen, with the first blocks; its warehouse learns, as all the others.
+model = dict(
+    backbone=dict(_base_.backbone, freeze_warehouses=False),
+    neck=dict(in_channels=_base_.channels),
+)

@@ -77,7 +77,7 @@ class ConvNeXt(BaseModule):
         in_channels: Channels of the image.
         out_indices: Stages whose output is returned, each through a norm of its own.
         drop_path_rate: Stochastic depth of the last block, in [0, 1); earlier blocks have
-            proportionally less.
+            proportionally less. Or a sequence of one rate per block.
         layer_scale_init_value: Start of the layer scale; 0 for none.
         frozen_stages: -1 freezes nothing, 0 the stem, i the stem and the first i stages.
         with_cp: Recompute the blocks' activations in the backward pass, to save memory.
@@ -85,6 +85,7 @@ class ConvNeXt(BaseModule):
 
     Raises:
         ValueError: If an argument is unknown or out of its range.
+        TypeError: If ``drop_path_rate`` is no number, nor a sequence of numbers.
     """
 
     arch_settings = {
@@ -99,7 +100,7 @@ class ConvNeXt(BaseModule):
         arch: str | dict = 'tiny',
         in_channels: int = 3,
         out_indices: Sequence[int] = (0, 1, 2, 3),
-        drop_path_rate: float = 0.0,
+        drop_path_rate: float | Sequence[float] = 0.0,
         layer_scale_init_value: float = 1e-6,
         frozen_stages: int = -1,
         with_cp: bool = False,
@@ -187,6 +188,7 @@ def KWConvNeXt(
     *,
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
+    freeze_warehouses: bool = True,
     **arguments: Any,
 ) -> ConvNeXt:
     """Builds a ConvNeXt whose convolutions are all dynamic, with the paper's twelve warehouses.
@@ -196,6 +198,7 @@ def KWConvNeXt(
         attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default LN,
             as the norms of the network are.
         start_tau: See :func:`~mmkw.sharing.convert`.
+        freeze_warehouses: The same.
         **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
             or one per warehouse; and the other arguments of :class:`ConvNeXt`.
 
@@ -205,9 +208,10 @@ def KWConvNeXt(
     Raises:
         PlanError: If the warehouse options do not fit the network.
         ValueError: If an argument of ConvNeXt is out of its range.
+        TypeError: If ``drop_path_rate`` is no number, nor a sequence of numbers.
     """
     options, static = split_options(arguments)
     network = ConvNeXt(arch, **static)
     plan = SharingPlan.make(convnext_rule(network), **options)
     norm = attention_norm_cfg or attention_norm(network)
-    return convert(network, plan, norm, start_tau=start_tau)
+    return convert(network, plan, norm, start_tau=start_tau, freeze_warehouses=freeze_warehouses)

@@ -50,6 +50,7 @@ def KWMobileNetV2(
     pointwise: str = 'joint',
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
+    freeze_warehouses: bool = True,
     **arguments: Any,
 ) -> nn.Module:
     """Builds the library's own MobileNetV2 with the paper's sharing.
@@ -66,6 +67,8 @@ def KWMobileNetV2(
         attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default
             SyncBN or BatchNorm where the network has it, else LayerNorm.
         start_tau: See :func:`~mmkw.sharing.convert`.
+        freeze_warehouses: The same. The paper's detectors freeze the stem and the first two stages
+            but no warehouse: ``frozen_stages=2, freeze_warehouses=False`` in mmdet.
         **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
             or one per warehouse; and the arguments of :func:`MobileNetV2`, those of the library's
             own among them.
@@ -86,7 +89,7 @@ def KWMobileNetV2(
     network._register_load_state_dict_pre_hook(partial(_check_sharing, pointwise, kinds))
     absent = [] if hasattr(network, 'conv2') else [_conv2(network)]
     norm = attention_norm_cfg or attention_norm(network)
-    return convert(network, plan, norm, absent, start_tau)
+    return convert(network, plan, norm, absent, start_tau, freeze_warehouses)
 
 
 def _conv2(network: nn.Module) -> KernelShape:

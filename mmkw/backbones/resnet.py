@@ -1,5 +1,6 @@
 """ResNet with KernelWarehouse."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -13,16 +14,21 @@ from .static import attention_norm, refuse_small_images, static_network
 
 @MODELS.register_module()
 def ResNet(
-    depth: int, *, drop_path_rate: float = 0.0, with_cp: bool = False, **resnet: Any
+    depth: int,
+    *,
+    drop_path_rate: float | Sequence[float] = 0.0,
+    with_cp: bool = False,
+    **resnet: Any,
 ) -> nn.Module:
-    """Builds the library's own static ResNet, with stochastic depth: the paper's baseline.
+    """Builds the library's own static ResNet, the paper's baseline; stochastic depth is possible.
 
     With ``groups`` among the arguments it is the library's ``ResNeXt``.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
         drop_path_rate: Stochastic depth of the last block, in [0, 1); earlier blocks have
-            proportionally less.
+            proportionally less. Or a sequence of one rate per block: the paper's detectors with
+            KernelWarehouse have ``[0.1] * 16``.
         with_cp: Recompute the blocks' activations in the backward pass, to save memory.
         **resnet: The other arguments of the ``ResNet`` or ``ResNeXt`` of mmdet or mmseg.
 
@@ -30,7 +36,8 @@ def ResNet(
         The network, of the library's class.
 
     Raises:
-        ValueError: If ``drop_path_rate`` is out of range.
+        ValueError: If ``drop_path_rate`` is out of range, or has not one value per block.
+        TypeError: If ``drop_path_rate`` is no number, nor a sequence of numbers.
     """
     kind = 'ResNeXt' if 'groups' in resnet else 'ResNet'
     network = static_network(kind)(depth=depth, **resnet)
@@ -47,6 +54,7 @@ def KWResNet(
     *,
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
+    freeze_warehouses: bool = True,
     **arguments: Any,
 ) -> nn.Module:
     """Builds the library's own ResNet with the paper's four warehouses, one per stage.
@@ -61,6 +69,7 @@ def KWResNet(
         attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default
             SyncBN or BatchNorm where the network has it, else LayerNorm.
         start_tau: See :func:`~mmkw.sharing.convert`.
+        freeze_warehouses: The same.
         **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
             or one per warehouse; and the arguments of :func:`ResNet`, those of the library's own
             among them.
@@ -70,13 +79,14 @@ def KWResNet(
 
     Raises:
         PlanError: If the warehouse options do not fit the network.
-        ValueError: If ``drop_path_rate`` is out of range.
+        ValueError: If ``drop_path_rate`` is out of range, or has not one value per block.
+        TypeError: If ``drop_path_rate`` is no number, nor a sequence of numbers.
     """
     options, static = split_options(arguments)
     network = ResNet(depth, **static)
     plan = SharingPlan.make(resnet_rule(network), **options)
     norm = attention_norm_cfg or attention_norm(network)
-    return convert(network, plan, norm, start_tau=start_tau)
+    return convert(network, plan, norm, start_tau=start_tau, freeze_warehouses=freeze_warehouses)
 
 
 @MODELS.register_module()

@@ -20,6 +20,7 @@ def KWBackbone(
     patterns: Sequence[dict] | None = None,
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
+    freeze_warehouses: bool = True,
     **arguments: Any,
 ) -> nn.Module:
     r"""Builds a registered module and makes its layers dynamic: a backbone, a neck or a head.
@@ -37,6 +38,7 @@ def KWBackbone(
         attention_norm_cfg: Norm of the attentions; by default SyncBN or BatchNorm where the module
             has it, else LayerNorm.
         start_tau: See :func:`~mmkw.sharing.convert`.
+        freeze_warehouses: The same.
         **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`; without
             patterns each one value or one per warehouse. The rest are arguments of the module, but
             for those that ``backbone`` gives.
@@ -59,4 +61,4 @@ def KWBackbone(
     else:
         plan = pattern_plan(network, patterns, **options)
     norm = attention_norm_cfg or attention_norm(network)
-    return convert(network, plan, norm, start_tau=start_tau)
+    return convert(network, plan, norm, start_tau=start_tau, freeze_warehouses=freeze_warehouses)

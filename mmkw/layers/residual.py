@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 from mmcv.cnn.bricks import DropPath
@@ -17,34 +18,47 @@ class BranchDropPath(DropPath):
         return self.forward(output)
 
 
-def drop_path_rates(rate: float, blocks: int) -> list[float]:
-    """Rates that grow linearly from 0 at the first block to ``rate`` at the last.
+def drop_path_rates(rate: float | Sequence[float], blocks: int) -> list[float]:
+    """The rate of every block.
 
     Args:
-        rate: In [0, 1).
+        rate: That of the last block, in [0, 1): the rates grow linearly from 0 at the first. Or one
+            for every block.
         blocks: Number of blocks.
 
     Raises:
-        ValueError: If ``rate`` is out of range.
+        ValueError: If a rate is out of range, or if there is not one for every block.
+        TypeError: If a rate is no number.
     """
-    if not 0 <= rate < 1:
-        raise ValueError(f'drop_path_rate must be in [0, 1), got {rate!r}.')
-    return [rate * index / max(blocks - 1, 1) for index in range(blocks)]
+    several = isinstance(rate, Sequence) and not isinstance(rate, str)
+    for value in rate if several else [rate]:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(
+                f'drop_path_rate must be a number, or one for every block, got {rate!r}.'
+            )
+        if not 0 <= value < 1:
+            raise ValueError(f'drop_path_rate must be in [0, 1), got {value!r}.')
+    if not several:
+        return [rate * index / max(blocks - 1, 1) for index in range(blocks)]
+    if len(rate) != blocks:
+        raise ValueError(f'drop_path_rate has {len(rate)} values, the network {blocks} blocks.')
+    return list(rate)
 
 
-def add_drop_path(blocks: Sequence[nn.Module], rate: float) -> None:
-    """Drops the residual branches of blocks, from rate 0 at the first to ``rate`` at the last.
+def add_drop_path(blocks: Sequence[nn.Module], rate: float | Sequence[float]) -> None:
+    """Drops the residual branches of blocks while training.
 
     Args:
         blocks: Residual blocks in the style of mmdet's and mmseg's ResNet: ``norm2`` or ``norm3``
             ends the branch, or the last ``after_conv3`` plugin.
-        rate: Probability for the last block, in [0, 1).
+        rate: As in :func:`drop_path_rates`.
 
     Raises:
-        ValueError: If ``rate`` is out of range.
+        ValueError: If a rate is out of range, or if there is not one for every block.
+        TypeError: If a rate is no number.
     """
     rates = drop_path_rates(rate, len(blocks))
-    if rate == 0:
+    if not any(rates):
         return
     for block, probability in zip(blocks, rates):
         plugins = getattr(block, 'after_conv3_plugin_names', None)

@@ -42,15 +42,16 @@ def convert(
     attention_norm_cfg: dict = DEFAULT_NORM_CFG,
     absent: Sequence[KernelShape] = (),
     start_tau: float = 0.0,
+    freeze_warehouses: bool = True,
 ) -> nn.Module:
     """Replaces the planned layers of a network by dynamic ones with shared warehouses.
 
     The network gains a submodule ``warehouse_manager``; every other name stays. It loads state
     dicts of its own and those of the static network (a warm start), and refuses others. Layers that
     do not require gradients (a frozen stage) give frozen attentions; a warehouse is frozen where
-    and as long as all its layers are. The static kernels are dropped, the biases kept. Checked
-    before anything changes, but that a fused projection of which the plan names the value is split
-    in two.
+    and as long as all its layers are, unless ``freeze_warehouses`` says otherwise. The static
+    kernels are dropped, the biases kept. Checked before anything changes, but that a fused
+    projection of which the plan names the value is split in two.
 
     Args:
         network: The static network. Its planned layers must be plain ``torch.nn`` convolutions or
@@ -62,6 +63,8 @@ def convert(
         start_tau: The temperature at which a static checkpoint starts the network: 0, or 1 where a
             :class:`~mmkw.engine.hooks.TemperatureHook` anneals it. See
             :func:`~mmkw.layers.warm_start`.
+        freeze_warehouses: Whether a warehouse is frozen with its layers. If not, every warehouse
+            goes on learning, even where all that mixes its cells is frozen.
 
     Returns:
         The same network; inside of :func:`static_networks` unchanged.
@@ -104,7 +107,8 @@ def convert(
             raise PlanError(f'All layers of warehouse {partition.name!r} are absent.')
         weights = [layer.weight for layer in layers.values()]
         manager.weights[index].data = manager.weights[index].data.to(weights[0])
-        manager.weights[index].requires_grad_(any(weight.requires_grad for weight in weights))
+        if freeze_warehouses:
+            manager.weights[index].requires_grad_(any(weight.requires_grad for weight in weights))
         for position, layer in layers.items():
             twins[layer] = DYNAMIC_LAYERS[type(layer)].from_static(
                 layer, manager, index, position, attention_norm_cfg
@@ -117,7 +121,8 @@ def convert(
                 parent._modules[name] = twins[child]
     network.warehouse_manager = manager.train(network.training)
     network._register_load_state_dict_pre_hook(check_checkpoint, with_module=True)
-    network.register_forward_pre_hook(FreezeWithLayers(manager, members))
+    if freeze_warehouses:
+        network.register_forward_pre_hook(FreezeWithLayers(manager, members))
     if hasattr(network, 'init_weights'):
         network.init_weights = partial(_initialise, network)
     return network

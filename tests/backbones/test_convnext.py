@@ -93,6 +93,7 @@ def test_layer_scale_and_out_indices():
         (dict(out_indices=(4,)), r'out_indices must be in 0 to 3, got \(4,\)'),
         (dict(frozen_stages=5), 'frozen_stages must be in -1 to 4, got 5'),
         (dict(drop_path_rate=1.0), r'drop_path_rate must be in \[0, 1\), got 1.0'),
+        (dict(drop_path_rate=[0.1]), r'drop_path_rate has 1 values, the network \d+ blocks'),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):

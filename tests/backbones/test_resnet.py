@@ -250,6 +250,21 @@ def test_the_static_network_is_the_current_library_s(scope):
 def test_drop_path_rate_out_of_range_is_refused(rate):
     with pytest.raises(ValueError, match=rf'drop_path_rate must be in \[0, 1\), got {rate}'):
         KWResNet(**THIN, drop_path_rate=rate)
+    with pytest.raises(ValueError, match=rf'drop_path_rate must be in \[0, 1\), got {rate}'):
+        KWResNet(**THIN, drop_path_rate=[0.1] * 7 + [rate])
+
+
+def test_drop_path_rate_may_be_one_per_block():
+    rates = (0.1, 0.3, 0, 0, 0.1, 0.2, 0.1, 0)
+    network = KWResNet(**THIN, drop_path_rate=rates)
+    blocks = [block for name in network.res_layers for block in getattr(network, name)]
+    assert [block.drop_path.drop_prob for block in blocks] == list(rates)
+    assert not hasattr(KWResNet(**THIN, drop_path_rate=[0] * 8).layer4[1], 'drop_path')
+    with pytest.raises(ValueError, match='drop_path_rate has 16 values, the network 8 blocks'):
+        KWResNet(**THIN, drop_path_rate=[0.1] * 16)
+    for wrong in ('0.1', None, True, [0.1] * 7 + ['0.1']):
+        with pytest.raises(TypeError, match='drop_path_rate must be a number, or one for every'):
+            KWResNet(**THIN, drop_path_rate=wrong)
 
 
 def test_budget_that_does_not_come_out_is_refused():

@@ -59,6 +59,24 @@ def test_a_shared_warehouse_takes_the_largest_rate_of_its_layers():
     assert groups[attention]['lr'] == 0.5**4
 
 
+def test_rates_given_by_name_do_not_fall_with_depth():
+    keys = {
+        'warehouse_manager': dict(lr_mult=1.0),
+        'head': dict(lr_mult=3.0, decay_mult=0.5),
+        'gamma': dict(decay_mult=0.0),
+    }
+    groups = rates(KWConvNeXt(ARCH), custom_keys=keys, flat_decay_mult=0.0)
+    cells = [group for name, group in groups.items() if 'warehouse_manager' in name]
+    assert len(cells) == 12
+    assert all(group['lr'] == 1 and group['weight_decay'] == 0.05 for group in cells)
+    assert (groups['head.weight']['lr'], groups['head.weight']['weight_decay']) == (3, 0.025)
+    # A key that says nothing of the rate leaves it to the depth.
+    gamma = groups['backbone.stages.0.0.gamma']
+    assert (gamma['lr'], gamma['weight_decay']) == (0.5**6, 0)
+    attention = groups['backbone.stages.0.0.dwconv.attention.fc1.bias']
+    assert (attention['lr'], attention['weight_decay']) == (0.5**6, 0)
+
+
 def test_frozen_parameters_keep_out_of_the_way():
     network = KWConvNeXt(ARCH, frozen_stages=1)
     groups = rates(network, bypass_duplicate=True)

@@ -92,6 +92,31 @@ def test_frozen_stages_freeze_their_warehouses(kind):
     assert 0 < frozen < len(dynamic.warehouse_manager.weights)
 
 
+@pytest.mark.parametrize(
+    'config',
+    [
+        dict(type='mmkw.KWResNet', depth=18, base_channels=16, frozen_stages=2),
+        dict(type='mmkw.KWMobileNetV2', widen_factor=0.5, frozen_stages=2),
+        dict(
+            type='mmkw.KWConvNeXt',
+            arch=dict(depths=[1] * 4, channels=[8, 16, 24, 32]),
+            frozen_stages=2,
+        ),
+        dict(type='mmkw.KWBackbone', backbone=dict(type='mmdet.MobileNetV2', frozen_stages=2)),
+    ],
+    ids=lambda config: config['type'],
+)
+def test_warehouses_go_on_learning_where_they_are_told_to(config):
+    pytest.importorskip('mmdet', reason='the networks are its')
+    usual, told = MODELS.build(config), MODELS.build(dict(config, freeze_warehouses=False))
+    moves = step(told)
+    cells = {f'warehouse_manager.weights.{i}' for i in range(len(layers_of(told)))}
+    assert cells <= moves and not cells <= step(usual)
+    # Nothing else does.
+    learn = [{n for n, p in net.named_parameters() if p.requires_grad} for net in (told, usual)]
+    assert learn[0] == learn[1] | cells
+
+
 class Network(nn.Module):
     def __init__(self):
         super().__init__()

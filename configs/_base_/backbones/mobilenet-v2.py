@@ -7,7 +7,8 @@ backbone = dict(
     _delete_=True,
     type='mmkw.MobileNetV2',
     out_indices=(1, 2, 4, 7),
-    frozen_stages=1,
+    # The stem and the first three inverted residual blocks.
+    frozen_stages=2,
     norm_eval=True,
     init_cfg=weights,
 )

@@ -21,7 +21,10 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     second with its downsampling 2, the third 3 and on with three blocks each, the last one
     ``num_layers``, everything after the backbone ``num_layers + 1``. A layer's rate is the base
     rate times ``decay_rate ** (num_layers + 1 - layer)``. A warehouse that layers of different
-    depth share takes the largest rate among them: its cells serve the later layers too.
+    depth share takes the largest rate among them: its cells serve the later layers too. Where
+    ``custom_keys`` gives an ``lr_mult``, the rate is the base rate times that, whatever the layer:
+    ``custom_keys=dict(warehouse_manager=dict(lr_mult=1.0))`` lets all warehouses learn at the base
+    rate.
 
     ``paramwise_cfg`` takes ``num_layers`` (at least 4) and ``decay_rate`` (in (0, 1]) beside what
     MMEngine's own constructor takes, such as ``norm_decay_mult``.
@@ -59,7 +62,8 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
             )
         for group in params:
             (parameter,) = group['params']
-            if parameter.requires_grad:
+            # MMEngine leaves the settings of custom_keys in the group.
+            if parameter.requires_grad and 'lr_mult' not in group:
                 scale = self.decay_rate ** (self.num_layers + 1 - layers[parameter])
                 group['lr'] = group.get('lr', self.base_lr) * scale
 
