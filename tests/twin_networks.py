@@ -45,7 +45,7 @@ BACKBONES = {
     'mmseg.ResNetV1c': dict(depth=18, base_channels=16, stem_channels=16),
     'mmseg.SwinTransformer': dict(depths=[1, 1, 1, 1], **_SWIN),
     'mmseg.MobileNetV2': dict(widen_factor=0.5),
-    'mmseg.MobileNetV3': dict(arch='large'),
+    'mmseg.MobileNetV3': dict(arch='large', out_indices=(0, 1, 12, 16)),
     'mmseg.MixVisionTransformer': dict(embed_dims=16, num_layers=[1] * 4, num_heads=[1] * 4),
     'mmseg.VisionTransformer': dict(**_TRANSFORMER),
     'mmseg.BEiT': dict(**_TRANSFORMER, mlp_ratio=2, qv_bias=True),

@@ -7,11 +7,11 @@ from torch import nn
 
 from ..checkpoints import CheckpointMismatchError, stored_warehouses
 from ..checkpoints.names import mobilenet_v2_names
-from ..layers import KernelShape, split_options
+from ..layers import split_options
 from ..layers.residual import checkpoint_blocks
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, mobilenet_v2_rule
-from ..sharing.rules import POINTWISE
+from ..sharing.rules import POINTWISE, absent_kernels
 from .static import attention_norm, refuse_small_images, static_network
 
 
@@ -87,16 +87,9 @@ def KWMobileNetV2(
     plan = SharingPlan.make(mobilenet_v2_rule(network, pointwise), **options)
     kinds = {len({home for _, home in mobilenet_v2_rule(network, p)}): p for p in POINTWISE}
     network._register_load_state_dict_pre_hook(partial(_check_sharing, pointwise, kinds))
-    absent = [] if hasattr(network, 'conv2') else [_conv2(network)]
+    absent = absent_kernels(network)
     norm = attention_norm_cfg or attention_norm(network)
     return convert(network, plan, norm, absent, start_tau, freeze_warehouses)
-
-
-def _conv2(network: nn.Module) -> KernelShape:
-    """The last convolution, which mmseg leaves out and the published warehouses have cells for."""
-    convolutions = [m for m in network.layer7.modules() if isinstance(m, nn.Conv2d)]
-    out_channels = int(1280 * max(1.0, network.widen_factor))
-    return KernelShape('conv2.conv', out_channels, convolutions[-1].out_channels, (1, 1))
 
 
 def _check_sharing(

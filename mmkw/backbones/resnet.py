@@ -9,6 +9,7 @@ from ..layers import split_options
 from ..layers.residual import add_drop_path, checkpoint_blocks
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, resnet_rule
+from ..sharing.rules import absent_kernels
 from .static import attention_norm, refuse_small_images, static_network
 
 
@@ -86,7 +87,8 @@ def KWResNet(
     network = ResNet(depth, **static)
     plan = SharingPlan.make(resnet_rule(network), **options)
     norm = attention_norm_cfg or attention_norm(network)
-    return convert(network, plan, norm, start_tau=start_tau, freeze_warehouses=freeze_warehouses)
+    absent = absent_kernels(network)
+    return convert(network, plan, norm, absent, start_tau, freeze_warehouses)
 
 
 @MODELS.register_module()

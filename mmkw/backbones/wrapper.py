@@ -10,6 +10,7 @@ from ..layers import split_options
 from ..layers.residual import take_over_checkpoints
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, family_rule, pattern_plan
+from ..sharing.rules import absent_kernels
 from .static import attention_norm
 
 
@@ -56,9 +57,11 @@ def KWBackbone(
     options, more = split_options(arguments)
     network = MMENGINE_MODELS.build({**more, **backbone})
     take_over_checkpoints(network)
+    absent = []
     if patterns is None:
         plan = SharingPlan.make(family_rule(network), **options)
+        absent = absent_kernels(network)
     else:
         plan = pattern_plan(network, patterns, **options)
     norm = attention_norm_cfg or attention_norm(network)
-    return convert(network, plan, norm, start_tau=start_tau, freeze_warehouses=freeze_warehouses)
+    return convert(network, plan, norm, absent, start_tau, freeze_warehouses)

@@ -3,6 +3,7 @@
 A static one is translated, one of another network refused before it half loads.
 """
 
+import logging
 import math
 import re
 from collections.abc import Collection, Sequence
@@ -12,7 +13,15 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ..layers import PlanError, WarehousePartition, fault_of, partition_warehouse, warm_start
+from ..layers import (
+    KernelShape,
+    PlanError,
+    WarehousePartition,
+    fault_of,
+    partition_warehouse,
+    warm_start,
+)
+from ..layers.static_layers import predictions
 from .errors import DamagedCheckpointError, shown
 
 # What the published files hold beyond some backbone: the ImageNet classifier, and the last
@@ -78,7 +87,7 @@ def _static_kernels(
     network: nn.Module, state_dict: dict[str, Tensor], prefix: str
 ) -> dict[str, Tensor]:
     """The kernels of a static network's state dict, by dynamic layer, checked."""
-    own = dict(network.named_modules())
+    own = _modules(network)
     layers = {
         share.kernel.layer: share.kernel
         for partition in network.warehouse_manager.partitions
@@ -93,6 +102,7 @@ def _static_kernels(
     if not found:
         return {}
     kind, cells = type(network).__name__, network.warehouse_manager.weights[0]
+    _leave_out_other_classes(network, layers, found, state_dict, prefix)
     for name, kernel in layers.items():
         weight = found.get(name)
         shape = getattr(weight, 'shape', None)
@@ -116,10 +126,42 @@ def _static_kernels(
     return found
 
 
+def _modules(network: nn.Module) -> dict[str, nn.Module]:
+    """All modules of a network by all their names."""
+    return dict(network.named_modules(remove_duplicate=False))
+
+
+def _leave_out_other_classes(
+    network: nn.Module,
+    layers: dict[str, KernelShape],
+    found: dict[str, Any],
+    state_dict: dict[str, Tensor],
+    prefix: str,
+) -> None:
+    """Takes out predictions of other classes, as MMEngine does for a static network."""
+    for name in predictions(network) & set(found):
+        shape = tuple(getattr(found[name], 'shape', ()))
+        own = layers[name].shape
+        as_many = replace(layers[name], out_channels=shape[0]) if shape else layers[name]
+        if shape and shape[0] != own[0] and as_many.fits(shape):
+            for part in ('weight', 'bias'):
+                state_dict.pop(f'{prefix}{name}.{part}', None)
+            del found[name], layers[name]
+            print_log(
+                f'{type(network).__name__}: {name} predicts {own[0]} channels, the checkpoint '
+                f'{shape[0]}: other classes. It keeps its random start.',
+                logger='current',
+                level=logging.WARNING,
+            )
+
+
 def _deeper(
     layers: Collection[str], own: Collection[str], state_dict: dict[str, Tensor], prefix: str
 ) -> list[str]:
-    """Names of kernels like a dynamic layer's, but for their numbers, that the network lacks."""
+    """Names of kernels like a dynamic layer's, but for their numbers, that the network lacks.
+
+    Not those of whole stages: a network may leave its last ones out.
+    """
 
     def pattern(name: str) -> str:
         return re.sub(r'\d+', '#', name)
@@ -127,8 +169,17 @@ def _deeper(
     kinds = {pattern(f'{name}.weight') for name in layers}
     names = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
     return [
-        name for name in names if pattern(name) in kinds and name.removesuffix('.weight') not in own
+        name
+        for name in names
+        if pattern(name) in kinds
+        and name.removesuffix('.weight') not in own
+        and _stage(name) in own
     ]
+
+
+def _stage(name: str) -> str:
+    """The parts of a name up to the first with a number."""
+    return re.match(r'(.*?\d[^.]*)?', name)[0]
 
 
 def _load_static(
@@ -140,13 +191,17 @@ def _load_static(
     attentions = {name: layer.attention for name, layer in layers.items()}
     errors = {}
     for index, (partition, cells) in enumerate(zip(manager.partitions, manager.weights)):
+        if not any(share.kernel.layer in kernels for share in partition.layers):
+            continue
         started, errors[partition.name] = warm_start(
             partition, kernels, attentions, cells, manager.start_tau
         )
         state_dict[f'{prefix}warehouse_manager.weights.{index}'] = started
-    for name, layer in layers.items():
-        del state_dict[f'{prefix}{name}.weight']
-        layer.attention.take_start(manager.start_tau, state_dict, f'{prefix}{name}.attention.')
+    # A layer that is used at several places has as many names.
+    for name, layer in _modules(network).items():
+        if layer in layers.values():
+            state_dict.pop(f'{prefix}{name}.weight', None)
+            layer.attention.take_start(manager.start_tau, state_dict, f'{prefix}{name}.attention.')
     worst = max(errors, key=errors.get)
     exact = 'exactly'
     if errors[worst] > 0:
@@ -265,7 +320,13 @@ def _check_warehouses(
                 f'{tuple(found.shape[1:])}. '
                 + _advice(manager.partitions, stored, _nonlocal_basis_ratio(state_dict, prefix))
             )
-    if len(stored) > len(manager.weights):
+    own = _modules(network)
+    names = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
+    # Those of stages that the network leaves out come last.
+    stages_left_out = any(
+        '.attention.' in name and _stage(name) not in own for name in names if _stage(name)
+    )
+    if len(stored) > len(manager.weights) and not stages_left_out:
         raise CheckpointMismatchError(
             f'The checkpoint has {len(stored)} warehouses, this {kind} {len(manager.weights)}. It '
             'was made for another architecture or sharing plan.'

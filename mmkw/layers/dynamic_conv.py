@@ -226,17 +226,19 @@ class DynamicLayer(StandsForStatic):
             (share,) = partition.layers
             if fault := fault_of(kernel, self.cells, getattr(kernel, 'shape', None)):
                 raise RuntimeError(f'{prefix}weight, a static kernel, {fault}.')
-            if not share.kernel.fits(kernel.shape):
-                raise RuntimeError(
+            if share.kernel.fits(kernel.shape):
+                name = share.kernel.layer
+                cells, _ = warm_start(
+                    partition, {name: kernel}, {name: self.attention}, self.cells, manager.start_tau
+                )
+                state_dict[f'{prefix}warehouse_manager.weights.0'] = cells
+                self.attention.take_start(manager.start_tau, state_dict, f'{prefix}attention.')
+            else:
+                # As for a static layer: MMEngine goes on with the rest, torch raises in the end.
+                args[-1].append(
                     f'{prefix}weight is a static kernel of {tuple(kernel.shape)}; this layer has '
                     f'kernels of {share.kernel.shape}.'
                 )
-            name = share.kernel.layer
-            cells, _ = warm_start(
-                partition, {name: kernel}, {name: self.attention}, self.cells, manager.start_tau
-            )
-            state_dict[f'{prefix}warehouse_manager.weights.0'] = cells
-            self.attention.take_start(manager.start_tau, state_dict, f'{prefix}attention.')
         own = f'{prefix}warehouse_manager.weights.0'
         fault = None
         if 'warehouse_manager' in self._modules and own in state_dict:

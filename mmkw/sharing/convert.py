@@ -18,6 +18,7 @@ from ..layers import (
     static_twins,
 )
 from ..layers.dynamic_conv import DEFAULT_NORM_CFG, DynamicLayer
+from ..layers.static_layers import read_by_others
 from ..layers.value_projection import fused_projections, split_projections
 from .families import is_of_the_paper
 from .freezing import FreezeWithLayers
@@ -154,6 +155,7 @@ def _find_layers(
 ) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     name_of: dict[nn.Module, str] = {}
+    read = read_by_others(network)
     for name, warehouse in plan.layers:
         if name in absent:
             continue
@@ -168,6 +170,8 @@ def _find_layers(
                 f'{where} is a {type(layer).__name__}, which has no dynamic twin. Only plain '
                 f'{kinds} layers can be planned; leave this one static.'
             )
+        if name in read:
+            raise PlanError(f'{where} cannot be dynamic: {read[name]} computes with its weight.')
         if layer in name_of:
             raise PlanError(f'{where} is the same module as layer {name_of[layer]!r}.')
         found[name], name_of[layer] = layer, name

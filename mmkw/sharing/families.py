@@ -1,18 +1,21 @@
 """Which layers of any network share a warehouse: known families, and a general rule."""
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from mmengine.logging import print_log
 from torch import nn
 
 from ..layers import DYNAMIC_LAYERS, WarehouseOptions, kernel_shape
 from ..layers.attention import MIN_WIDTH
 from ..layers.partition import partition_warehouse
+from ..layers.static_layers import predictions, read_by_others
 from ..layers.value_projection import fused_projections
-from .rules import convnext_rule, mobilenet_v2_rule, refuse_nothing, resnet_rule
+from .rules import absent_kernels, convnext_rule, mobilenet_v2_rule, refuse_nothing, resnet_rule
 
-# Layers of fewer channels see the image or make predictions.
+# Layers of fewer channels see the image, or make predictions.
 MIN_CHANNELS = 16
 # Parameters of a layer's attention in a warehouse of its own, relative to its kernel, from which on
 # the general rule leaves it static.
@@ -20,19 +23,25 @@ MAX_OWN_OVERHEAD = 0.25
 # Parameters of the attentions of a warehouse, relative to its cells at a budget of 1, from which on
 # its cells are too small to be worth them.
 MAX_OVERHEAD = 1.0
+# Part of a network's kernels from which on a rule need not say how little it has found.
+ENOUGH = 0.5
 
 
 def plannable_layers(network: nn.Module) -> dict[str, nn.Module]:
     """The layers of a network that can be dynamic, by name, in module order.
 
-    A value projection that is fused with others is among them, as ``NAME.value``.
+    A value projection that is fused with others is among them, as ``NAME.value``. A layer whose
+    weight another module reads is not.
 
     Args:
         network: A static network.
     """
     layers = {}
     fused = fused_projections(network)
+    read = read_by_others(network)
     for name, module in network.named_modules():
+        if name in read:
+            continue
         if name in fused:
             channels = module.embed_dim if hasattr(module, 'embed_dim') else module.in_features
             layers[f'{name}.value'] = nn.Linear(channels, channels, device='meta')
@@ -45,12 +54,15 @@ def family_rule(network: nn.Module) -> list[tuple[str, str]]:
     """Shares the layers of a network by the rule of its family; of an unknown one, by the general.
 
     ResNets (ResNeXt, Res2Net, RegNet and what else is derived), ConvNeXt and MobileNetV2 share as
-    in the paper. In transformers (ViT, Swin, MiT) the value projections of a stage share a
+    in the paper. In transformers (ViT, BEiT, Swin, MiT) the value projections of a stage share a
     warehouse, and its MLPs another; the layers of a ViT count as four stages. Elsewhere the
     convolutions of a stage share, and its grouped and its linear layers among themselves; a stage
-    is what the name says up to its first number. Static there are layers of fewer than 16 channels
-    (the image, the predictions) and kernels too small to be worth an attention (most depthwise
-    ones). Groups whose common divisor makes cells useless are split; see :func:`split_groups`.
+    is what the name says up to its first number. Static there are the predictions of heads
+    (:func:`~mmkw.layers.static_layers.predictions`), layers of fewer than 16 channels, and kernels
+    too small to be worth an attention (most depthwise ones). Static everywhere are layers whose
+    weight another module reads, as BEiT's attention does. Groups whose common divisor makes cells
+    useless are split; see :func:`split_groups`. A rule that finds less than half of the kernels
+    says so in the log.
 
     Args:
         network: A static network.
@@ -61,7 +73,36 @@ def family_rule(network: nn.Module) -> list[tuple[str, str]]:
     layers = plannable_layers(network)
     families = _families_of(network)
     rule = _FAMILIES[families[0]] if families else _general_rule
-    return split_groups(refuse_nothing(network, rule(network)), layers)
+    pairs = refuse_nothing(network, rule(network))
+    _tell_of_little(network, pairs, layers)
+    absent = {
+        kernel.layer: nn.Conv2d(
+            kernel.in_channels, kernel.out_channels, kernel.kernel_size, device='meta'
+        )
+        for kernel in absent_kernels(network)
+    }
+    pairs = split_groups(pairs, {**layers, **absent})
+    # Cells that no layer is left to mix.
+    mixed = {warehouse for name, warehouse in pairs if name not in absent}
+    return [(name, warehouse) for name, warehouse in pairs if warehouse in mixed]
+
+
+def _tell_of_little(
+    network: nn.Module, pairs: list[tuple[str, str]], layers: Mapping[str, nn.Module]
+) -> None:
+    """Logs what a rule has left static, if that is most."""
+    found = dict(pairs)
+    values = {name: layer.weight.numel() for name, layer in layers.items()}
+    part = sum(values[name] for name in found if name in values) / sum(values.values())
+    if part < ENOUGH:
+        largest = max((name for name in values if name not in found), key=values.get)
+        print_log(
+            f'{type(network).__name__}: the rule makes {len(found)} of {len(layers)} layers '
+            f'dynamic, {part:.0%} of the kernels. The largest that it leaves static is {largest}. '
+            'Name others by patterns.',
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
 def is_of_the_paper(network: nn.Module) -> bool:
@@ -151,7 +192,10 @@ def _split(members: list[str], layers: Mapping[str, nn.Module]) -> list[list[str
 
 def _general_rule(network: nn.Module) -> list[tuple[str, str]]:
     pairs = []
+    predicting = predictions(network)
     for name, layer in plannable_layers(network).items():
+        if name in predicting:
+            continue
         shape = kernel_shape(name, layer)
         groups = getattr(layer, 'groups', 1)
         if shape.out_channels < MIN_CHANNELS or shape.in_channels * groups < MIN_CHANNELS:
@@ -202,5 +246,6 @@ _FAMILIES: dict[str, Callable[[nn.Module], list[tuple[str, str]]]] = {
     'MobileNetV2': _mobilenet_v2_rule,
     'SwinTransformer': _transformer_rule,
     'VisionTransformer': _transformer_rule,
+    'BEiT': _transformer_rule,
     'MixVisionTransformer': _transformer_rule,
 }

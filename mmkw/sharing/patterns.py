@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..layers import PlanError, WarehouseOptions
+from ..layers.static_layers import read_by_others
 from .families import plannable_layers
 from .plan import SharingPlan
 
@@ -33,6 +34,7 @@ def pattern_plan(
         for name, module in network.named_modules()
         if getattr(module, 'weight', None) is not None and module.weight.dim() > 1
     }
+    read = read_by_others(network)
     names = [name for name, _ in network.named_modules()] + list(layers)
     compiled = [_compiled(number, pattern) for number, pattern in enumerate(patterns)]
     home: dict[str, str] = {}
@@ -45,10 +47,12 @@ def pattern_plan(
         wrong = [name for name in matched if name in kernels and name not in layers]
         if wrong:
             kind = type(kernels[wrong[0]]).__name__
+            reason = 'Only plain convolutions and linear layers have one'
+            if wrong[0] in read:
+                reason = f'{read[wrong[0]]} computes with its weight'
             raise PlanError(
                 f'patterns: match={expression.pattern!r} catches {wrong[0]}, a {kind}, which has '
-                'no dynamic twin. Only plain convolutions and linear layers have one: narrow the '
-                'pattern.'
+                f'no dynamic twin. {reason}: narrow the pattern.'
             )
         if not found:
             earlier = [name for name in matched if name in home]

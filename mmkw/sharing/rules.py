@@ -3,9 +3,10 @@
 import itertools
 import re
 
+import torch
 from torch import nn
 
-from ..layers import DYNAMIC_LAYERS, PlanError
+from ..layers import DYNAMIC_LAYERS, KernelShape, PlanError, kernel_shape
 
 # Res2Net has several 3x3 convolutions, ``convs``, in the place of conv2.
 _RESNET_LAYER = re.compile(r'layer(\d+)\.(\d+)\.(conv\d+|convs\.\d+|downsample\.\d+)')
@@ -16,7 +17,9 @@ def resnet_rule(network: nn.Module) -> list[tuple[str, str]]:
 
     The first block of a later stage hands its conv1 and its downsample convolution to the warehouse
     of the stage before. In the first stage these two are static where blocks are bottlenecks. Only
-    plain convolutions are named: one that ``dcn`` made deformable stays as it is.
+    plain convolutions are named: one that ``dcn`` made deformable stays as it is. Where
+    ``num_stages`` leaves out later stages, the two of the next stage are named all the same, since
+    their cells are in the published warehouses: see :func:`absent_kernels`.
 
     Args:
         network: A ResNet with the module names that torchvision, mmdet and mmseg share.
@@ -36,7 +39,59 @@ def resnet_rule(network: nn.Module) -> list[tuple[str, str]]:
                 continue
             stage = max(stage - 1, 0)
         pairs.append((name, f'stage{stage}'))
-    return refuse_nothing(network, pairs)
+    refuse_nothing(network, pairs)
+    last = pairs[-1][1]
+    return pairs + [(kernel.layer, last) for kernel in absent_kernels(network)]
+
+
+def absent_kernels(network: nn.Module) -> list[KernelShape]:
+    """Kernels of the paper's network that a variant lacks, and whose cells it keeps.
+
+    They are in a warehouse with layers that it has. So the warehouse has as many cells as that of
+    the whole network, and takes a checkpoint of it. See ``absent`` in
+    :func:`~mmkw.sharing.convert`.
+
+    Args:
+        network: A static network.
+
+    Returns:
+        Of a ResNet or ResNeXt of fewer than four stages the first convolutions of the next stage;
+        of a MobileNetV2 as mmseg has it the last convolution; else none.
+    """
+    name = type(network).__name__
+    if name == 'MobileNetV2' and not hasattr(network, 'conv2'):
+        convolutions = [m for m in network.layer7.modules() if isinstance(m, nn.Conv2d)]
+        out_channels = int(1280 * max(1.0, network.widen_factor))
+        return [KernelShape('conv2.conv', out_channels, convolutions[-1].out_channels, (1, 1))]
+    if name in _RESNETS and hasattr(network, 'make_res_layer') and network.num_stages < 4:
+        return _next_stage(network)
+    return []
+
+
+_RESNETS = ('ResNet', 'ResNeXt', 'ResNetV1c', 'ResNetV1d')
+
+
+def _next_stage(network: nn.Module) -> list[KernelShape]:
+    number = network.num_stages + 1
+    with torch.device('meta'):
+        stage = network.make_res_layer(
+            block=network.block,
+            inplanes=network.inplanes,
+            planes=network.base_channels * 2**network.num_stages,
+            num_blocks=1,
+            stride=2,
+            dilation=1,
+            style=network.style,
+            avg_down=network.avg_down,
+            conv_cfg=network.conv_cfg,
+            norm_cfg=network.norm_cfg,
+        )
+    convolutions = [stage[0].conv1, *stage[0].downsample]
+    return [
+        kernel_shape(f'layer{number}.0.{name}', layer)
+        for name, layer in stage[0].named_modules()
+        if layer in convolutions and type(layer) in DYNAMIC_LAYERS
+    ]
 
 
 def refuse_nothing(network: nn.Module, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -67,7 +122,10 @@ def refuse_nothing(network: nn.Module, pairs: list[tuple[str, str]]) -> list[tup
     )
 
 
-_CONVNEXT_BLOCK = re.compile(r'stages\.(\d+)\.\d+\.(dwconv|pwconv1|pwconv2)')
+# As in the original release and as in mmpretrain, whose pointwise layers may be linear.
+_CONVNEXT_BLOCK = re.compile(
+    r'stages\.(\d+)\.\d+\.(dwconv|depthwise_conv|pwconv[12]|pointwise_conv[12])'
+)
 _CONVNEXT_DOWNSAMPLE = re.compile(r'downsample_layers\.(\d+)\.\d+')
 
 
@@ -78,7 +136,7 @@ def convnext_rule(network: nn.Module) -> list[tuple[str, str]]:
     depthwise convolutions and one for its pointwise ones.
 
     Args:
-        network: A ConvNeXt with the module names of the original release.
+        network: A ConvNeXt with the module names of the original release or of mmpretrain.
 
     Returns:
         Pairs of layer and warehouse in module order.
@@ -90,7 +148,7 @@ def convnext_rule(network: nn.Module) -> list[tuple[str, str]]:
         if match := _CONVNEXT_DOWNSAMPLE.fullmatch(name):
             pairs.append((name, f'downsample{match[1]}' if match[1] != '0' else 'stem'))
         elif match := _CONVNEXT_BLOCK.fullmatch(name):
-            kind = 'depthwise' if match[2] == 'dwconv' else 'pointwise'
+            kind = 'depthwise' if match[2].startswith('d') else 'pointwise'
             pairs.append((name, f'stage{match[1]}_{kind}'))
     return pairs
 
@@ -109,7 +167,7 @@ def mobilenet_v2_rule(network: nn.Module, pointwise: str) -> list[tuple[str, str
     last two to one; the first block of a new warehouse stage belongs to the stage before. A stage
     has one warehouse for its depthwise convolutions. The last 1x1 convolution belongs to the
     projections of the last stage. It is named also where the network lacks it (mmseg's), since its
-    cells are in the published warehouses: see ``absent`` in :func:`~mmkw.sharing.convert`.
+    cells are in the published warehouses: see :func:`absent_kernels`.
 
     Args:
         network: The MobileNetV2 of mmdet or mmseg.

@@ -6,7 +6,6 @@ from typing import Any
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
-from ...layers import WarehouseManager
 from ...registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 _DOWNSAMPLE = re.compile(r'backbone\.downsample_layers\.(\d+)\.')
@@ -21,7 +20,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     second with its downsampling 2, the third 3 and on with three blocks each, the last one
     ``num_layers``, everything after the backbone ``num_layers + 1``. A layer's rate is the base
     rate times ``decay_rate ** (num_layers + 1 - layer)``. A warehouse that layers of different
-    depth share takes the largest rate among them: its cells serve the later layers too. Where
+    depth share takes the largest rate among them, as with every constructor. Where
     ``custom_keys`` gives an ``lr_mult``, the rate is the base rate times that, whatever the layer:
     ``custom_keys=dict(warehouse_manager=dict(lr_mult=1.0))`` lets all warehouses learn at the base
     rate.
@@ -54,7 +53,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         super().add_params(params, module, prefix=prefix, **kwargs)
         if prefix:
             return  # Only once, for the whole model.
-        layers = self._layers(module)
+        layers = {p: self._layer(name) for name, p in module.named_parameters()}
         if min(layers.values()) > self.num_layers:
             raise ValueError(
                 'LayerDecayConstructor found no ConvNeXt at `backbone` of this '
@@ -66,16 +65,6 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
             if parameter.requires_grad and 'lr_mult' not in group:
                 scale = self.decay_rate ** (self.num_layers + 1 - layers[parameter])
                 group['lr'] = group.get('lr', self.base_lr) * scale
-
-    def _layers(self, model: nn.Module) -> dict[nn.Parameter, int]:
-        layers = {p: self._layer(name) for name, p in model.named_parameters()}
-        for name, manager in model.named_modules():
-            if isinstance(manager, WarehouseManager):
-                network = name.removesuffix('warehouse_manager')
-                for partition, weight in zip(manager.partitions, manager.weights):
-                    names = [f'{network}{share.kernel.layer}.' for share in partition.layers]
-                    layers[weight] = max(map(self._layer, names))
-        return layers
 
     def _layer(self, name: str) -> int:
         if match := _DOWNSAMPLE.match(name):
