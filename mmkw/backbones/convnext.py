@@ -115,6 +115,7 @@ class ConvNeXt(BaseModule):
             raise ValueError(f'out_indices must be in 0 to {stages - 1}, got {out_indices}.')
         if not -1 <= frozen_stages <= stages:
             raise ValueError(f'frozen_stages must be in -1 to {stages}, got {frozen_stages}.')
+        self._register_load_state_dict_pre_hook(convnext_names)
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
 
@@ -166,10 +167,6 @@ class ConvNeXt(BaseModule):
         super().train(mode)
         self._freeze_stages()
         return self
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        convnext_names(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:

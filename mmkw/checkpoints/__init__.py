@@ -1,7 +1,12 @@
 """Reading checkpoint files, published and static ones too."""
 
 from .errors import DamagedCheckpointError, UnsafeCheckpointError
-from .guard import CheckpointMismatchError, check_checkpoint, stored_warehouses
+from .guard import (
+    CheckpointMismatchError,
+    check_checkpoint,
+    only_checking,
+    stored_warehouses,
+)
 from .published import rewrite_published
 from .reading import read_checkpoint
 
@@ -10,6 +15,7 @@ __all__ = [
     'DamagedCheckpointError',
     'UnsafeCheckpointError',
     'check_checkpoint',
+    'only_checking',
     'read_checkpoint',
     'rewrite_published',
     'stored_warehouses',

@@ -6,7 +6,9 @@ A static one is translated, one of another network refused before it half loads.
 import logging
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +29,19 @@ from .errors import DamagedCheckpointError, shown
 # What the published files hold beyond some backbone: the ImageNet classifier, and the last
 # convolution of MobileNetV2, which MMSegmentation leaves out.
 _BEYOND = ('fc', 'head', 'norm', 'classifier', 'conv2')
+
+
+_only_checking: ContextVar[bool] = ContextVar('only checking', default=False)
+
+
+@contextmanager
+def only_checking() -> Iterator[None]:
+    """Has :func:`check_checkpoint` refuse what it would refuse, and do nothing else."""
+    token = _only_checking.set(True)
+    try:
+        yield
+    finally:
+        _only_checking.reset(token)
 
 
 class CheckpointMismatchError(RuntimeError):
@@ -63,17 +78,20 @@ def check_checkpoint(
         del state_dict[key]
     stored = stored_warehouses(state_dict, prefix)
     kernels = {} if stored else _static_kernels(network, state_dict, prefix)
-    if kernels:
-        found = _load_static(network, kernels, state_dict, prefix)
-    elif stored:
+    if stored:
         _check_warehouses(network, stored, state_dict, prefix)
         _check_layers(network, state_dict, prefix)
+    elif not kernels:
+        raise CheckpointMismatchError(_no_warehouse(network, state_dict, prefix))
+    if _only_checking.get():
+        return
+    if kernels:
+        found = _load_static(network, kernels, state_dict, prefix)
+    else:
         # Only the authors' ImageNet files have more than the network.
         source = 'published KernelWarehouse' if unused else 'KernelWarehouse'
         cells = sum(len(weight) for weight in stored.values())
         found = f'{source} checkpoint, {cells} cells into {len(stored)} warehouses'
-    else:
-        raise CheckpointMismatchError(_no_warehouse(network, state_dict, prefix))
     print_log(f'{type(network).__name__}: {found}', logger='current')
     if unused:
         print_log(
@@ -147,6 +165,8 @@ def _leave_out_other_classes(
             for part in ('weight', 'bias'):
                 state_dict.pop(f'{prefix}{name}.{part}', None)
             del found[name], layers[name]
+            if _only_checking.get():
+                continue
             print_log(
                 f'{type(network).__name__}: {name} predicts {own[0]} channels, the checkpoint '
                 f'{shape[0]}: other classes. It keeps its random start.',

@@ -12,7 +12,7 @@ _CONVNEXT_PARTS = {
 }
 
 
-def convnext_names(state_dict: dict[str, Tensor], prefix: str) -> None:
+def convnext_names(state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Reads the ConvNeXt of the original release and of mmpretrain.
 
     mmpretrain's names of a block's convolutions become the original ones, linear pointwise weights
@@ -21,6 +21,7 @@ def convnext_names(state_dict: dict[str, Tensor], prefix: str) -> None:
     Args:
         state_dict: Changed in place.
         prefix: Names that begin otherwise are left alone.
+        *_: What ``load_state_dict`` passes to a hook beyond that.
     """
     for key in [key for key in state_dict if key.startswith(prefix)]:
         value = state_dict.pop(key)

@@ -1,7 +1,8 @@
 """Sharing plans, rules and patterns that make them, and the conversion of static networks."""
 
-from .convert import convert, is_converted, static_networks
+from .convert import convert, static_networks
 from .families import family_rule, split_groups
+from .loading import is_converted
 from .patterns import pattern_plan
 from .plan import SharingPlan
 from .rules import convnext_rule, mobilenet_v2_rule, resnet_rule

@@ -17,11 +17,12 @@ from ..layers import (
     leave_static_twins,
     static_twins,
 )
-from ..layers.dynamic_conv import DEFAULT_NORM_CFG, DynamicLayer
+from ..layers.dynamic_conv import DEFAULT_NORM_CFG
 from ..layers.static_layers import read_by_others
 from ..layers.value_projection import fused_projections, split_projections
 from .families import is_of_the_paper
 from .freezing import FreezeWithLayers
+from .loading import is_converted, watch_parents
 from .plan import SharingPlan
 
 _building_static: ContextVar[bool] = ContextVar('building static networks', default=False)
@@ -84,6 +85,7 @@ def convert(
             'The network is a Sequential, which would run its warehouses as a layer. Convert a '
             'module that holds it.'
         )
+    watch_parents()
     network._register_load_state_dict_pre_hook(leave_static_twins, with_module=True)
     planned = {layer for layer, _ in plan.layers}
     split_projections(
@@ -127,21 +129,6 @@ def convert(
     if hasattr(network, 'init_weights'):
         network.init_weights = partial(_initialise, network)
     return network
-
-
-def is_converted(module: nn.Module) -> bool:
-    """Whether :func:`convert` has made a module dynamic.
-
-    Args:
-        module: Any module. A detector whose backbone is converted is not itself, nor is a dynamic
-            layer.
-
-    Example:
-        >>> [name for name, part in detector.named_modules() if mmkw.is_converted(part)]
-        ['backbone']
-    """
-    # A single layer has a manager, too.
-    return hasattr(module, 'warehouse_manager') and not isinstance(module, DynamicLayer)
 
 
 def _initialise(network: nn.Module) -> None:

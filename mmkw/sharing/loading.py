@@ -1,0 +1,62 @@
+"""Checks a checkpoint for all converted parts of a model before any of it is loaded.
+
+A converted network checks what it is given, and refuses what does not fit. In a model with several
+parts others have been loaded by then. So the model looks first, with a hook that it gets when a
+converted network, or something that has one in it, is put into it.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from ..checkpoints import only_checking
+from ..layers import WarehouseManager
+
+_LOOKS_FIRST = '_checks_converted_parts'
+_watching = False
+
+
+def watch_parents() -> None:
+    """From now on models that converted networks are put into check all of them first."""
+    global _watching
+    if not _watching:
+        register_module_module_registration_hook(_notice)
+        _watching = True
+
+
+def _notice(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if child is None or _LOOKS_FIRST in parent.__dict__:
+        return
+    if is_converted(child) or _LOOKS_FIRST in child.__dict__:
+        parent.__dict__[_LOOKS_FIRST] = True
+        parent._register_load_state_dict_pre_hook(_check_parts, with_module=True)
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether :func:`~mmkw.sharing.convert` has made a module dynamic.
+
+    Args:
+        module: Any module. A detector whose backbone is converted is not itself, nor is a dynamic
+            layer.
+
+    Example:
+        >>> [name for name, part in detector.named_modules() if mmkw.is_converted(part)]
+        ['backbone']
+    """
+    # A single layer has a manager, too.
+    manager = module._modules.get('warehouse_manager')
+    return isinstance(manager, WarehouseManager) and not hasattr(module, 'static_class')
+
+
+def _check_parts(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *more: Any) -> None:
+    """A hook of ``load_state_dict``; changes nothing."""
+    for name, part in model.named_modules():
+        # One that reads state dicts in its own way knows alone what it makes of them.
+        reads_itself = type(part)._load_from_state_dict is not nn.Module._load_from_state_dict
+        if part is model or not is_converted(part) or reads_itself:
+            continue
+        copied = dict(state_dict)
+        with only_checking():
+            for hook in part._load_state_dict_pre_hooks.values():
+                hook(copied, f'{prefix}{name}.', *more)
