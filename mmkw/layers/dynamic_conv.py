@@ -13,13 +13,14 @@ from ..registry import MODELS
 from .arguments import check_arguments
 from .attention import Attention
 from .partition import KernelShape, WarehouseOptions, partition_warehouse, split_options
+from .tracing import Weightless, recorded
 from .warehouse import WarehouseManager, fault_of
 from .warm_start import warm_start
 
 DEFAULT_NORM_CFG = dict(type='BN1d')
 
 
-class DynamicLayer(nn.Module):
+class DynamicLayer(Weightless):
     """A layer whose kernel is a mixture of kernel cells, one mixture per image.
 
     Made by its constructor it owns its warehouse, ``warehouse_manager.weights[0]`` of shape
@@ -47,12 +48,17 @@ class DynamicLayer(nn.Module):
     static_class: type[nn.Module]
 
     def __init__(
-        self, *args: Any, attention_norm_cfg: dict = DEFAULT_NORM_CFG, **kwargs: Any
+        self,
+        *args: Any,
+        attention_norm_cfg: dict = DEFAULT_NORM_CFG,
+        # By name for torch.nn.utils.skip_init, which looks whether there is one.
+        device: torch.device | str | int | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         options, kwargs = split_options(kwargs)
         check_arguments(self.static_class, args, kwargs)
-        device, dtype = kwargs.pop('device', None), kwargs.pop('dtype', None)
+        dtype = kwargs.pop('dtype', None)
         # torch.nn checks and normalises the arguments; on the meta device that costs no memory.
         static = self.static_class(*args, **kwargs, device='meta')
         partition = partition_warehouse(
@@ -201,6 +207,8 @@ class _KWConvNd(DynamicLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tensor[batch, in_channels, *size] or Tensor[in_channels, *size] to the same with out."""
+        if modes.is_symbolic(x):
+            return recorded(self, x)
         dims = len(self.kernel_size)
         if x.dim() == dims + 1:
             return self(x.unsqueeze(0)).squeeze(0)
@@ -262,6 +270,8 @@ class KWLinear(DynamicLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tensor[batch, ..., in_features] or Tensor[in_features] to the same with out_features."""
+        if modes.is_symbolic(x):
+            return recorded(self, x)
         if x.dim() == 1:
             return self(x.unsqueeze(0)).squeeze(0)
         if x.dim() == 0 or x.shape[-1] != self.in_features:

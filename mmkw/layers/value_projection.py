@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import modes
+from .tracing import recorded
+
 # Windowed attentions of mmdet and mmseg, whose images reach ``qkv`` as windows.
 _WINDOWED = 'ShiftWindowMSA'
 
@@ -136,6 +139,9 @@ class SplitMultiheadAttention(SplitProjection):
         Raises:
             RuntimeError: If ``is_causal`` comes without ``attn_mask``, as in PyTorch.
         """
+        if modes.is_symbolic(query, key, value):
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return recorded(self, query, key, value, *masks)
         if is_causal and attn_mask is None:
             raise RuntimeError(
                 'is_causal=True is a hint about attn_mask, which is None: give the mask, such as '
