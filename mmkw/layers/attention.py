@@ -218,6 +218,8 @@ class Attention(nn.Module):
                     'batch has one image: one value per channel has no variance. Take batches '
                     "of two or more, or attention_norm_cfg=dict(type='LN')."
                 )
+            for hook in modes.computing_hooks(norm):
+                hook(norm, ())
             return F.batch_norm(
                 hidden,
                 norm.running_mean,
