@@ -48,7 +48,7 @@ def recorded(module: nn.Module, *inputs: Any) -> Proxy:
 
 
 class Weightless(nn.Module):
-    """Says why a dynamic layer has no ``weight`` when it is asked for one, or given one."""
+    """Says why a dynamic layer has no ``weight``, and is no script, when it is asked for them."""
 
     def __getattr__(self, name: str) -> Any:
         # Only what the normal ways have not found comes here.
@@ -61,6 +61,13 @@ class Weightless(nn.Module):
         if name == 'weight' and param is not None:
             raise AttributeError(self._no_weight())
         super().register_parameter(name, param)
+
+    def __prepare_scriptable__(self) -> None:
+        # torch.jit.script asks every module of a network for what it is to compile.
+        raise TypeError(
+            f'torch.jit.script cannot compile a {type(self).__name__}, whose kernel is mixed by '
+            'code that is no TorchScript. Use torch.export, torch.compile or torch.jit.trace.'
+        )
 
     def _no_weight(self) -> str:
         return (

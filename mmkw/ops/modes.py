@@ -77,12 +77,14 @@ def _is_no_plain_tensor(tensor: Tensor) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether someone has a module's forward pass seen or changed.
+    """Whether someone has a module's forward pass, or every module's, seen or changed.
 
     Args:
         module: Any module.
     """
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    every = nn.modules.module
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks or every._global_forward_hooks or every._global_forward_pre_hooks)
 
 
 def computing_hooks(module: nn.Module) -> list[Callable]:

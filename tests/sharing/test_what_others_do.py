@@ -11,6 +11,7 @@ from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from small_networks import LAYERS, gradients, images, twins
 from torch import nn
+from torch.ao.quantization import quantize_fx
 from torch.fx import GraphModule, symbolic_trace
 from torch.fx.experimental import optimization
 from torch.nn.utils import fusion, parametrizations, parametrize, prune
@@ -337,6 +338,51 @@ def test_a_backbone_in_a_traced_network(kind):
     traced = symbolic_trace(network)
     for x in images((32, 32), (40, 64)):
         close(evaluated(traced, x), evaluated(network, x), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_scripts_are_refused():
+    dynamic, static = twins()
+    (x,) = images((7, 6))
+    close(evaluated(torch.jit.script(static), x), evaluated(static, x))
+    for network, kind in ((dynamic, 'KWConv2d'), (KWLinear(4, 4), 'KWLinear')):
+        with pytest.raises(TypeError, match=rf'cannot compile a {kind}.* Use torch\.export'):
+            torch.jit.script(network)
+
+
+def test_hooks_for_all_modules_see_all():
+    for network in twins():
+        seen = []
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, *_, seen=seen: seen.append(module)
+        )
+        try:
+            evaluated(network, *images((7, 6)))
+        finally:
+            handle.remove()
+        unseen = {m for m in network.modules() if m not in seen}
+        assert all('warehouse_manager' in n for n, m in network.named_modules() if m in unseen)
+
+
+@pytest.mark.parametrize('how', ['fused', 'quantized'])
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::UserWarning')
+def test_quantizing_in_a_traced_graph(how):
+    """Of the dynamic network only the static layers: the rest stays as it is."""
+    for network in twins():
+        (x,) = images((7, 6))
+        expected = evaluated(network, x)
+        if how == 'fused':
+            close(evaluated(quantize_fx.fuse_fx(network), x), expected)
+            continue
+        mapping = torch.ao.quantization.get_default_qconfig_mapping('x86')
+        prepared = quantize_fx.prepare_fx(network, mapping, (x,))
+        evaluated(prepared, x)
+        converted = quantize_fx.convert_fx(prepared)
+        close(evaluated(converted, x), expected, atol=0.05, rtol=0)
+        names = [type(m).__name__ for m in converted.modules()]
+        dynamic = hasattr(network, 'warehouse_manager')
+        assert names.count('KWConv2d') == (len(LAYERS) if dynamic else 0)
+        assert any('quantized' in type(m).__module__ for m in converted.modules())
 
 
 # Pruning and parametrising
