@@ -33,6 +33,7 @@ class DynamicLayer(Weightless):
         *args: The arguments of the layer's namesake in ``torch.nn``, in its order.
         attention_norm_cfg: Norm of the attention, for ``mmcv.cnn.build_norm_layer``: ``BN1d``,
             ``SyncBN`` or ``LN``.
+        device: As in the namesake.
         **kwargs: More arguments of the namesake, and the warehouse options ``cell_num_ratio``,
             ``cell_inplane_ratio``, ``cell_outplane_ratio``, ``reduction``, ``nonlocal_basis_ratio``
             and ``spatial_partition`` of :class:`~mmkw.layers.WarehouseOptions` (paper, sections 3.1
