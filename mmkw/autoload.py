@@ -1,4 +1,6 @@
-"""Puts our reader and writer of checkpoints in the place of MMEngine's as soon as that is imported.
+"""Puts ours in the place of what MMEngine and mmcv have, as soon as that is imported.
+
+These are the reader and the writer of checkpoints, and the walk that fuses BatchNorms.
 
 PyTorch calls :func:`install` at the end of ``import torch`` where mmkw is installed (the entry
 point in ``setup.py``), ``import mmkw`` does it elsewhere. So a file is read as data also where
@@ -13,8 +15,8 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-# Modules of MMEngine: the last thing that each defines, what in it becomes ours, and our module
-# whose ``take_place`` does that.
+# Modules of MMEngine and mmcv: the last thing that each defines, what in it becomes ours, and our
+# module whose ``take_place`` does that.
 _OURS = {
     'mmengine.runner.checkpoint': (
         'find_latest_checkpoint',
@@ -26,13 +28,18 @@ _OURS = {
         'CheckpointHook',
         'mmkw.engine.files.hook',
     ),
+    'mmcv.cnn.utils.fuse_conv_bn': (
+        'fuse_conv_bn',
+        'fuse_conv_bn',
+        'mmkw.engine.fusing',
+    ),
 }
 # Those at which we are, since importing ours imports other things.
 _busy: set[str] = set()
 
 
 def install() -> None:
-    """Imports ours after MMEngine's modules: now where those are there, else when they are."""
+    """Imports ours after their modules: now where those are there, else when they are."""
     _catch_up()
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
@@ -53,12 +60,12 @@ def _catch_up() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds MMEngine's modules as everyone does, and has ours imported after them."""
+    """Finds their modules as everyone does, and has ours imported after them."""
 
     def find_spec(
         self, fullname: str, path: object = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        # One of MMEngine's modules may have been the first to import PyTorch, and have ended since.
+        # One of their modules may have been the first to import PyTorch, and have ended since.
         _catch_up()
         if fullname not in _OURS:
             return None

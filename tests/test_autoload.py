@@ -110,6 +110,18 @@ def test_importing_torch_stays_light():
     assert sorted(eval(result.stdout)) == ['mmkw', 'mmkw.autoload', 'mmkw.version']
 
 
+@pytest.mark.parametrize(
+    'first', ['import mmkw', 'from mmcv.cnn import fuse_conv_bn; import mmkw', 'import mmkw.layers']
+)
+def test_fusing_is_ours_whoever_is_imported_first(first):
+    code = f"""{first}
+import mmcv.cnn, mmcv.cnn.utils
+own = globals().get('fuse_conv_bn', mmcv.cnn.fuse_conv_bn)
+print(*{{f.__module__ for f in (own, mmcv.cnn.fuse_conv_bn, mmcv.cnn.utils.fuse_conv_bn)}})"""
+    result = run(code, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    assert result.stdout.splitlines()[-1:] == ['mmkw.engine.fusing'], result.stderr
+
+
 def test_names_of_the_package():
     import mmkw
 

@@ -6,6 +6,8 @@ from typing import Any
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
+from ..ops import modes
+
 
 def static_network(name: str) -> type[nn.Module]:
     """Finds a backbone class of the library whose config is being built.
@@ -56,6 +58,9 @@ def _check_size(
     side: int, network: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
 ) -> None:
     (image,) = inputs or named.values()
+    # A graph that torch.fx traces is for images of any size.
+    if modes.is_symbolic(image):
+        return
     height, width = image.shape[-2:]
     if height < side or width < side:
         raise ValueError(

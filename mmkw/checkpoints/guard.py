@@ -57,7 +57,9 @@ def check_checkpoint(
     kernel of every dynamic layer, from the static network, which then gives the warehouses and the
     attentions (:func:`~mmkw.layers.warm_start`). The rest is left to ``load_state_dict`` and to
     MMEngine, which lists what is missing and what is not expected; only the ImageNet classifier and
-    the like are taken out, and a line in the log lists them. Another says what was recognised.
+    the like are taken out, and a line in the log lists them. Another says what was recognised. Of a
+    network whose cells are pruned or parametrised everything is left to them, as it has cells under
+    names of PyTorch's.
 
     Args:
         network: A converted network.
@@ -70,6 +72,8 @@ def check_checkpoint(
             a warehouse, a kernel or a tensor of a dynamic layer is missing or has another shape.
         DamagedCheckpointError: If one of these is no dense tensor of real, finite numbers.
     """
+    if not network.warehouse_manager.weights.is_plain:
+        return
     check_cells(state_dict, prefix, network.warehouse_manager.weights)
     own = {name for name in _BEYOND if hasattr(network, name)}
     warehouses = len(network.warehouse_manager.weights)
@@ -282,7 +286,9 @@ def check_cells(state_dict: dict[str, Any], prefix: str = '', own: Sequence[Tens
     for key in state_dict:
         if key.startswith(place) and key not in names:
             raise DamagedCheckpointError(
-                f'{shown(key)} is no name of a warehouse; {place}weights.0, 1, 2 ... are.'
+                f'{shown(key)} is no name of a warehouse; {place}weights.0, 1, 2 ... are. Of '
+                'pruned or parametrised cells save the values: call torch.nn.utils.prune.remove or '
+                'remove_parametrizations first.'
             )
     for index, values in stored.items():
         cells = own[index] if index < len(own) else values

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from ..ops import backend, modes
 from .partition import MOST_CELLS, LayerShare, PlanError, WarehouseOptions, check_size
 
-# Of vectors; they have statistics of a batch.
-BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
 MIN_WIDTH = 16
 DENOMINATOR_EPS = 1e-3
 
@@ -27,8 +25,9 @@ class Attention(nn.Module):
     appendix) the logits of other layers' cells are expanded from a few basis values.
 
     A batch of one has no batch statistics: one value per channel has no variance. It, and an empty
-    batch, are normalised by the running statistics of a BatchNorm and leave them unchanged. Other
-    batch sizes behave as in ``torch.nn.BatchNorm1d``.
+    batch, are normalised by the running statistics of a BatchNorm and leave them unchanged; where
+    these are being estimated anew and there are none yet, one image is refused. Other batch sizes
+    behave as in ``torch.nn.BatchNorm1d``.
 
     Args:
         in_channels: Channels of the layer's input.
@@ -74,7 +73,7 @@ class Attention(nn.Module):
             f'Lower cell_num_ratio={options.cell_num_ratio} or reduction={options.reduction}',
         )
         norm = _norm_of(norm_cfg, width)
-        self.fc1 = nn.Linear(in_channels, width, bias=not isinstance(norm, BATCH_NORMS))
+        self.fc1 = nn.Linear(in_channels, width, bias=not isinstance(norm, modes.BATCH_NORM))
         self.norm1 = norm
         self.relu = nn.ReLU(inplace=True)
         # A warehouse of one layer has no cells beyond the layer's own, hence no basis.
@@ -193,7 +192,7 @@ class Attention(nn.Module):
         if self.temperature > 0 or self.has_nonlocal_basis or not all(map(_is_as_made, (fc1, fc2))):
             return None
         statistics = (None, None)
-        if isinstance(norm, BATCH_NORMS):
+        if isinstance(norm, modes.BATCH_NORM):
             if norm.training or norm.running_mean is None:
                 return None
             statistics = (norm.running_mean, norm.running_var)
@@ -211,7 +210,16 @@ class Attention(nn.Module):
     def _norm(self, hidden: Tensor) -> Tensor:
         norm = self.norm1
         alone = hidden.shape[0] <= 1 and not _joins_processes(norm)
-        if isinstance(norm, BATCH_NORMS) and norm.training and alone:
+        if isinstance(norm, modes.BATCH_NORM) and norm.training and alone:
+            if norm.momentum is None and hidden.shape[0] and not norm.num_batches_tracked:
+                raise ValueError(
+                    'The running statistics of an attention are estimated anew (BatchNorm with '
+                    'momentum=None and num_batches_tracked=0, as by update_bn), and the first '
+                    'batch has one image: one value per channel has no variance. Take batches '
+                    "of two or more, or attention_norm_cfg=dict(type='LN')."
+                )
+            for hook in modes.computing_hooks(norm):
+                hook(norm, ())
             return F.batch_norm(
                 hidden,
                 norm.running_mean,
@@ -247,7 +255,7 @@ def _norm_of(norm_cfg: dict, width: int) -> nn.Module:
     for_maps = (nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d)
     if isinstance(norm, (*for_maps, nn.InstanceNorm3d)):
         raise ValueError(f'{expected}, got {norm_cfg!r}, which normalises maps, not vectors.')
-    if isinstance(norm, BATCH_NORMS) and norm.running_mean is None:
+    if isinstance(norm, modes.BATCH_NORM) and norm.running_mean is None:
         raise ValueError(
             f'{expected}, got {norm_cfg!r}: without running statistics there is nothing to '
             'normalise a batch of one image by.'

@@ -21,6 +21,7 @@ from .partition import (
     partition_warehouse,
     split_options,
 )
+from .tracing import Weightless, recorded
 from .twins import Kernels, StandsForStatic
 from .warehouse import WarehouseManager, fault_of
 from .warm_start import warm_start
@@ -28,7 +29,7 @@ from .warm_start import warm_start
 DEFAULT_NORM_CFG = dict(type='BN1d')
 
 
-class DynamicLayer(StandsForStatic):
+class DynamicLayer(Weightless, StandsForStatic):
     """A layer whose kernel is a mixture of kernel cells, one mixture per image.
 
     Made by its constructor it owns its warehouse, ``warehouse_manager.weights[0]`` of shape
@@ -41,6 +42,7 @@ class DynamicLayer(StandsForStatic):
         *args: The arguments of the layer's namesake in ``torch.nn``, in its order.
         attention_norm_cfg: Norm of the attention, for ``mmcv.cnn.build_norm_layer``: ``BN1d``,
             ``SyncBN`` or ``LN``.
+        device: As in the namesake.
         **kwargs: More arguments of the namesake, and the warehouse options ``cell_num_ratio``,
             ``cell_inplane_ratio``, ``cell_outplane_ratio``, ``reduction``, ``nonlocal_basis_ratio``
             and ``spatial_partition`` of :class:`~mmkw.layers.WarehouseOptions` (paper, sections 3.1
@@ -56,12 +58,17 @@ class DynamicLayer(StandsForStatic):
     static_class: type[nn.Module]
 
     def __init__(
-        self, *args: Any, attention_norm_cfg: dict = DEFAULT_NORM_CFG, **kwargs: Any
+        self,
+        *args: Any,
+        attention_norm_cfg: dict = DEFAULT_NORM_CFG,
+        # By name for torch.nn.utils.skip_init, which looks whether there is one.
+        device: torch.device | str | int | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         options, kwargs = split_options(kwargs)
         check_arguments(self.static_class, args, kwargs)
-        device, dtype = kwargs.pop('device', None), kwargs.pop('dtype', None)
+        dtype = kwargs.pop('dtype', None)
         # torch.nn checks and normalises the arguments; on the meta device that costs no memory.
         static = self.static_class(*args, **kwargs, device='meta')
         partition = partition_warehouse(
@@ -139,6 +146,11 @@ class DynamicLayer(StandsForStatic):
         return self._warehouses[0].weights[self._warehouse_index]
 
     @property
+    def cell_parameters(self) -> list[nn.Parameter]:
+        """What the cells are computed from: themselves, unless pruned or parametrised."""
+        return self._warehouses[0].weights.parameters_of(self._warehouse_index)
+
+    @property
     def place(self) -> tuple[WarehouseManager, int, int]:
         """The manager, the index of the warehouse in it, and the layer's position in that."""
         return self._warehouses[0], self._warehouse_index, self._position
@@ -180,7 +192,7 @@ class DynamicLayer(StandsForStatic):
 
     def counterparts(self, twin: nn.Module) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
         """See :class:`~mmkw.layers.twins.StandsForStatic`."""
-        yield twin.weight, [self.cells]
+        yield twin.weight, self.cell_parameters
         if self.bias is not None:
             yield twin.bias, [self.bias]
 
@@ -289,6 +301,8 @@ class _KWConvNd(DynamicLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tensor[batch, in_channels, *size] or Tensor[in_channels, *size] to the same with out."""
+        if modes.is_symbolic(x):
+            return recorded(self, x)
         dims = len(self.kernel_size)
         if x.dim() == dims + 1:
             return self(x.unsqueeze(0)).squeeze(0)
@@ -353,6 +367,8 @@ class KWLinear(DynamicLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tensor[batch, ..., in_features] or Tensor[in_features] to the same with out_features."""
+        if modes.is_symbolic(x):
+            return recorded(self, x)
         if x.dim() == 1:
             return self(x.unsqueeze(0)).squeeze(0)
         if x.dim() == 0 or x.shape[-1] != self.in_features:

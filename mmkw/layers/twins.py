@@ -96,7 +96,7 @@ class Kernels:
         """
         manager, warehouse, position = layer.place
         # The networks of the paper start their cells as released, whatever sets static kernels.
-        if not manager.keeps_start:
+        if not manager.keeps_start and manager.weights.is_plain:
             self._found.setdefault((manager, warehouse), {})[position] = (layer, kernel)
 
     def lay_into_warehouses(self) -> None:

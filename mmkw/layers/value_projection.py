@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import modes
+from .tracing import recorded
 from .twins import Kernels, StandsForStatic
 
 # Windowed attentions of mmdet and mmseg, whose images reach ``qkv`` as windows.
@@ -73,8 +75,8 @@ class SplitProjection(StandsForStatic):
             fused = getattr(twin, f'{self.fused_prefix}{name}')
             if fused is not None:
                 dynamic = name == 'weight' and isinstance(self.value, StandsForStatic)
-                value = self.value.cells if dynamic else getattr(self.value, name)
-                yield fused, [getattr(self.query_key, name), value]
+                value = self.value.cell_parameters if dynamic else [getattr(self.value, name)]
+                yield fused, [getattr(self.query_key, name), *value]
 
     @torch.no_grad()
     def take_values(self, twin: nn.Module, kernels: Kernels) -> None:
@@ -201,6 +203,9 @@ class SplitMultiheadAttention(SplitProjection):
         Raises:
             RuntimeError: If ``is_causal`` comes without ``attn_mask``, as in PyTorch.
         """
+        if modes.is_symbolic(query, key, value):
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return recorded(self, query, key, value, *masks)
         if is_causal and attn_mask is None:
             raise RuntimeError(
                 'is_causal=True is a hint about attn_mask, which is None: give the mask, such as '

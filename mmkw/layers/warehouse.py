@@ -1,17 +1,43 @@
 """The parameters that layers share."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..ops import modes
 from .partition import WarehousePartition
 from .warm_start import check_start_tau
 
 
 class CellList(nn.ParameterList):
-    """The cells of all warehouses, a list of Tensor[cells, cell_out, cell_in, *cell_kernel]."""
+    """The cells of all warehouses, a list of Tensor[cells, cell_out, cell_in, *cell_kernel].
+
+    Pruning (``torch.nn.utils.prune``) and parametrisations take it as any module with parameters
+    ``'0'``, ``'1'``, ...
+    """
+
+    def __getitem__(self, index: int) -> Tensor:
+        """The cells of a warehouse as they are now."""
+        # Pruning computes them before a forward pass. A list has none: it is read instead.
+        for hook in modes.computing_hooks(self):
+            hook(self, ())
+        return super().__getitem__(index)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all cells are parameters, none computed from others."""
+        return all(str(index) in self._parameters for index in range(len(self)))
+
+    def parameters_of(self, index: int) -> list[nn.Parameter]:
+        """What the cells of a warehouse are computed from: themselves, if they are plain."""
+        plain = self._parameters.get(str(index))
+        if plain is not None:
+            return [plain]
+        own = re.compile(rf'(parametrizations\.)?{index}(_.*|\..*)?')
+        return [parameter for name, parameter in self.named_parameters() if own.fullmatch(name)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'CellList':
         """Moves and casts; a memory format of images is not for cells.
@@ -59,6 +85,10 @@ class WarehouseManager(nn.Module):
                 own = weight.detach()[share.start : share.start + share.own_cells]
                 if own.numel():
                     nn.init.kaiming_normal_(own.flatten(0, 1), mode='fan_out', nonlinearity='relu')
+
+    def forward(self, x: Any) -> Any:
+        """Gives back what it gets: it stands for its cells in a graph that ``torch.fx`` traced."""
+        return x
 
     def extra_repr(self) -> str:
         """One line a warehouse: name, cells, layers."""

@@ -3,11 +3,16 @@
 They are in this module only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.utils.prune import BasePruningMethod
+
+# Of every number of dimensions, also what MMEngine makes of a SyncBatchNorm.
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -72,12 +77,50 @@ def _is_no_plain_tensor(tensor: Tensor) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether someone has a module's forward pass seen or changed.
+    """Whether someone has a module's forward pass, or every module's, seen or changed.
 
     Args:
         module: Any module.
     """
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    every = nn.modules.module
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks or every._global_forward_hooks or every._global_forward_pre_hooks)
+
+
+def computing_hooks(module: nn.Module) -> list[Callable]:
+    """What pruning and the like have put before a module's forward pass to compute its parameters.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Hooks that change nothing but those parameters.
+    """
+    hooks = module._forward_pre_hooks.values()
+    return [
+        hook
+        for hook in hooks
+        if isinstance(hook, BasePruningMethod) or type(hook).__module__.startswith('torch.nn.utils')
+    ]
+
+
+def is_hooked_by_others(module: nn.Module) -> bool:
+    """Whether a module has hooks beside :func:`computing_hooks`.
+
+    Args:
+        module: Any module.
+    """
+    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+    return hooks > len(computing_hooks(module))
+
+
+def is_symbolic(*values: Any) -> bool:
+    """Whether ``torch.fx`` is tracing: one of a call's operands stands for any tensor.
+
+    Args:
+        *values: The operands.
+    """
+    return any(isinstance(value, Proxy) for value in values)
 
 
 def padding_of(convolution: nn.Module) -> list[int]:

@@ -33,10 +33,13 @@ class FreezeWithLayers:
         weights = self._manager.weights
         for index, layers in enumerate(self._layers):
             learns = any(p.requires_grad for layer in layers for p in layer.attention.parameters())
-            cells = weights[index]
-            if cells.requires_grad and not learns:
-                cells.requires_grad_(False)
+            parameters = weights.parameters_of(index)
+            frozen = not any(parameter.requires_grad for parameter in parameters)
+            if not frozen and not learns:
                 self._frozen.add(index)
             elif learns and index in self._frozen:
-                cells.requires_grad_(True)
                 self._frozen.discard(index)
+            else:
+                continue
+            for parameter in parameters:
+                parameter.requires_grad_(learns)

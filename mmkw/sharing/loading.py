@@ -56,7 +56,8 @@ def _check_parts(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *
         reads_itself = type(part)._load_from_state_dict is not nn.Module._load_from_state_dict
         if part is model or not is_converted(part) or reads_itself:
             continue
-        copied = dict(state_dict)
+        place = f'{prefix}{name}.'
+        own = {key: value for key, value in state_dict.items() if key.startswith(place)}
         with only_checking():
             for hook in part._load_state_dict_pre_hooks.values():
-                hook(copied, f'{prefix}{name}.', *more)
+                hook(own, place, *more)
