@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmkw.backbones.convnext import ConvNeXtBlock
 from mmkw.engine.building import build_model
 from mmkw.layers import Attention
-from mmkw.layers.dynamic_conv import DynamicLayer
+from mmkw.layers.dynamic_layers import DynamicLayer
 
 pytest.importorskip('mmdet', reason='the recipe is for Mask R-CNN')
 from mmcv.cnn.bricks import DropPath

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..checkpoints.names import convnext_names
 from ..layers import split_options
-from ..layers.residual import checkpoint_blocks, drop_path_rates
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, convnext_rule
+from .residual import checkpoint_blocks, drop_path_rates
 from .static import attention_norm, refuse_small_images
 
 EPS = 1e-6

@@ -8,10 +8,10 @@ from torch import nn
 from ..checkpoints import CheckpointMismatchError, stored_warehouses
 from ..checkpoints.names import mobilenet_v2_names
 from ..layers import split_options
-from ..layers.residual import checkpoint_blocks
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, mobilenet_v2_rule
 from ..sharing.rules import POINTWISE, absent_kernels
+from .residual import checkpoint_blocks
 from .static import attention_norm, refuse_small_images, static_network
 
 

@@ -6,10 +6,10 @@ from typing import Any
 from torch import nn
 
 from ..layers import split_options
-from ..layers.residual import add_drop_path, checkpoint_blocks
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, resnet_rule
 from ..sharing.rules import absent_kernels
+from .residual import add_drop_path, checkpoint_blocks
 from .static import attention_norm, refuse_small_images, static_network
 
 

@@ -7,10 +7,10 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
 from ..layers import split_options
-from ..layers.residual import take_over_checkpoints
 from ..registry import MODELS
 from ..sharing import SharingPlan, convert, family_rule, pattern_plan
 from ..sharing.rules import absent_kernels
+from .residual import take_over_checkpoints
 from .static import attention_norm
 
 

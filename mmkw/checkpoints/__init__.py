@@ -1,12 +1,8 @@
 """Reading checkpoint files, published and static ones too."""
 
-from .errors import DamagedCheckpointError, UnsafeCheckpointError
-from .guard import (
-    CheckpointMismatchError,
-    check_checkpoint,
-    only_checking,
-    stored_warehouses,
-)
+from .errors import CheckpointMismatchError, DamagedCheckpointError, UnsafeCheckpointError
+from .recognising import check_checkpoint, stored_warehouses
+from .only_checking import only_checking
 from .published import rewrite_published
 from .reading import read_checkpoint
 

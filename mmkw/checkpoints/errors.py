@@ -9,6 +9,10 @@ class DamagedCheckpointError(RuntimeError):
     """A file that is truncated or altered, or no checkpoint at all."""
 
 
+class CheckpointMismatchError(RuntimeError):
+    """A checkpoint for another network or budget; names what differs and what would fit."""
+
+
 def shown(word: object, length: int = 200) -> str:
     """A word of a file for a message: ASCII on one line, of a bounded length.
 

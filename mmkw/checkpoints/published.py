@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import shown
-from .guard import CheckpointMismatchError, beyond_backbone, check_cells, stored_warehouses
+from .beyond import beyond_backbone
+from .errors import CheckpointMismatchError, shown
+from .recognising import check_cells, stored_warehouses
 from .names import convnext_names, mobilenet_v2_names
 
 # Blocks in the groups of a MobileNetV2.

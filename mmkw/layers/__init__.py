@@ -1,7 +1,7 @@
 """Dynamic layers, their attention and the warehouses that hold their cells."""
 
 from .attention import Attention, set_temperature
-from .dynamic_conv import DYNAMIC_LAYERS, KWConv1d, KWConv2d, KWConv3d, KWLinear, kernel_shape
+from .dynamic_layers import DYNAMIC_LAYERS, KWConv1d, KWConv2d, KWConv3d, KWLinear, kernel_shape
 from .partition import (
     KernelShape,
     LayerShare,

@@ -88,7 +88,7 @@ class Kernels:
         self._found: dict[tuple[WarehouseManager, int], dict[int, tuple[Any, Tensor]]] = {}
 
     def add(self, layer: Any, kernel: Tensor) -> None:
-        """Adds a kernel of a :class:`~mmkw.layers.dynamic_conv.DynamicLayer`.
+        """Adds a kernel of a :class:`~mmkw.layers.dynamic_layers.DynamicLayer`.
 
         Args:
             layer: The layer.

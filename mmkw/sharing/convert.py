@@ -17,13 +17,13 @@ from ..layers import (
     leave_static_twins,
     static_twins,
 )
-from ..layers.dynamic_conv import DEFAULT_NORM_CFG
+from ..layers.dynamic_layers import DEFAULT_NORM_CFG
 from ..layers.static_layers import read_by_others
-from ..layers.value_projection import fused_projections, split_projections
 from .families import is_of_the_paper
 from .freezing import FreezeWithLayers
 from .loading import is_converted, watch_parents
 from .plan import SharingPlan
+from .value_projection import fused_projections, split_projections
 
 _building_static: ContextVar[bool] = ContextVar('building static networks', default=False)
 

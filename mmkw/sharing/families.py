@@ -12,8 +12,8 @@ from ..layers import DYNAMIC_LAYERS, WarehouseOptions, kernel_shape
 from ..layers.attention import MIN_WIDTH
 from ..layers.partition import partition_warehouse
 from ..layers.static_layers import predictions, read_by_others
-from ..layers.value_projection import fused_projections
 from .rules import absent_kernels, convnext_rule, mobilenet_v2_rule, refuse_nothing, resnet_rule
+from .value_projection import fused_projections
 
 # Layers of fewer channels see the image, or make predictions.
 MIN_CHANNELS = 16

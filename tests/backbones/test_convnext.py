@@ -7,7 +7,7 @@ import torch
 
 from mmkw.backbones import ConvNeXt, KWConvNeXt
 from mmkw.layers import PlanError
-from mmkw.layers.dynamic_conv import DynamicLayer
+from mmkw.layers.dynamic_layers import DynamicLayer
 
 THIN = dict(arch=dict(depths=[1, 2, 1, 1], channels=[8, 16, 24, 32]))
 

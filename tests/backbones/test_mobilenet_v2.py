@@ -6,7 +6,7 @@ from mmengine.registry import DefaultScope
 
 from mmkw.backbones import KWMobileNetV2
 from mmkw.layers import KWLinear
-from mmkw.layers.dynamic_conv import DynamicLayer
+from mmkw.layers.dynamic_layers import DynamicLayer
 
 pytest.importorskip('mmdet', reason="needs MMDetection's MobileNetV2")
 

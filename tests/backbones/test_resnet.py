@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmkw.backbones import KWResNet
 from mmkw.layers import PlanError, set_temperature
 from mmkw.layers.attention import Attention
-from mmkw.layers.dynamic_conv import DynamicLayer
+from mmkw.layers.dynamic_layers import DynamicLayer
 
 pytest.importorskip('mmdet', reason="needs MMDetection's ResNet")
 

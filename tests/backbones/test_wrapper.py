@@ -4,7 +4,8 @@ import pytest
 import torch
 from mmengine.registry import MODELS, DefaultScope
 
-from mmkw.layers import KWConv2d, PlanError, residual
+from mmkw.backbones import residual
+from mmkw.layers import KWConv2d, PlanError
 from mmkw.layers.attention import Attention
 from mmkw.sharing import static_networks
 

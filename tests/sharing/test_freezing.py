@@ -8,7 +8,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmkw.layers.dynamic_conv import DynamicLayer
+from mmkw.layers.dynamic_layers import DynamicLayer
 from mmkw.sharing import SharingPlan, convert
 
 CSP = dict(widen_factor=0.25, deepen_factor=0.33, frozen_stages=3)

@@ -11,9 +11,9 @@ from twin_networks import BACKBONES, HEADS, build
 
 from mmkw.layers import KWConv2d, KWLinear, StandsForStatic
 from mmkw.layers.attention import Attention
-from mmkw.layers.value_projection import SplitProjection
 from mmkw.sharing import SharingPlan, convert
 from mmkw.sharing.families import is_of_the_paper
+from mmkw.sharing.value_projection import SplitProjection
 
 
 def kernels_and_biases(network):

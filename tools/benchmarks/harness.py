@@ -19,7 +19,7 @@ from published_form import published_form
 from torch import nn
 
 import mmkw
-from mmkw.layers.dynamic_conv import DynamicLayer
+from mmkw.layers.dynamic_layers import DynamicLayer
 from mmkw.ops import why_not_compiled
 
 

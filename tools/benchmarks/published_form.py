@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkw.layers import dynamic_conv
+from mmkw.layers import dynamic_layers
 from mmkw.ops import SampleLinear
 from mmkw.ops.kernels import kernel_shape
 
@@ -55,9 +55,9 @@ def published_operator(
 @contextmanager
 def published_form() -> Iterator[None]:
     """Has every dynamic layer compute by the published operator."""
-    ours = dynamic_conv.apply_mixed
-    dynamic_conv.apply_mixed = published_operator
+    ours = dynamic_layers.apply_mixed
+    dynamic_layers.apply_mixed = published_operator
     try:
         yield
     finally:
-        dynamic_conv.apply_mixed = ours
+        dynamic_layers.apply_mixed = ours

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from mmkw.layers import KWLinear
-from mmkw.layers.value_projection import (
+from mmkw.sharing import SharingPlan, convert
+from mmkw.sharing.value_projection import (
     SplitMultiheadAttention,
     WindowProjection,
     fused_projections,
     split_projections,
 )
-from mmkw.sharing import SharingPlan, convert
 
 MASKS = ['none', 'bool', 'float', 'padding', 'per head', 'causal', 'both']
 

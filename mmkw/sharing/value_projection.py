@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers.tracing import recorded
+from ..layers.twins import Kernels, StandsForStatic
 from ..ops import modes
-from .tracing import recorded
-from .twins import Kernels, StandsForStatic
 
 # Windowed attentions of mmdet and mmseg, whose images reach ``qkv`` as windows.
 _WINDOWED = 'ShiftWindowMSA'

@@ -1,0 +1,102 @@
+"""The options with which a network would take a checkpoint that it refuses."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..layers import PlanError, WarehousePartition, partition_warehouse
+
+
+def advice(
+    partitions: Sequence[WarehousePartition], stored: dict[int, Tensor], basis_ratio: float
+) -> str:
+    """Names the options that give every warehouse the stored shape.
+
+    Args:
+        partitions: The network's warehouses.
+        stored: The stored ones, by index.
+        basis_ratio: As :func:`nonlocal_basis_ratio_of` gives it.
+
+    Returns:
+        A sentence for an error; another one if no options do.
+    """
+    other = 'It was made for another architecture or sharing plan: check depth, width and arch.'
+    if len(stored) != len(partitions):
+        return other
+    fitting = [_fitting(partition, stored[i]) for i, partition in enumerate(partitions)]
+    if not all(options['spatial_partition'] for options in fitting):
+        # Kernels of 1x1 are cut alike either way.
+        for partition, options in zip(partitions, fitting):
+            if all(math.prod(share.kernel.kernel_size) == 1 for share in partition.layers):
+                options['spatial_partition'] = False
+    for partition, options, weight in zip(
+        partitions, fitting, [stored[i] for i in range(len(partitions))]
+    ):
+        kernels = [share.kernel for share in partition.layers]
+        try:
+            cut = partition_warehouse(
+                partition.name, kernels, replace(partition.options, **options)
+            )
+        except PlanError:
+            return other
+        if (cut.num_cells, *cut.cell_shape) != tuple(weight.shape):
+            return other
+    needed = {}
+    for name in fitting[0]:
+        values = [options[name] for options in fitting]
+        if values != [getattr(partition.options, name) for partition in partitions]:
+            needed[name] = values[0] if len(set(values)) == 1 else values
+    if basis_ratio != partitions[0].options.nonlocal_basis_ratio:
+        needed['nonlocal_basis_ratio'] = basis_ratio
+    return f'With {", ".join(f"{name}={value}" for name, value in needed.items())} it would fit.'
+
+
+def _fitting(partition: WarehousePartition, found: Tensor) -> dict[str, Any]:
+    """The options, but for the attentions', that a stored warehouse was cut with."""
+    kernels = [share.kernel for share in partition.layers]
+    values = sum(math.prod(k.shape) for k in kernels)
+    budget = found.numel() / values
+    # The number of cells was rounded down.
+    whole = round(budget) if budget >= 1 else 1 / max(round(1 / budget), 1)
+    return dict(
+        cell_num_ratio=whole,
+        cell_inplane_ratio=found.shape[2] / math.gcd(*(k.in_channels for k in kernels)),
+        cell_outplane_ratio=found.shape[1] / math.gcd(*(k.out_channels for k in kernels)),
+        spatial_partition=all(side == 1 for side in found.shape[3:]),
+    )
+
+
+def reduction_of(state_dict: dict[str, Tensor], prefix: str) -> float:
+    """The reduction of a state dict's attentions, from the widest: narrow ones have a minimum.
+
+    Args:
+        state_dict: Of a KernelWarehouse network.
+        prefix: The network's place in it.
+    """
+    shapes = _attention_shapes(state_dict, prefix, 'fc1')
+    width, channels = max(shapes, key=lambda shape: shape[1], default=(1, 16))
+    return 1 / max(round(channels / width), 1)
+
+
+def nonlocal_basis_ratio_of(state_dict: dict[str, Tensor], prefix: str) -> float:
+    """The ratio of a state dict's non-local bases, from the largest; 1 without a basis.
+
+    Args:
+        state_dict: Of a KernelWarehouse network.
+        prefix: The network's place in it.
+    """
+    shapes = _attention_shapes(state_dict, prefix, 'fc3')
+    cells, basis = max(shapes, default=(1, 1))
+    return 1 / max(round(cells / basis), 1)
+
+
+def _attention_shapes(
+    state_dict: dict[str, Tensor], prefix: str, name: str
+) -> list[tuple[int, ...]]:
+    ending = f'.attention.{name}.weight'
+    keys = [key for key in state_dict if key.startswith(prefix) and key.endswith(ending)]
+    tensors = [state_dict[key] for key in keys if isinstance(state_dict[key], Tensor)]
+    return [tuple(tensor.shape) for tensor in tensors if tensor.dim() == 2 and tensor.numel()]

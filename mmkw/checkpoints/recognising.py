@@ -1,0 +1,208 @@
+"""Tells on load what a checkpoint is: of this network, of its static twin, or of neither.
+
+A static one is translated, one of another network refused before it half loads.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from ..layers import fault_of
+from .advice import advice, nonlocal_basis_ratio_of, reduction_of
+from .beyond import PARTS, beyond_backbone
+from .errors import CheckpointMismatchError, DamagedCheckpointError, shown
+from .only_checking import is_only_checking
+from .static_kernels import load_static, modules_of, stage_of, static_kernels
+
+
+def check_checkpoint(
+    network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
+    """Compares a state dict with the network, as a hook of ``load_state_dict``.
+
+    Every warehouse and every tensor of a dynamic layer must be there in its shape; or else the
+    kernel of every dynamic layer, from the static network, which then gives the warehouses and the
+    attentions (:func:`~mmkw.layers.warm_start`). The rest is left to ``load_state_dict`` and to
+    MMEngine, which lists what is missing and what is not expected; only the ImageNet classifier and
+    the like are taken out, and a line in the log lists them. Another says what was recognised. Of a
+    network whose cells are pruned or parametrised everything is left to them, as it has cells under
+    names of PyTorch's.
+
+    Args:
+        network: A converted network.
+        state_dict: What is being loaded; changed in place.
+        prefix: The network's place in it.
+        *_: What ``load_state_dict`` passes to a hook beyond that.
+
+    Raises:
+        CheckpointMismatchError: If there is neither a warehouse nor a kernel for the network, or if
+            a warehouse, a kernel or a tensor of a dynamic layer is missing or has another shape.
+        DamagedCheckpointError: If one of these is no dense tensor of real, finite numbers.
+    """
+    if not network.warehouse_manager.weights.is_plain:
+        return
+    check_cells(state_dict, prefix, network.warehouse_manager.weights)
+    own = {name for name in PARTS if hasattr(network, name)}
+    warehouses = len(network.warehouse_manager.weights)
+    unused = beyond_backbone(state_dict, prefix, warehouses, own)
+    for key in unused:
+        del state_dict[key]
+    stored = stored_warehouses(state_dict, prefix)
+    kernels = {} if stored else static_kernels(network, state_dict, prefix)
+    if stored:
+        _check_warehouses(network, stored, state_dict, prefix)
+        _check_layers(network, state_dict, prefix)
+    elif not kernels:
+        raise CheckpointMismatchError(_no_warehouse(network, state_dict, prefix))
+    if is_only_checking():
+        return
+    if kernels:
+        found = load_static(network, kernels, state_dict, prefix)
+    else:
+        # Only the authors' ImageNet files have more than the network.
+        source = 'published KernelWarehouse' if unused else 'KernelWarehouse'
+        cells = sum(len(weight) for weight in stored.values())
+        found = f'{source} checkpoint, {cells} cells into {len(stored)} warehouses'
+    print_log(f'{type(network).__name__}: {found}', logger='current')
+    if unused:
+        print_log(
+            f'{type(network).__name__}: deliberately not loaded, beyond the backbone: '
+            f'{", ".join(unused)}',
+            logger='current',
+        )
+
+
+def _no_warehouse(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> str:
+    kind, place = type(network).__name__, f' under {prefix!r}' if prefix else ''
+    elsewhere = [key for key in state_dict if key.endswith('warehouse_manager.weights.0')]
+    if elsewhere:
+        found = elsewhere[0].removesuffix('warehouse_manager.weights.0')
+        return (
+            f'The checkpoint has the warehouses of a network under {found!r}. To load them into '
+            f"this {kind} alone, use init_cfg=dict(type='Pretrained', prefix={found!r}, ...)."
+        )
+    names = ', '.join(map(shown, list(state_dict)[:3])) or 'nothing'
+    return (
+        f'The checkpoint has no warehouse for this {kind}{place}, where it holds {names}. An '
+        "ImageNet file goes into the backbone's init_cfg=dict(type='Pretrained', checkpoint=FILE), "
+        'the file of a whole detector or segmentor into load_from.'
+    )
+
+
+def stored_warehouses(state_dict: dict[str, Tensor], prefix: str) -> dict[int, Tensor]:
+    """The warehouses of a state dict by their index.
+
+    Args:
+        state_dict: Of a KernelWarehouse network, or of another.
+        prefix: The network's place in it.
+    """
+    pattern = re.compile(re.escape(prefix) + r'warehouse_manager\.weights\.(0|[1-9][0-9]{0,5})')
+    return {int(m[1]): state_dict[m[0]] for m in map(pattern.fullmatch, state_dict) if m}
+
+
+def check_cells(state_dict: dict[str, Any], prefix: str = '', own: Sequence[Tensor] = ()) -> None:
+    """Checks the names and the values of the warehouses in a state dict.
+
+    Args:
+        state_dict: Of a KernelWarehouse network, or of another.
+        prefix: The network's place in it.
+        own: The cells of the network; without a network, any floating-point cells will do.
+
+    Raises:
+        DamagedCheckpointError: If a warehouse has a name that no warehouse has, or is no dense
+            tensor of real, finite numbers.
+    """
+    place = f'{prefix}warehouse_manager.'
+    stored = stored_warehouses(state_dict, prefix)
+    names = {f'{place}weights.{index}' for index in stored}
+    for key in state_dict:
+        if key.startswith(place) and key not in names:
+            raise DamagedCheckpointError(
+                f'{shown(key)} is no name of a warehouse; {place}weights.0, 1, 2 ... are. Of '
+                'pruned or parametrised cells save the values: call torch.nn.utils.prune.remove or '
+                'remove_parametrizations first.'
+            )
+    for index, values in stored.items():
+        cells = own[index] if index < len(own) else values
+        shape = None if index < len(own) else getattr(values, 'shape', None)
+        if fault := fault_of(values, cells, shape):
+            raise DamagedCheckpointError(
+                f'{place}weights.{index}, the cells of a warehouse, {fault}.'
+            )
+
+
+def _check_warehouses(
+    network: nn.Module, stored: dict[int, Tensor], state_dict: dict[str, Tensor], prefix: str
+) -> None:
+    manager, kind = network.warehouse_manager, type(network).__name__
+    for index, (partition, weight) in enumerate(zip(manager.partitions, manager.weights)):
+        found = stored.get(index)
+        if found is None:
+            raise CheckpointMismatchError(
+                f'The checkpoint has {len(stored)} warehouses and lacks number {index} '
+                f'({partition.name!r}) of the {len(manager.weights)} of this {kind}. It was made '
+                'for another architecture or sharing plan.'
+            )
+        if found.dim() != weight.dim() or 0 in found.shape:
+            raise CheckpointMismatchError(
+                f'Warehouse {index} ({partition.name!r}) of this {kind} has the shape '
+                f'{tuple(weight.shape)}, the checkpoint {tuple(found.shape)}. It was made for '
+                'another architecture or sharing plan.'
+            )
+        if found.shape != weight.shape:
+            raise CheckpointMismatchError(
+                f'Warehouse {index} ({partition.name!r}) of this {kind} has {len(weight)} cells of '
+                f'{tuple(weight.shape[1:])}, the checkpoint has {len(found)} of '
+                f'{tuple(found.shape[1:])}. '
+                + advice(manager.partitions, stored, nonlocal_basis_ratio_of(state_dict, prefix))
+            )
+    own = modules_of(network)
+    names = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
+    # Those of stages that the network leaves out come last.
+    stages_left_out = any(
+        '.attention.' in name and stage_of(name) not in own for name in names if stage_of(name)
+    )
+    if len(stored) > len(manager.weights) and not stages_left_out:
+        raise CheckpointMismatchError(
+            f'The checkpoint has {len(stored)} warehouses, this {kind} {len(manager.weights)}. It '
+            'was made for another architecture or sharing plan.'
+        )
+
+
+def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    layers = dict(network.namedmodules_of())
+    for partition in network.warehouse_manager.partitions:
+        for name in [share.kernel.layer for share in partition.layers]:
+            if name not in layers:
+                continue  # An absent layer of the plan.
+            for part, tensor in layers[name].state_dict().items():
+                key = f'{prefix}{name}.{part}'
+                found = state_dict.get(key)
+                # torch counts from 0 where an old file lacks the counter.
+                if part.endswith('num_batches_tracked') and found is None:
+                    continue
+                if key in state_dict and (fault := _fault_beside(found, tensor)):
+                    raise DamagedCheckpointError(f'{key} {fault}.')
+                if found is None or found.shape != tensor.shape:
+                    shape = 'lacks it' if found is None else f'has {tuple(found.shape)}'
+                    ratio = nonlocal_basis_ratio_of(state_dict, prefix)
+                    raise CheckpointMismatchError(
+                        f'{name}.{part} of this {type(network).__name__} has the shape '
+                        f'{tuple(tensor.shape)}, the checkpoint {shape}. Its warehouses fit, its '
+                        'attentions do not: they were made with '
+                        f'reduction={reduction_of(state_dict, prefix):g}, '
+                        f'nonlocal_basis_ratio={ratio:g}, or another norm.'
+                    )
+
+
+def _fault_beside(found: Any, own: Tensor) -> str | None:
+    """What is wrong with a tensor of an attention; its counters are of whole numbers."""
+    if own.is_floating_point():
+        return fault_of(found, own)
+    if not isinstance(found, Tensor) or found.is_complex() or found.is_meta != own.is_meta:
+        return 'is no tensor of whole numbers'
+    whole = own.is_meta or not found.is_floating_point() or bool((found % 1 == 0).all())
+    return None if whole else 'is no tensor of whole numbers'

@@ -1,0 +1,182 @@
+"""Kernels of a static network in a state dict: found, checked, and made the cells of warehouses."""
+
+import logging
+import re
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from ..layers import KernelShape, fault_of, warm_start
+from ..layers.static_layers import predictions
+from .errors import CheckpointMismatchError, DamagedCheckpointError
+from .only_checking import is_only_checking
+
+
+def static_kernels(
+    network: nn.Module, state_dict: dict[str, Tensor], prefix: str
+) -> dict[str, Tensor]:
+    """Finds and checks the kernels of a static network's state dict.
+
+    Args:
+        network: A converted network.
+        state_dict: Predictions of other classes are taken out.
+        prefix: The network's place in it.
+
+    Returns:
+        By dynamic layer its kernel; nothing if the state dict has no kernel for any.
+
+    Raises:
+        CheckpointMismatchError: If a kernel is missing, of another shape, or of a layer that the
+            network lacks.
+        DamagedCheckpointError: If one is no dense tensor of real, finite numbers.
+    """
+    own = modules_of(network)
+    layers = {
+        share.kernel.layer: share.kernel
+        for partition in network.warehouse_manager.partitions
+        for share in partition.layers
+        if share.kernel.layer in own
+    }
+    found = {
+        name: state_dict[f'{prefix}{name}.weight']
+        for name in layers
+        if f'{prefix}{name}.weight' in state_dict
+    }
+    if not found:
+        return {}
+    kind, cells = type(network).__name__, network.warehouse_manager.weights[0]
+    _leave_out_other_classes(network, layers, found, state_dict, prefix)
+    for name, kernel in layers.items():
+        weight = found.get(name)
+        shape = getattr(weight, 'shape', None)
+        fits = shape is not None and kernel.fits(shape)
+        # Values count only where the shape is right: an expanded tensor has any number of them.
+        if name in found and (fault := fault_of(weight, cells, shape if fits else ())):
+            raise DamagedCheckpointError(f'The static kernel {prefix}{name}.weight {fault}.')
+        if not fits:
+            has = 'has none' if shape is None else f'has {tuple(shape)}'
+            raise CheckpointMismatchError(
+                f'The checkpoint holds static kernels for {len(found)} of the {len(layers)} '
+                f'dynamic layers of this {kind}; for {name}, of {kernel.shape}, it {has}. It was '
+                'made for another architecture: check depth, width and arch.'
+            )
+    beyond = _deeper(layers, own, state_dict, prefix)
+    if beyond:
+        raise CheckpointMismatchError(
+            f'The checkpoint holds static kernels of layers that this {kind} lacks, such as '
+            f'{beyond[0]}. It was made for another architecture: check depth and arch.'
+        )
+    return found
+
+
+def modules_of(network: nn.Module) -> dict[str, nn.Module]:
+    """All modules of a network by all their names.
+
+    Args:
+        network: Any network; a module that it uses at several places has as many names.
+    """
+    return dict(network.namedmodules_of(remove_duplicate=False))
+
+
+def _leave_out_other_classes(
+    network: nn.Module,
+    layers: dict[str, KernelShape],
+    found: dict[str, Any],
+    state_dict: dict[str, Tensor],
+    prefix: str,
+) -> None:
+    """Takes out predictions of other classes, as MMEngine does for a static network."""
+    for name in predictions(network) & set(found):
+        shape = tuple(getattr(found[name], 'shape', ()))
+        own = layers[name].shape
+        as_many = replace(layers[name], out_channels=shape[0]) if shape else layers[name]
+        if shape and shape[0] != own[0] and as_many.fits(shape):
+            for part in ('weight', 'bias'):
+                state_dict.pop(f'{prefix}{name}.{part}', None)
+            del found[name], layers[name]
+            if is_only_checking():
+                continue
+            print_log(
+                f'{type(network).__name__}: {name} predicts {own[0]} channels, the checkpoint '
+                f'{shape[0]}: other classes. It keeps its random start.',
+                logger='current',
+                level=logging.WARNING,
+            )
+
+
+def _deeper(
+    layers: Collection[str], own: Collection[str], state_dict: dict[str, Tensor], prefix: str
+) -> list[str]:
+    """Names of kernels like a dynamic layer's, but for their numbers, that the network lacks.
+
+    Not those of whole stages: a network may leave its last ones out.
+    """
+
+    def pattern(name: str) -> str:
+        return re.sub(r'\d+', '#', name)
+
+    kinds = {pattern(f'{name}.weight') for name in layers}
+    names = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
+    return [
+        name
+        for name in names
+        if pattern(name) in kinds
+        and name.removesuffix('.weight') not in own
+        and stage_of(name) in own
+    ]
+
+
+def stage_of(name: str) -> str:
+    """The parts of a name up to the first with a number.
+
+    Args:
+        name: Of a module, such as ``stages.2.blocks.1``.
+    """
+    return re.match(r'(.*?\d[^.]*)?', name)[0]
+
+
+def load_static(
+    network: nn.Module, kernels: dict[str, Tensor], state_dict: dict[str, Tensor], prefix: str
+) -> str:
+    """Puts warehouses and attentions in the place of static kernels.
+
+    Args:
+        network: A converted network.
+        kernels: As :func:`static_kernels` gives them.
+        state_dict: Changed in place.
+        prefix: The network's place in it.
+
+    Returns:
+        Words for the log.
+    """
+    manager = network.warehouse_manager
+    layers = {name: network.get_submodule(name) for name in kernels}
+    attentions = {name: layer.attention for name, layer in layers.items()}
+    errors = {}
+    for index, (partition, cells) in enumerate(zip(manager.partitions, manager.weights)):
+        if not any(share.kernel.layer in kernels for share in partition.layers):
+            continue
+        started, errors[partition.name] = warm_start(
+            partition, kernels, attentions, cells, manager.start_tau
+        )
+        state_dict[f'{prefix}warehouse_manager.weights.{index}'] = started
+    # A layer that is used at several places has as many names.
+    for name, layer in modules_of(network).items():
+        if layer in layers.values():
+            state_dict.pop(f'{prefix}{name}.weight', None)
+            layer.attention.take_start(manager.start_tau, state_dict, f'{prefix}{name}.attention.')
+    worst = max(errors, key=errors.get)
+    exact = 'exactly'
+    if errors[worst] > 0:
+        exact = (
+            f'approximately: below a budget of 1 there are fewer cells than pieces of kernels. '
+            f'Relative error of the kernels {errors[worst]:.2f} in warehouse {worst!r}, '
+            f'{sum(errors.values()) / len(errors):.2f} on average'
+        )
+    return (
+        f'static checkpoint, {len(kernels)} kernels into {len(errors)} warehouses for temperature '
+        f'{manager.start_tau:g}, {exact}'
+    )
