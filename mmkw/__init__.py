@@ -7,18 +7,47 @@ from . import autoload
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .backbones import (
+        KWConvNeXt,
+        KWMobileNetV2,
+        KWModule,
+        KWResNet,
+        KWResNetV1c,
+        KWResNetV1d,
+    )
     from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, set_temperature
-    from .sharing import SharingPlan, convert
+    from .sharing import SharingPlan, convert, is_converted, to_static
+
+_PLACES = {
+    'backbones': (
+        'KWConvNeXt',
+        'KWMobileNetV2',
+        'KWModule',
+        'KWResNet',
+        'KWResNetV1c',
+        'KWResNetV1d',
+    ),
+    'layers': ('KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLinear', 'set_temperature'),
+    'sharing': ('SharingPlan', 'convert', 'is_converted', 'to_static'),
+}
 
 __all__ = [
     'KWConv1d',
     'KWConv2d',
     'KWConv3d',
+    'KWConvNeXt',
     'KWLinear',
+    'KWMobileNetV2',
+    'KWModule',
+    'KWResNet',
+    'KWResNetV1c',
+    'KWResNetV1d',
     'SharingPlan',
     '__version__',
     'convert',
+    'is_converted',
     'set_temperature',
+    'to_static',
 ]
 
 autoload.install()
@@ -26,9 +55,9 @@ autoload.install()
 
 def __getattr__(name: str) -> Any:
     # Late, since PyTorch imports this package at the end of its own import.
-    if name not in __all__:
+    place = next((place for place, names in _PLACES.items() if name in names), None)
+    if place is None:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    place = 'sharing' if name in ('SharingPlan', 'convert') else 'layers'
     value = getattr(import_module(f'.{place}', __name__), name)
     globals()[name] = value
     return value

@@ -3,13 +3,14 @@
 from .convnext import ConvNeXt, KWConvNeXt
 from .mobilenet_v2 import KWMobileNetV2, MobileNetV2
 from .resnet import KWResNet, KWResNetV1c, KWResNetV1d, ResNet
-from .wrapper import KWBackbone
+from .wrapper import KWBackbone, KWModule
 
 __all__ = [
     'ConvNeXt',
     'KWBackbone',
     'KWConvNeXt',
     'KWMobileNetV2',
+    'KWModule',
     'KWResNet',
     'KWResNetV1c',
     'KWResNetV1d',

@@ -15,11 +15,11 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..checkpoints.names import convnext_names
-from ..layers import split_options
 from ..registry import MODELS
-from ..sharing import SharingPlan, convert, convnext_rule
+from ..sharing import convnext_rule
+from .building import Option, make_dynamic
 from .residual import checkpoint_blocks, drop_path_rates
-from .static import attention_norm, refuse_small_images
+from .static import refuse_small_images
 
 EPS = 1e-6
 
@@ -183,21 +183,33 @@ class ConvNeXt(BaseModule):
 def KWConvNeXt(
     arch: str | dict = 'tiny',
     *,
+    cell_num_ratio: Option = 1.0,
+    cell_inplane_ratio: Option = 1.0,
+    cell_outplane_ratio: Option = 1.0,
+    reduction: Option = 1 / 16,
+    nonlocal_basis_ratio: Option = 1.0,
+    spatial_partition: bool | Sequence[bool] = True,
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
     freeze_warehouses: bool = True,
-    **arguments: Any,
+    **static: Any,
 ) -> ConvNeXt:
     """Builds a ConvNeXt whose convolutions are all dynamic, with the paper's twelve warehouses.
 
     Args:
         arch: As in :class:`ConvNeXt`.
+        cell_num_ratio: The budget, and the other warehouse options of
+            :class:`~mmkw.layers.WarehouseOptions`: each one value, or one per warehouse.
+        cell_inplane_ratio: See there.
+        cell_outplane_ratio: See there.
+        reduction: See there.
+        nonlocal_basis_ratio: See there.
+        spatial_partition: See there.
         attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default LN,
             as the norms of the network are.
         start_tau: See :func:`~mmkw.sharing.convert`.
         freeze_warehouses: The same.
-        **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
-            or one per warehouse; and the other arguments of :class:`ConvNeXt`.
+        **static: The other arguments of :class:`ConvNeXt`.
 
     Returns:
         The network.
@@ -206,9 +218,10 @@ def KWConvNeXt(
         PlanError: If the warehouse options do not fit the network.
         ValueError: If an argument of ConvNeXt is out of its range.
         TypeError: If ``drop_path_rate`` is no number, nor a sequence of numbers.
+
+    Example:
+        >>> backbone = mmkw.KWConvNeXt('tiny', drop_path_rate=0.4, out_indices=(1, 2, 3))
     """
-    options, static = split_options(arguments)
+    arguments = dict(locals())
     network = ConvNeXt(arch, **static)
-    plan = SharingPlan.make(convnext_rule(network), **options)
-    norm = attention_norm_cfg or attention_norm(network)
-    return convert(network, plan, norm, start_tau=start_tau, freeze_warehouses=freeze_warehouses)
+    return make_dynamic(network, convnext_rule(network), arguments)

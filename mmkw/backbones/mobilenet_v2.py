@@ -1,5 +1,6 @@
 """MobileNetV2 with KernelWarehouse."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -7,12 +8,12 @@ from torch import nn
 
 from ..checkpoints import CheckpointMismatchError, stored_warehouses
 from ..checkpoints.names import mobilenet_v2_names
-from ..layers import split_options
 from ..registry import MODELS
-from ..sharing import SharingPlan, convert, mobilenet_v2_rule
-from ..sharing.rules import POINTWISE, absent_kernels
+from ..sharing import mobilenet_v2_rule
+from ..sharing.rules import POINTWISE
+from .building import Option, make_dynamic
 from .residual import checkpoint_blocks
-from .static import attention_norm, refuse_small_images, static_network
+from .static import refuse_small_images, static_network
 
 
 @MODELS.register_module()
@@ -48,10 +49,16 @@ def KWMobileNetV2(
     widen_factor: float = 1.0,
     *,
     pointwise: str = 'joint',
+    cell_num_ratio: Option = 1.0,
+    cell_inplane_ratio: Option = 1.0,
+    cell_outplane_ratio: Option = 1.0,
+    reduction: Option = 1 / 16,
+    nonlocal_basis_ratio: Option = 1.0,
+    spatial_partition: bool | Sequence[bool] = True,
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
     freeze_warehouses: bool = True,
-    **arguments: Any,
+    **static: Any,
 ) -> nn.Module:
     """Builds the library's own MobileNetV2 with the paper's sharing.
 
@@ -64,14 +71,19 @@ def KWMobileNetV2(
         widen_factor: Width of the network, relative to its channels at 1.
         pointwise: How pointwise convolutions share: ``joint`` (the paper's 1x), ``separate`` (4x)
             or ``last_stage`` (1/2x); see :func:`~mmkw.sharing.mobilenet_v2_rule`.
+        cell_num_ratio: The budget, and the other warehouse options of
+            :class:`~mmkw.layers.WarehouseOptions`: each one value, or one per warehouse.
+        cell_inplane_ratio: See there.
+        cell_outplane_ratio: See there.
+        reduction: See there.
+        nonlocal_basis_ratio: See there.
+        spatial_partition: See there.
         attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default
             SyncBN or BatchNorm where the network has it, else LayerNorm.
         start_tau: See :func:`~mmkw.sharing.convert`.
         freeze_warehouses: The same. The paper's detectors freeze the stem and the first two stages
             but no warehouse: ``frozen_stages=2, freeze_warehouses=False`` in mmdet.
-        **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
-            or one per warehouse; and the arguments of :func:`MobileNetV2`, those of the library's
-            own among them.
+        **static: The arguments of :func:`MobileNetV2`, those of the library's own among them.
 
     Returns:
         The network, of the library's class.
@@ -79,17 +91,17 @@ def KWMobileNetV2(
     Raises:
         PlanError: If the warehouse options do not fit the network.
         ValueError: If ``pointwise`` or an argument of the static network is out of its range.
+
+    Example:
+        >>> backbone = mmkw.KWMobileNetV2(pointwise='separate', cell_num_ratio=4)
     """
-    options, static = split_options(arguments)
+    arguments = dict(locals())
     network = MobileNetV2(widen_factor, **static)
     # This network freezes its stages in train() only; the conversion looks at what is frozen.
     network.train()
-    plan = SharingPlan.make(mobilenet_v2_rule(network, pointwise), **options)
     kinds = {len({home for _, home in mobilenet_v2_rule(network, p)}): p for p in POINTWISE}
     network._register_load_state_dict_pre_hook(partial(_check_sharing, pointwise, kinds))
-    absent = absent_kernels(network)
-    norm = attention_norm_cfg or attention_norm(network)
-    return convert(network, plan, norm, absent, start_tau, freeze_warehouses)
+    return make_dynamic(network, mobilenet_v2_rule(network, pointwise), arguments)
 
 
 def _check_sharing(

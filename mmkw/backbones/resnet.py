@@ -5,12 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import split_options
 from ..registry import MODELS
-from ..sharing import SharingPlan, convert, resnet_rule
-from ..sharing.rules import absent_kernels
+from ..sharing import resnet_rule
+from .building import Option, make_dynamic
 from .residual import add_drop_path, checkpoint_blocks
-from .static import attention_norm, refuse_small_images, static_network
+from .static import refuse_small_images, static_network
 
 
 @MODELS.register_module()
@@ -53,10 +52,16 @@ def ResNet(
 def KWResNet(
     depth: int,
     *,
+    cell_num_ratio: Option = 1.0,
+    cell_inplane_ratio: Option = 1.0,
+    cell_outplane_ratio: Option = 1.0,
+    reduction: Option = 1 / 16,
+    nonlocal_basis_ratio: Option = 1.0,
+    spatial_partition: bool | Sequence[bool] = True,
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
     freeze_warehouses: bool = True,
-    **arguments: Any,
+    **static: Any,
 ) -> nn.Module:
     """Builds the library's own ResNet with the paper's four warehouses, one per stage.
 
@@ -67,13 +72,18 @@ def KWResNet(
 
     Args:
         depth: 18, 34, 50, 101 or 152.
+        cell_num_ratio: The budget, and the other warehouse options of
+            :class:`~mmkw.layers.WarehouseOptions`: each one value, or one per warehouse.
+        cell_inplane_ratio: See there.
+        cell_outplane_ratio: See there.
+        reduction: See there.
+        nonlocal_basis_ratio: See there.
+        spatial_partition: See there.
         attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default
             SyncBN or BatchNorm where the network has it, else LayerNorm.
         start_tau: See :func:`~mmkw.sharing.convert`.
         freeze_warehouses: The same.
-        **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`, each one value
-            or one per warehouse; and the arguments of :func:`ResNet`, those of the library's own
-            among them.
+        **static: The arguments of :func:`ResNet`, those of the library's own among them.
 
     Returns:
         The network, of the library's class.
@@ -82,13 +92,15 @@ def KWResNet(
         PlanError: If the warehouse options do not fit the network.
         ValueError: If ``drop_path_rate`` is out of range, or has not one value per block.
         TypeError: If ``drop_path_rate`` is no number, nor a sequence of numbers.
+
+    Example:
+        >>> backbone = mmkw.KWResNet(50, cell_num_ratio=4, frozen_stages=1)
+        >>> [tuple(y.shape) for y in backbone(torch.rand(2, 3, 64, 64))]
+        [(2, 256, 16, 16), (2, 512, 8, 8), (2, 1024, 4, 4), (2, 2048, 2, 2)]
     """
-    options, static = split_options(arguments)
+    arguments = dict(locals())
     network = ResNet(depth, **static)
-    plan = SharingPlan.make(resnet_rule(network), **options)
-    norm = attention_norm_cfg or attention_norm(network)
-    absent = absent_kernels(network)
-    return convert(network, plan, norm, absent, start_tau, freeze_warehouses)
+    return make_dynamic(network, resnet_rule(network), arguments)
 
 
 @MODELS.register_module()
@@ -98,6 +110,9 @@ def KWResNetV1c(depth: int, **arguments: Any) -> nn.Module:
     Args:
         depth: As in :func:`KWResNet`.
         **arguments: The other arguments of :func:`KWResNet`.
+
+    Example:
+        >>> backbone = mmkw.KWResNetV1c(18, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4))
     """
     return KWResNet(depth, deep_stem=True, avg_down=False, **arguments)
 
@@ -109,5 +124,8 @@ def KWResNetV1d(depth: int, **arguments: Any) -> nn.Module:
     Args:
         depth: As in :func:`KWResNet`.
         **arguments: The other arguments of :func:`KWResNet`.
+
+    Example:
+        >>> backbone = mmkw.KWResNetV1d(50, cell_num_ratio=0.5)
     """
     return KWResNet(depth, deep_stem=True, avg_down=True, **arguments)

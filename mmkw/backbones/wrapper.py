@@ -8,21 +8,26 @@ from torch import nn
 
 from ..layers import split_options
 from ..registry import MODELS
-from ..sharing import SharingPlan, convert, family_rule, pattern_plan
-from ..sharing.rules import absent_kernels
+from ..sharing import family_rule, pattern_plan
+from .building import Option, make_dynamic
 from .residual import take_over_checkpoints
-from .static import attention_norm
 
 
 @MODELS.register_module()
-def KWBackbone(
-    backbone: dict,
+def KWModule(
+    module: dict,
     *,
     patterns: Sequence[dict] | None = None,
+    cell_num_ratio: Option = 1.0,
+    cell_inplane_ratio: Option = 1.0,
+    cell_outplane_ratio: Option = 1.0,
+    reduction: Option = 1 / 16,
+    nonlocal_basis_ratio: Option = 1.0,
+    spatial_partition: bool | Sequence[bool] = True,
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
     freeze_warehouses: bool = True,
-    **arguments: Any,
+    **more: Any,
 ) -> nn.Module:
     r"""Builds a registered module and makes its layers dynamic: a backbone, a neck or a head.
 
@@ -30,38 +35,59 @@ def KWBackbone(
     static module gives it a warm start.
 
     Args:
-        backbone: Config of the static module, of any library that the config can reach. Its type is
+        module: Config of the static module, of any library that the config can reach. Its type is
             enough where the wrapper is merged into the static module's own config.
         patterns: Which layers become dynamic, and the warehouse of each: a list of
             ``dict(match=r'layer3\.\d+\.conv2', warehouse='stage3', cell_num_ratio=2)``; see
             :func:`~mmkw.sharing.pattern_plan`. By default the rule of the module's family; see
             :func:`~mmkw.sharing.family_rule`.
-        attention_norm_cfg: Norm of the attentions; by default SyncBN or BatchNorm where the module
-            has it, else LayerNorm.
+        cell_num_ratio: The budget, and the other warehouse options of
+            :class:`~mmkw.layers.WarehouseOptions`: each one value, or without patterns one per
+            warehouse.
+        cell_inplane_ratio: See there.
+        cell_outplane_ratio: See there.
+        reduction: See there.
+        nonlocal_basis_ratio: See there.
+        spatial_partition: See there.
+        attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default
+            SyncBN or BatchNorm where the module has it, else LayerNorm.
         start_tau: See :func:`~mmkw.sharing.convert`.
-        freeze_warehouses: The same.
-        **arguments: The warehouse options of :class:`~mmkw.layers.WarehouseOptions`; without
-            patterns each one value or one per warehouse. The rest are arguments of the module, but
-            for those that ``backbone`` gives.
+        freeze_warehouses: See there.
+        **more: Arguments of the module, but for those that ``module`` gives.
+
+    Returns:
+        The module, of its own class.
 
     Raises:
         PlanError: If the plan or the options do not fit the module.
         ValueError: If ``start_tau`` is neither 0 nor 1.
-        TypeError: If ``backbone`` is no config.
+        TypeError: If ``module`` is no config.
+
+    Example:
+        >>> head = dict(type='mmdet.RetinaHead', num_classes=80, in_channels=256)
+        >>> type(KWModule(head, cell_num_ratio=2)).__name__
+        'RetinaHead'
     """
-    if not isinstance(backbone, dict):
+    arguments = dict(locals())
+    if not isinstance(module, dict):
         raise TypeError(
-            "backbone must be the config of a module, such as dict(type='ResNet', depth=50), got "
-            f'{backbone!r}.'
+            "module must be the config of a module, such as dict(type='ResNet', depth=50), got "
+            f'{module!r}.'
         )
-    options, more = split_options(arguments)
-    network = MMENGINE_MODELS.build({**more, **backbone})
+    network = MMENGINE_MODELS.build({**more, **module})
     take_over_checkpoints(network)
-    absent = []
     if patterns is None:
-        plan = SharingPlan.make(family_rule(network), **options)
-        absent = absent_kernels(network)
-    else:
-        plan = pattern_plan(network, patterns, **options)
-    norm = attention_norm_cfg or attention_norm(network)
-    return convert(network, plan, norm, absent, start_tau, freeze_warehouses)
+        return make_dynamic(network, family_rule(network), arguments)
+    plan = pattern_plan(network, patterns, **split_options(arguments)[0])
+    return make_dynamic(network, plan, arguments)
+
+
+@MODELS.register_module()
+def KWBackbone(backbone: dict, **arguments: Any) -> nn.Module:
+    """The former name of :func:`KWModule`.
+
+    Args:
+        backbone: Its ``module``.
+        **arguments: Its other arguments.
+    """
+    return KWModule(backbone, **arguments)

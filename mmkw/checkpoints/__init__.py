@@ -1,10 +1,10 @@
 """Reading checkpoint files, published and static ones too."""
 
 from .errors import CheckpointMismatchError, DamagedCheckpointError, UnsafeCheckpointError
-from .recognising import check_checkpoint, stored_warehouses
 from .only_checking import only_checking
 from .published import rewrite_published
 from .reading import read_checkpoint
+from .recognising import check_checkpoint, stored_warehouses
 
 __all__ = [
     'CheckpointMismatchError',

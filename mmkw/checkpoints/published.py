@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .beyond import beyond_backbone
 from .errors import CheckpointMismatchError, shown
-from .recognising import check_cells, stored_warehouses
 from .names import convnext_names, mobilenet_v2_names
+from .recognising import check_cells, stored_warehouses
 
 # Blocks in the groups of a MobileNetV2.
 _BLOCKS = [1, 2, 3, 4, 3, 3, 1]

@@ -42,7 +42,9 @@ def check_checkpoint(
             a warehouse, a kernel or a tensor of a dynamic layer is missing or has another shape.
         DamagedCheckpointError: If one of these is no dense tensor of real, finite numbers.
     """
-    if not network.warehouse_manager.weights.is_plain:
+    manager = getattr(network, 'warehouse_manager', None)
+    # It may be static again.
+    if manager is None or not manager.weights.is_plain:
         return
     check_cells(state_dict, prefix, network.warehouse_manager.weights)
     own = {name for name in PARTS if hasattr(network, name)}
@@ -173,7 +175,7 @@ def _check_warehouses(
 
 
 def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
-    layers = dict(network.namedmodules_of())
+    layers = dict(network.named_modules())
     for partition in network.warehouse_manager.partitions:
         for name in [share.kernel.layer for share in partition.layers]:
             if name not in layers:

@@ -78,7 +78,7 @@ def modules_of(network: nn.Module) -> dict[str, nn.Module]:
     Args:
         network: Any network; a module that it uses at several places has as many names.
     """
-    return dict(network.namedmodules_of(remove_duplicate=False))
+    return dict(network.named_modules(remove_duplicate=False))
 
 
 def _leave_out_other_classes(

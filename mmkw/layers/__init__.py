@@ -11,7 +11,7 @@ from .partition import (
     partition_warehouse,
     split_options,
 )
-from .twins import StandsForStatic, leave_static_twins, static_twins
+from .twins import StandsForStatic, StaticTwins, leave_static_twins, static_twins
 from .warehouse import WarehouseManager, fault_of
 from .warm_start import check_start_tau, warm_start
 
@@ -26,6 +26,7 @@ __all__ = [
     'LayerShare',
     'PlanError',
     'StandsForStatic',
+    'StaticTwins',
     'WarehouseManager',
     'WarehouseOptions',
     'WarehousePartition',

@@ -161,6 +161,12 @@ class StaticTwins:
                     mean = parameter.detach().mean().cpu()
                     notes[parameter] = dict(init_info='As made', tmp_mean_value=mean)
 
+    def stay(self) -> None:
+        """Leaves the twins in the places of the dynamic modules, for good."""
+        self._places.clear()
+        for module in self._network.modules():
+            module.__dict__.pop(_ACTIVE, None)
+
     def leave(self, taking_values: bool = True) -> None:
         """Puts the dynamic modules back. More than once does no harm.
 

@@ -123,6 +123,19 @@ def is_symbolic(*values: Any) -> bool:
     return any(isinstance(value, Proxy) for value in values)
 
 
+def remove_pre_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
+    """Removes hooks that run before a module's forward pass.
+
+    Args:
+        module: Any module.
+        kinds: Classes of the hooks, or of what they are methods of.
+    """
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, kinds) or isinstance(getattr(hook, '__self__', None), kinds):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def padding_of(convolution: nn.Module) -> list[int]:
     """The padding of a convolution for ``torch.nn.functional.pad``, also where it is named.
 

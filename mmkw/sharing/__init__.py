@@ -1,6 +1,6 @@
 """Sharing plans, rules and patterns that make them, and the conversion of static networks."""
 
-from .convert import convert, static_networks
+from .convert import convert, static_networks, to_static
 from .families import family_rule, split_groups
 from .loading import is_converted
 from .patterns import pattern_plan
@@ -18,4 +18,5 @@ __all__ = [
     'resnet_rule',
     'split_groups',
     'static_networks',
+    'to_static',
 ]

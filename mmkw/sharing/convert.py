@@ -12,18 +12,22 @@ from ..layers import (
     DYNAMIC_LAYERS,
     KernelShape,
     PlanError,
+    StandsForStatic,
+    StaticTwins,
     WarehouseManager,
     kernel_shape,
     leave_static_twins,
     static_twins,
 )
+from ..layers.attention import Attention
 from ..layers.dynamic_layers import DEFAULT_NORM_CFG
 from ..layers.static_layers import read_by_others
+from ..ops import modes
 from .families import is_of_the_paper
 from .freezing import FreezeWithLayers
 from .loading import is_converted, watch_parents
 from .plan import SharingPlan
-from .value_projection import fused_projections, split_projections
+from .value_projection import SplitProjection, fused_projections, split_projections
 
 _building_static: ContextVar[bool] = ContextVar('building static networks', default=False)
 
@@ -128,6 +132,48 @@ def convert(
         network.register_forward_pre_hook(FreezeWithLayers(manager, members))
     if hasattr(network, 'init_weights'):
         network.init_weights = partial(_initialise, network)
+    return network
+
+
+def to_static(network: nn.Module) -> nn.Module:
+    """Turns dynamic layers back into static ones, where these compute the same.
+
+    They do at a temperature of 1, where every mixture is the one cell of the one-to-one start. At
+    others every image has its own kernel, and no static layer can stand for that.
+
+    Args:
+        network: A converted network, a model with some, or one with dynamic layers alone. Changed
+            in place: the names of its state dict become those of the static network.
+
+    Returns:
+        The same network; of a dynamic layer alone its static twin.
+
+    Raises:
+        ValueError: If there is no dynamic layer, or if one has another temperature.
+
+    Example:
+        >>> mmkw.set_temperature(network, 1)
+        >>> torch.save(mmkw.to_static(network).state_dict(), 'static.pth')
+    """
+    attentions = {n: m for n, m in network.named_modules() if isinstance(m, Attention)}
+    if not attentions:
+        raise ValueError(f'{type(network).__name__} has no dynamic layer: it is static.')
+    for name, attention in attentions.items():
+        if attention.temperature != 1:
+            raise ValueError(
+                f'{name} has the temperature {attention.temperature:g}: every image has a kernel '
+                'of its own, which no static layer has. Only at mmkw.set_temperature(network, 1) '
+                'is a network that was trained at 1 static; one that was trained at 0 stays '
+                'dynamic.'
+            )
+    if isinstance(network, StandsForStatic):
+        return network.static_twin()
+    StaticTwins(network).stay()
+    for part in filter(is_converted, list(network.modules())):
+        del part.warehouse_manager
+        part.__dict__.pop('init_weights', None)
+    for module in network.modules():
+        modes.remove_pre_hooks(module, (FreezeWithLayers, SplitProjection))
     return network
 
 

@@ -1,0 +1,47 @@
+"""What all networks of this package are made by: a static one, the layers that share, options."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..layers import split_options
+from ..sharing import SharingPlan, convert
+from ..sharing.rules import absent_kernels
+from .static import attention_norm
+
+
+def make_dynamic(
+    network: nn.Module, plan: SharingPlan | Iterable[tuple[str, str]], arguments: dict[str, Any]
+) -> nn.Module:
+    """Converts a static network by the arguments of a constructor.
+
+    Args:
+        network: A static network.
+        plan: Which layer belongs to which warehouse; as pairs it takes the warehouse options.
+        arguments: Of a constructor, by name: the warehouse options, ``attention_norm_cfg``,
+            ``start_tau`` and ``freeze_warehouses``. Others are left aside.
+
+    Returns:
+        The same network.
+
+    Raises:
+        PlanError: If the plan or the options do not fit the network.
+        ValueError: If ``start_tau`` is neither 0 nor 1.
+    """
+    absent = []
+    if not isinstance(plan, SharingPlan):
+        plan = SharingPlan.make(plan, **split_options(arguments)[0])
+        absent = absent_kernels(network)
+    return convert(
+        network,
+        plan,
+        arguments['attention_norm_cfg'] or attention_norm(network),
+        absent,
+        arguments['start_tau'],
+        arguments['freeze_warehouses'],
+    )
+
+
+# An option of warehouses: one value, or one per warehouse.
+Option = float | Sequence[float]
