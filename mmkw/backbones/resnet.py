@@ -126,6 +126,6 @@ def KWResNetV1d(depth: int, **arguments: Any) -> nn.Module:
         **arguments: The other arguments of :func:`KWResNet`.
 
     Example:
-        >>> backbone = mmkw.KWResNetV1d(50, cell_num_ratio=0.5)
+        >>> backbone = mmkw.KWResNetV1d(50, cell_num_ratio=0.5, cell_inplane_ratio=0.5)
     """
     return KWResNet(depth, deep_stem=True, avg_down=True, **arguments)

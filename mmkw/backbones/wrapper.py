@@ -65,7 +65,7 @@ def KWModule(
 
     Example:
         >>> head = dict(type='mmdet.RetinaHead', num_classes=80, in_channels=256)
-        >>> type(KWModule(head, cell_num_ratio=2)).__name__
+        >>> type(mmkw.KWModule(head, cell_num_ratio=2)).__name__
         'RetinaHead'
     """
     arguments = dict(locals())

@@ -44,8 +44,9 @@ def read_checkpoint(
         UnsafeCheckpointError: If the file names objects beyond those above.
 
     Example:
-        >>> checkpoint = read_checkpoint('work_dirs/faster-rcnn/epoch_12.pth', map_location='cpu')
-        >>> checkpoint['meta']['epoch']
+        >>> path = f'{tempfile.mkdtemp()}/epoch_12.pth'
+        >>> torch.save(dict(meta=dict(epoch=12), state_dict={}), path)
+        >>> read_checkpoint(path, map_location='cpu')['meta']['epoch']
         12
     """
     if isinstance(source, (str, os.PathLike)):

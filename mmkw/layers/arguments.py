@@ -3,13 +3,14 @@
 import inspect
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import nn
 
-from .partition import check_size
+from .partition import WarehouseOptions, check_size
 
 # The least value of every whole number, and what PyTorch's convolutions can count to.
 _LEAST = dict.fromkeys(('in_channels', 'out_channels', 'in_features', 'out_features', 'groups'), 1)
@@ -54,6 +55,24 @@ def check_arguments(static_class: type[nn.Module], args: tuple, kwargs: dict[str
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f'dtype must be one of real numbers, got {dtype!r}.')
     _check_kernel(given, dims)
+
+
+def signature_of(static_class: type[nn.Module], norm_cfg: dict) -> inspect.Signature:
+    """The signature of a dynamic layer: that of its namesake, and the options of its warehouse.
+
+    Args:
+        static_class: The namesake in ``torch.nn``.
+        norm_cfg: The default of ``attention_norm_cfg``.
+    """
+    _, *own = inspect.signature(static_class.__init__).parameters.values()
+    options = dict(attention_norm_cfg=(norm_cfg, dict))
+    options |= {field.name: (field.default, field.type) for field in fields(WarehouseOptions)}
+    kind = inspect.Parameter.KEYWORD_ONLY
+    more = [
+        inspect.Parameter(name, kind, default=default, annotation=annotation)
+        for name, (default, annotation) in options.items()
+    ]
+    return inspect.Signature([*own, *more])
 
 
 def _check_numbers(name: str, value: Any, values: tuple, least: int, expected: str) -> None:

@@ -303,6 +303,9 @@ def set_temperature(model: nn.Module, tau: float) -> None:
 
     Raises:
         ValueError: If ``tau`` is out of range or the model has no dynamic layer.
+
+    Example:
+        >>> mmkw.set_temperature(mmkw.KWConv2d(8, 8, 3), 0.5)
     """
     check_temperature('tau', tau)
     attentions = [module for module in model.modules() if isinstance(module, Attention)]

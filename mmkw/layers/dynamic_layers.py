@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops import SampleConv, SampleLinear, apply_mixed, modes
 from ..ops.kernels import assemble
 from ..registry import MODELS
-from .arguments import check_arguments
+from .arguments import check_arguments, signature_of
 from .attention import Attention
 from .partition import (
     KernelShape,
@@ -56,6 +56,11 @@ class DynamicLayer(Weightless, StandsForStatic):
     """
 
     static_class: type[nn.Module]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if hasattr(cls, 'static_class'):
+            cls.__signature__ = signature_of(cls.static_class, DEFAULT_NORM_CFG)
 
     def __init__(
         self,
@@ -324,7 +329,13 @@ class _KWConvNd(DynamicLayer):
 
 @MODELS.register_module()
 class KWConv1d(_KWConvNd):
-    """Dynamic ``torch.nn.Conv1d``: Tensor[batch, channels, length]; see :class:`DynamicLayer`."""
+    """Dynamic ``torch.nn.Conv1d``: Tensor[batch, channels, length]; see :class:`DynamicLayer`.
+
+    Example:
+        >>> layer = mmkw.KWConv1d(16, 32, 3, padding=1)
+        >>> tuple(layer(torch.rand(2, 16, 50)).shape)
+        (2, 32, 50)
+    """
 
     static_class = nn.Conv1d
 
@@ -335,6 +346,12 @@ class KWConv2d(_KWConvNd):
 
     As ``conv_cfg=dict(type='mmkw.KWConv2d', ...)`` it serves in any module that builds its
     convolutions through mmcv. See :class:`DynamicLayer`.
+
+    Example:
+        >>> layer = mmkw.KWConv2d(16, 32, 3, padding=1, cell_num_ratio=2)
+        >>> tuple(layer(torch.rand(2, 16, 10, 10)).shape)
+        (2, 32, 10, 10)
+        >>> tower = mmcv.cnn.ConvModule(16, 32, 3, conv_cfg=dict(type='mmkw.KWConv2d'))
     """
 
     static_class = nn.Conv2d
@@ -342,7 +359,13 @@ class KWConv2d(_KWConvNd):
 
 @MODELS.register_module()
 class KWConv3d(_KWConvNd):
-    """Dynamic ``torch.nn.Conv3d``: Tensor[batch, channels, *size]; see :class:`DynamicLayer`."""
+    """Dynamic ``torch.nn.Conv3d``: Tensor[batch, channels, *size]; see :class:`DynamicLayer`.
+
+    Example:
+        >>> layer = mmkw.KWConv3d(16, 32, 3, padding=1)
+        >>> tuple(layer(torch.rand(2, 16, 4, 6, 6)).shape)
+        (2, 32, 4, 6, 6)
+    """
 
     static_class = nn.Conv3d
 
@@ -353,6 +376,11 @@ class KWLinear(DynamicLayer):
 
     The first dimension counts the images; the attention averages over those between it and the
     features. A single vector is one image.
+
+    Example:
+        >>> layer = mmkw.KWLinear(16, 32, cell_num_ratio=4)
+        >>> tuple(layer(torch.rand(2, 7, 16)).shape)
+        (2, 7, 32)
     """
 
     static_class = nn.Linear

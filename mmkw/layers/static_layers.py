@@ -24,7 +24,8 @@ def predictions(network: nn.Module) -> set[str]:
         Names of modules.
 
     Example:
-        >>> sorted(predictions(retina_head))
+        >>> head = dict(type='mmdet.RetinaHead', num_classes=80, in_channels=256)
+        >>> sorted(predictions(MODELS.build(head)))
         ['retina_cls', 'retina_reg']
     """
     found: set[str] = set()

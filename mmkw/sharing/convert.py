@@ -75,6 +75,18 @@ def convert(
     Returns:
         The same network; inside of :func:`static_networks` unchanged.
 
+    Example:
+        >>> class Network(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.first, self.second = torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 16, 3)
+        ...
+        ...     def forward(self, x):
+        ...         return self.second(self.first(x).relu())
+        >>> plan = mmkw.SharingPlan.make([('first', 'all'), ('second', 'all')], cell_num_ratio=2)
+        >>> mmkw.convert(Network(), plan)(torch.rand(2, 8, 9, 9)).shape
+        torch.Size([2, 16, 5, 5])
+
     Raises:
         ValueError: If ``start_tau`` is neither 0 nor 1.
         PlanError: If the network is a Sequential, if a planned layer is missing or cannot be
@@ -152,8 +164,10 @@ def to_static(network: nn.Module) -> nn.Module:
         ValueError: If there is no dynamic layer, or if one has another temperature.
 
     Example:
+        >>> network = mmkw.KWResNet(18, base_channels=8)
         >>> mmkw.set_temperature(network, 1)
-        >>> torch.save(mmkw.to_static(network).state_dict(), 'static.pth')
+        >>> 'layer1.0.conv1.weight' in mmkw.to_static(network).state_dict()
+        True
     """
     attentions = {n: m for n, m in network.named_modules() if isinstance(m, Attention)}
     if not attentions:

@@ -231,7 +231,7 @@ def _transformer_rule(network: nn.Module) -> list[tuple[str, str]]:
     stages = {block: _stage(f'{block}.') for block in blocks}
     if len(set(stages.values())) == len(blocks):
         # A row of blocks without stages: four of them, as feature pyramids take them.
-        stages = {block: f'stage{4 * i // len(blocks)}' for i, block in enumerate(blocks)}
+        stages = {block: f'stage{4 * i // len(blocks) + 1}' for i, block in enumerate(blocks)}
     return [(name, f'{stages[block]}_{kind}') for name, block, kind in found]
 
 

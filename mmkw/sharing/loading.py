@@ -41,6 +41,7 @@ def is_converted(module: nn.Module) -> bool:
             layer.
 
     Example:
+        >>> detector = torch.nn.ModuleDict(dict(backbone=mmkw.KWResNet(18, base_channels=8)))
         >>> [name for name, part in detector.named_modules() if mmkw.is_converted(part)]
         ['backbone']
     """

@@ -25,6 +25,11 @@ class SharingPlan:
 
     Raises:
         PlanError: If a layer is named twice or the plan is empty.
+
+    Example:
+        >>> pairs = [('first', 'stage1'), ('second', 'stage1'), ('third', 'stage2')]
+        >>> mmkw.SharingPlan.make(pairs, cell_num_ratio=[1, 4]).warehouses
+        {'stage1': ['first', 'second'], 'stage2': ['third']}
     """
 
     layers: tuple[tuple[str, str], ...]

@@ -1,4 +1,7 @@
-"""The paper's rules: from the module names of a static network to pairs (layer, warehouse)."""
+"""The paper's rules: from the module names of a static network to pairs (layer, warehouse).
+
+Stages count from 1, as in the paper, whatever the network calls them.
+"""
 
 import itertools
 import re
@@ -25,19 +28,19 @@ def resnet_rule(network: nn.Module) -> list[tuple[str, str]]:
         network: A ResNet with the module names that torchvision, mmdet and mmseg share.
 
     Returns:
-        Pairs of layer and warehouse (``stage0`` to ``stage3``) in module order.
+        Pairs of layer and warehouse (``stage1`` to ``stage4``) in module order.
     """
     pairs = []
     for name, module in network.named_modules():
         match = _RESNET_LAYER.fullmatch(name)
         if match is None or type(module) not in DYNAMIC_LAYERS:
             continue
-        stage, block, part = int(match[1]) - 1, int(match[2]), match[3]
+        stage, block, part = int(match[1]), int(match[2]), match[3]
         if block == 0 and (part == 'conv1' or part.startswith('downsample')):
             bottleneck = hasattr(network.get_submodule(f'layer{match[1]}.0'), 'conv3')
-            if stage == 0 and bottleneck:
+            if stage == 1 and bottleneck:
                 continue
-            stage = max(stage - 1, 0)
+            stage = max(stage - 1, 1)
         pairs.append((name, f'stage{stage}'))
     refuse_nothing(network, pairs)
     last = pairs[-1][1]
@@ -133,7 +136,7 @@ def convnext_rule(network: nn.Module) -> list[tuple[str, str]]:
     """All convolutions of a ConvNeXt are dynamic (paper, section 4.1).
 
     The stem and every downsampling convolution have a warehouse each; a stage has one for its
-    depthwise convolutions and one for its pointwise ones.
+    depthwise convolutions and one for its pointwise ones. ``downsample2`` leads to ``stage2``.
 
     Args:
         network: A ConvNeXt with the module names of the original release or of mmpretrain.
@@ -146,10 +149,11 @@ def convnext_rule(network: nn.Module) -> list[tuple[str, str]]:
         if type(module) not in DYNAMIC_LAYERS:
             continue
         if match := _CONVNEXT_DOWNSAMPLE.fullmatch(name):
-            pairs.append((name, f'downsample{match[1]}' if match[1] != '0' else 'stem'))
+            stage = int(match[1]) + 1
+            pairs.append((name, 'stem' if stage == 1 else f'downsample{stage}'))
         elif match := _CONVNEXT_BLOCK.fullmatch(name):
             kind = 'depthwise' if match[2].startswith('d') else 'pointwise'
-            pairs.append((name, f'stage{match[1]}_{kind}'))
+            pairs.append((name, f'stage{int(match[1]) + 1}_{kind}'))
     return pairs
 
 

@@ -78,7 +78,7 @@ def test_deeper_networks_share_by_the_same_rule(depth):
         network = KWResNet(depth, cell_num_ratio=1)
     blocks = {34: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}[depth]
     convs = ['conv1', 'conv2'] if depth == 34 else ['conv1', 'conv2', 'conv3']
-    members = {f'stage{i}': [] for i in range(4)}
+    members = {f'stage{i}': [] for i in (1, 2, 3, 4)}
     for stage, count in enumerate(blocks):
         for block, conv in itertools.product(range(count), [*convs, 'downsample.0']):
             first = block == 0 and conv in ('conv1', 'downsample.0')
@@ -87,7 +87,7 @@ def test_deeper_networks_share_by_the_same_rule(depth):
             if first and stage == 0 and depth != 34:
                 continue
             home = max(stage - 1, 0) if first else stage
-            members[f'stage{home}'].append(f'layer{stage + 1}.{block}.{conv}')
+            members[f'stage{home + 1}'].append(f'layer{stage + 1}.{block}.{conv}')
     partitions = network.warehouse_manager.partitions
     assert {p.name: [s.kernel.layer for s in p.layers] for p in partitions} == members
 
@@ -268,7 +268,7 @@ def test_drop_path_rate_may_be_one_per_block():
 
 
 def test_budget_that_does_not_come_out_is_refused():
-    with pytest.raises(PlanError, match=r"Warehouse 'stage0': cell_num_ratio=1.5 gives"):
+    with pytest.raises(PlanError, match=r"Warehouse 'stage1': cell_num_ratio=1.5 gives"):
         KWResNet(**THIN, cell_num_ratio=1.5)
     with pytest.raises(PlanError, match='cell_num_ratio has 3 values'):
         KWResNet(**THIN, cell_num_ratio=[1, 1, 1])

@@ -236,7 +236,7 @@ MISMATCHES = [
     (
         lambda: KWResNet(18, base_channels=8, cell_num_ratio=4),
         lambda: KWResNet(18, base_channels=8),
-        r"Warehouse 0 \('stage0'\) of this ResNet has 56 cells of \(8, 8, 1, 1\), the checkpoint "
+        r"Warehouse 0 \('stage1'\) of this ResNet has 56 cells of \(8, 8, 1, 1\), the checkpoint "
         r'has 224 of \(8, 8, 1, 1\). With cell_num_ratio=4 it would fit',
     ),
     (
@@ -247,12 +247,12 @@ MISMATCHES = [
     (
         lambda: KWResNet(50, base_channels=8),
         lambda: KWResNet(18, base_channels=8),
-        r"Warehouse 0 \('stage0'\).*made for another architecture or sharing plan: check depth",
+        r"Warehouse 0 \('stage1'\).*made for another architecture or sharing plan: check depth",
     ),
     (
         lambda: KWResNet(101, base_channels=8),
         lambda: KWResNet(50, base_channels=8),
-        r"Warehouse 2 \('stage2'\).*made for another architecture",
+        r"Warehouse 2 \('stage3'\).*made for another architecture",
     ),
     (
         lambda: KWResNet(
@@ -290,7 +290,7 @@ MISMATCHES = [
     (
         lambda: KWResNet(18, base_channels=8),
         lambda: KWResNet(18, base_channels=16),
-        r"Warehouse 0 \('stage0'\)",
+        r"Warehouse 0 \('stage1'\)",
     ),
     (
         lambda: KWResNet(18, base_channels=8),
@@ -314,7 +314,7 @@ def test_a_file_without_the_last_warehouse_is_refused():
     file = network.state_dict()
     del file['warehouse_manager.weights.3']
     with pytest.raises(
-        CheckpointMismatchError, match=r"3 warehouses and lacks number 3 \('stage3'\)"
+        CheckpointMismatchError, match=r"3 warehouses and lacks number 3 \('stage4'\)"
     ):
         network.load_state_dict(file)
 

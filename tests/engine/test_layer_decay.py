@@ -52,9 +52,9 @@ def test_a_shared_warehouse_takes_the_largest_rate_of_its_layers():
     groups = rates(network)
     names = [p.name for p in network.warehouse_manager.partitions]
     lr = {n: groups[f'backbone.warehouse_manager.weights.{i}']['lr'] for i, n in enumerate(names)}
-    assert lr['stem'] == 0.5**7 and lr['stage0_depthwise'] == 0.5**6
+    assert lr['stem'] == 0.5**7 and lr['stage1_depthwise'] == 0.5**6
     # Blocks 0 to 8 of the third stage are layers 3 to 5.
-    assert lr['stage2_depthwise'] == lr['stage2_pointwise'] == 0.5**2
+    assert lr['stage3_depthwise'] == lr['stage3_pointwise'] == 0.5**2
     attention = 'backbone.stages.2.0.dwconv.attention.fc1.weight'
     assert groups[attention]['lr'] == 0.5**4
 

@@ -51,10 +51,10 @@ def test_a_vit_s_value_projections_and_mlps_share_in_four_stages(blocks, stages)
         'mmseg', type='VisionTransformer', num_layers=blocks, embed_dims=192, num_heads=3
     )
     members = warehouses(family_rule(network))
-    assert list(members)[:2] == ['stage0_value', 'stage0_mlp']
+    assert list(members)[:2] == ['stage1_value', 'stage1_mlp']
     assert len(members) == 2 * stages
-    assert members['stage0_value'] == [f'layers.{i}.attn.attn.value' for i in range(blocks // 4)]
-    assert members['stage0_mlp'][:2] == ['layers.0.ffn.layers.0.0', 'layers.0.ffn.layers.1']
+    assert members['stage1_value'] == [f'layers.{i}.attn.attn.value' for i in range(blocks // 4)]
+    assert members['stage1_mlp'][:2] == ['layers.0.ffn.layers.0.0', 'layers.0.ffn.layers.1']
     assert sum(map(len, members.values())) == 3 * blocks
 
 

@@ -127,8 +127,8 @@ def test_convnext_of_mmpretrain():
     assert names == {name for name, m in static.named_modules() if isinstance(m, kinds)}
     homes = dict(pairs)
     assert homes['downsample_layers.0.0'] == 'stem'
-    assert homes['stages.2.0.depthwise_conv'].startswith('stage2_depthwise')
-    assert homes['stages.2.1.pointwise_conv2'].startswith('stage2_pointwise')
+    assert homes['stages.2.0.depthwise_conv'].startswith('stage3_depthwise')
+    assert homes['stages.2.1.pointwise_conv2'].startswith('stage3_pointwise')
     torch.manual_seed(0)
     dynamic = build('testConvNeXt', True)
     dynamic.load_state_dict(static.state_dict())

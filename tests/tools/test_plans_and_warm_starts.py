@@ -49,7 +49,7 @@ def test_the_plan_of_the_paper_s_resnet50(root):
     config = 'configs/mask_rcnn/mask-rcnn_kw1x-r50_fpn_adamw-1x_coco.py'
     out = run(root, 'analysis_tools/print_plan.py', config, '--budget-params', '60M')
     assert (
-        '| stage3 | 8 | 1 | 512x512x1x1 | 47 | 47 | 12,320,768 | 734,800 | out 512; in 512 |' in out
+        '| stage4 | 8 | 1 | 512x512x1x1 | 47 | 47 | 12,320,768 | 734,800 | out 512; in 512 |' in out
     )
     assert 'layer4.0.conv2 (512, 512, 3x3), layer4.0.conv3 (2048, 512, 1x1)' in out
     assert '| parameters of the networks above | 23,508,032 | 26,003,310 | 1.106 |' in out
