@@ -1,6 +1,7 @@
 """Puts ours in the place of what MMEngine and mmcv have, as soon as that is imported.
 
-These are the reader and the writer of checkpoints, and the walk that fuses BatchNorms.
+These are the reader and the writer of checkpoints, the walk that fuses BatchNorms, and what asks
+constructors of optimizers.
 
 PyTorch calls :func:`install` at the end of ``import torch`` where mmkw is installed (the entry
 point in ``setup.py``), ``import mmkw`` does it elsewhere. So a file is read as data also where
@@ -13,6 +14,7 @@ from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from operator import attrgetter
 from types import ModuleType
 
 # Modules of MMEngine and mmcv: the last thing that each defines, what in it becomes ours, and our
@@ -33,6 +35,11 @@ _OURS = {
         'fuse_conv_bn',
         'mmkw.engine.fusing',
     ),
+    'mmengine.optim.optimizer.default_constructor': (
+        'DefaultOptimWrapperConstructor',
+        'DefaultOptimWrapperConstructor.__call__',
+        'mmkw.engine.constructors',
+    ),
 }
 # Those at which we are, since importing ours imports other things.
 _busy: set[str] = set()
@@ -51,7 +58,7 @@ def _catch_up() -> None:
         if name in _busy or not hasattr(theirs, last):
             continue
         # Asked of the module as it is: it may have been loaded again.
-        if getattr(theirs, taken).__module__ != ours:
+        if attrgetter(taken)(theirs).__module__ != ours:
             _busy.add(name)
             try:
                 import_module(ours).take_place(theirs)

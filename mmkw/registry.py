@@ -2,7 +2,6 @@
 
 MMEngine imports ``<scope>.registry`` when it meets a type such as ``mmkw.KWResNet``, and the
 ``locations`` below on the first look-up; a config needs neither ``custom_imports`` nor an import.
-From then on MMEngine's constructors of optimizers know warehouses.
 """
 
 from .requirements import check_versions
@@ -16,8 +15,6 @@ from mmengine.registry import (  # noqa: E402
 )
 from mmengine.registry import Registry  # noqa: E402
 
-from .engine import constructors  # noqa: E402
-
 MODELS = Registry(
     'model', parent=MMENGINE_MODELS, scope='mmkw', locations=['mmkw.layers', 'mmkw.backbones']
 )
@@ -28,5 +25,3 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     scope='mmkw',
     locations=['mmkw.engine.optimizers'],
 )
-
-constructors.install()

@@ -10,43 +10,46 @@ mmseg and mmpretrain are.
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from functools import partial, wraps
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from mmengine.logging import print_log
-from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
+
+if TYPE_CHECKING:
+    # Being imported when this is.
+    from mmengine.optim import DefaultOptimWrapperConstructor
 
 # Of a group of an optimizer, what is no setting of its parameters.
 _NO_SETTINGS = ('params', 'param_names')
 _MANAGER = 'warehouse_manager'
 
 
-def install() -> None:
-    """Has MMEngine's constructors know warehouses. Calling it again does nothing."""
-    plain = DefaultOptimWrapperConstructor.__call__
-    if not hasattr(plain, '__wrapped__'):
-        DefaultOptimWrapperConstructor.__call__ = _knowing_warehouses(plain)
+def take_place(theirs: ModuleType) -> None:
+    """Has MMEngine's constructors know warehouses.
 
+    Args:
+        theirs: The module ``mmengine.optim.optimizer.default_constructor``.
+    """
+    plain = theirs.DefaultOptimWrapperConstructor.__call__
 
-def _knowing_warehouses(plain: Callable) -> Callable:
-    @wraps(plain)
-    def construct(constructor: DefaultOptimWrapperConstructor, model: nn.Module) -> Any:
+    def __call__(self: 'DefaultOptimWrapperConstructor', model: nn.Module) -> Any:
         # For its one call from there; what it calls itself is its own again.
-        constructor.add_params = partial(_add_params, constructor)
+        self.add_params = partial(_add_params, self)
         try:
-            return plain(constructor, model)
+            return plain(self, model)
         finally:
-            constructor.__dict__.pop('add_params', None)
+            self.__dict__.pop('add_params', None)
 
-    return construct
+    theirs.DefaultOptimWrapperConstructor.__call__ = __call__
 
 
 def _add_params(
-    constructor: DefaultOptimWrapperConstructor, params: list[dict], model: nn.Module
+    constructor: 'DefaultOptimWrapperConstructor', params: list[dict], model: nn.Module
 ) -> None:
-    # Late: the layers are registered with what is below this in the order of imports.
+    # Not at the top: these import what is being imported.
     from ..layers import StandsForStatic, static_twins
 
     del constructor.add_params
@@ -79,7 +82,7 @@ def _settings(group: dict) -> dict:
     return {name: value for name, value in group.items() if name not in _NO_SETTINGS}
 
 
-def _is_named(constructor: DefaultOptimWrapperConstructor, name: str) -> bool:
+def _is_named(constructor: 'DefaultOptimWrapperConstructor', name: str) -> bool:
     """Whether the key that decides about a parameter speaks of warehouses."""
     keys = constructor.paramwise_cfg.get('custom_keys', {})
     found = sorted(sorted(key for key in keys if key in name), key=len, reverse=True)
@@ -87,7 +90,7 @@ def _is_named(constructor: DefaultOptimWrapperConstructor, name: str) -> bool:
 
 
 def _leading(
-    constructor: DefaultOptimWrapperConstructor, name: str, given: list[dict]
+    constructor: 'DefaultOptimWrapperConstructor', name: str, given: list[dict]
 ) -> dict[str, Any]:
     """Of the settings of layers those with the largest rate, then the largest decay."""
 
