@@ -13,7 +13,7 @@ from torch import nn
 LIBRARIES = [name for name in ('mmdet', 'mmseg') if is_installed(name)]
 
 _SWIN = dict(embed_dims=24, num_heads=[1, 2, 3, 4], window_size=2)
-_HRNET = dict(
+HRNET = dict(
     stage1=dict(
         num_modules=1, num_branches=1, block='BOTTLENECK', num_blocks=(1,), num_channels=(16,)
     ),
@@ -36,7 +36,7 @@ BACKBONES = {
     'mmdet.ResNet': dict(depth=18, base_channels=8),
     'mmdet.ResNeXt': dict(depth=50, base_channels=16, groups=4, base_width=16),
     'mmdet.RegNet': dict(arch='regnetx_400mf'),
-    'mmdet.HRNet': dict(extra=_HRNET),
+    'mmdet.HRNet': dict(extra=HRNET),
     'mmdet.SwinTransformer': dict(depths=(1, 1, 1, 1), **_SWIN),
     'mmdet.CSPNeXt': dict(widen_factor=0.25, deepen_factor=0.33),
     'mmdet.EfficientNet': dict(arch='b0'),

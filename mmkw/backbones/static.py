@@ -79,8 +79,7 @@ def attention_norm(network: nn.Module) -> dict:
     Returns:
         ``SyncBN`` where the network has it, else ``BN1d`` where it has any BatchNorm, else ``LN``.
     """
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    norms = [module for module in network.modules() if isinstance(module, kinds)]
+    norms = [module for module in network.modules() if isinstance(module, modes.BATCH_NORM)]
     if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
         return dict(type='SyncBN')
     return dict(type='BN1d' if norms else 'LN')

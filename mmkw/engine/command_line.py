@@ -141,7 +141,7 @@ def _pretrained_files(place: str, cfg: Any) -> Iterator[tuple[str, str, str]]:
         if cfg.get('type') == 'Pretrained' and isinstance(cfg.get('checkpoint'), str):
             yield place, f'{place}.checkpoint', cfg['checkpoint']
         if isinstance(cfg.get('pretrained'), str):
-            yield (f'{place}.pretrained',) * 2 + (cfg['pretrained'],)
+            yield f'{place}.pretrained', f'{place}.pretrained', cfg['pretrained']
         for name, value in cfg.items():
             yield from _pretrained_files(f'{place}.{name}', value)
     elif isinstance(cfg, (list, tuple)):

@@ -10,6 +10,7 @@ from ..layers import PlanError, WarehouseOptions
 from ..layers.static_layers import read_by_others
 from .families import plannable_layers
 from .plan import SharingPlan
+from .rules import layers_with_kernels
 
 
 def pattern_plan(
@@ -29,11 +30,7 @@ def pattern_plan(
             matches a layer that cannot be dynamic, or if two give one warehouse different options.
     """
     layers = plannable_layers(network)
-    kernels = {
-        name: module
-        for name, module in network.named_modules()
-        if getattr(module, 'weight', None) is not None and module.weight.dim() > 1
-    }
+    kernels = layers_with_kernels(network)
     read = read_by_others(network)
     names = [name for name, _ in network.named_modules()] + list(layers)
     compiled = [_compiled(number, pattern) for number, pattern in enumerate(patterns)]

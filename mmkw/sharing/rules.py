@@ -97,6 +97,19 @@ def _next_stage(network: nn.Module) -> list[KernelShape]:
     ]
 
 
+def layers_with_kernels(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers that have a weight of two dimensions or more, of any kind, by name.
+
+    Args:
+        network: A static network.
+    """
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if getattr(module, 'weight', None) is not None and module.weight.dim() > 1
+    }
+
+
 def refuse_nothing(network: nn.Module, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Checks that a rule has found something.
 
@@ -112,12 +125,8 @@ def refuse_nothing(network: nn.Module, pairs: list[tuple[str, str]]) -> list[tup
     """
     if pairs:
         return pairs
-    weighted = (
-        (name, type(module).__name__)
-        for name, module in network.named_modules()
-        if getattr(module, 'weight', None) is not None and module.weight.dim() > 1
-    )
-    found = ', '.join(f'{name} is a {kind}' for name, kind in itertools.islice(weighted, 4))
+    some = itertools.islice(layers_with_kernels(network).items(), 4)
+    found = ', '.join(f'{name} is a {type(layer).__name__}' for name, layer in some)
     raise PlanError(
         f'{type(network).__name__} has no layer that could be dynamic: '
         f'{found or "it has no kernel"}. Only plain convolutions and linear layers of enough '

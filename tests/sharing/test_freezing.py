@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 from torch import nn
+from twin_networks import HRNET
 
 from mmkw.layers.dynamic_layers import DynamicLayer
 from mmkw.sharing import SharingPlan, convert
@@ -25,28 +26,7 @@ NETWORKS = {
     'mmseg.SwinTransformer': dict(depths=[2, 2, 2, 2], **SWIN),
     'mmseg.MobileNetV2': dict(widen_factor=0.5, frozen_stages=4),
     'mmseg.MobileNetV3': dict(arch='large', frozen_stages=9),
-    'mmseg.HRNet': dict(
-        frozen_stages=2,
-        extra=dict(
-            stage1=dict(
-                num_modules=1,
-                num_branches=1,
-                block='BOTTLENECK',
-                num_blocks=(1,),
-                num_channels=(16,),
-            ),
-            **{
-                f'stage{n}': dict(
-                    num_modules=1,
-                    num_branches=n,
-                    block='BASIC',
-                    num_blocks=(1,) * n,
-                    num_channels=(16, 32, 64, 128)[:n],
-                )
-                for n in (2, 3, 4)
-            },
-        ),
-    ),
+    'mmseg.HRNet': dict(frozen_stages=2, extra=HRNET),
 }
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import mmkw
 from mmkw.layers.dynamic_layers import DynamicLayer
-from mmkw.ops import why_not_compiled
+from mmkw.ops import modes, why_not_compiled
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ def calibrate(case: Case) -> None:
     Under the statistics they start with, activations vanish from layer to layer, until the
     processor computes with denormal numbers, at a fraction of its speed.
     """
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    norms = [m for m in case.model.modules() if isinstance(m, kinds)]
+    norms = [m for m in case.model.modules() if isinstance(m, modes.BATCH_NORM)]
     before = [(norm.momentum, norm.training) for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
