@@ -8,13 +8,18 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_state_dict
 from torch import nn
-from twin_networks import HEADS, LIBRARIES, build, config_of, outputs
+from twin_networks import BACKBONES, HEADS, LIBRARIES, build, config_of, outputs
 
 from mmkw.checkpoints import CheckpointMismatchError
 from mmkw.layers import KWConv2d
 from mmkw.layers.static_layers import predictions
 
 GAUGE = dict(rtol=1e-4, atol=1e-5)
+# Parameters that a split projection has in two layers.
+FUSED = dict(
+    WindowProjection=('weight', 'bias'),
+    SplitMultiheadAttention=('in_proj_weight', 'in_proj_bias'),
+)
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def of_other_classes(kind, dynamic, **more):
     torch.manual_seed(0)
     source = build(kind, False, num_classes=9)
     if dynamic:
-        config = dict(type='mmkw.KWBackbone', backbone=config_of(kind), **more)
+        config = dict(type='mmkw.KWModule', module=config_of(kind), **more)
         head = MODELS.build(config)
     else:
         head = build(kind, False)
@@ -106,17 +111,20 @@ def evaluating(config):
     return network
 
 
-STAGES = [('mmdet', 18), ('mmdet', 50), ('mmseg', 18)]
+# Blocks of two convolutions have no groups.
+STAGES = [
+    (kind, library, depth)
+    for library, depth in (('mmdet', 18), ('mmdet', 50), ('mmseg', 18))
+    for kind in ('mmkw.KWResNet', 'mmkw.KWModule', 'groups')
+    if kind != 'groups' or depth == 50
+]
 
 
-@pytest.mark.parametrize('kind', ['mmkw.KWResNet', 'mmkw.KWBackbone', 'groups'])
-@pytest.mark.parametrize('library, depth', STAGES)
+@pytest.mark.parametrize('kind, library, depth', STAGES)
 @pytest.mark.parametrize('stages', [3, 2, 1])
-def test_fewer_stages(library, depth, kind, stages):
+def test_fewer_stages(kind, library, depth, stages):
     """They take the files of the whole network, static and of KernelWarehouse (C4 detectors)."""
     pytest.importorskip(library, reason='the networks are its')
-    if kind == 'groups' and (depth == 18 or library == 'mmseg'):
-        pytest.skip('blocks of two convolutions have no groups; once is enough')
     options = dict(depth=depth, base_channels=8)
     if kind == 'groups':
         options |= dict(groups=2, base_width=32, base_channels=16)
@@ -130,9 +138,8 @@ def test_fewer_stages(library, depth, kind, stages):
 
         def dynamic(**more):
             torch.manual_seed(1)
-            if kind == 'mmkw.KWBackbone':
-                backbone = dict(type='ResNet', **options, **more)
-                return evaluating(dict(type=kind, backbone=backbone))
+            if kind == 'mmkw.KWModule':
+                return evaluating(dict(type=kind, module=dict(type='ResNet', **options, **more)))
             return evaluating(dict(type='mmkw.KWResNet', **options, **more))
 
         static = dict(type='mmkw.ResNet', **options)
@@ -165,3 +172,24 @@ def test_a_deeper_network_is_still_refused():
         network = MODELS.build(dict(type='mmkw.KWResNet', depth=18, base_channels=8))
         with pytest.raises(CheckpointMismatchError, match='of layers that this ResNet lacks'):
             load_state_dict(network, deeper.state_dict(), strict=False)
+
+
+@pytest.mark.parametrize('kind', [*BACKBONES, *HEADS])
+def test_every_network_starts_from_its_static_file(kind):
+    torch.manual_seed(0)
+    static, dynamic = build(kind, False), build(kind, True)
+    load_state_dict(dynamic, static.state_dict(), strict=True)
+    static.eval()
+    dynamic.eval()
+    with torch.no_grad():
+        for expected, found in zip(outputs(kind, static), outputs(kind, dynamic)):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert set(static.state_dict()) - set(dynamic.state_dict()) == {
+        f'{name}.{part}'
+        for name, module in dynamic.named_modules(remove_duplicate=False)
+        for part in FUSED.get(type(module).__name__, ())
+    } | {
+        f'{name}.weight'
+        for name, module in dynamic.named_modules(remove_duplicate=False)
+        if hasattr(module, 'cells') and not name.endswith('.value')
+    }
