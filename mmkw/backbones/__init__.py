@@ -2,6 +2,7 @@
 
 from .convnext import ConvNeXt, KWConvNeXt
 from .mobilenet_v2 import KWMobileNetV2, MobileNetV2
+from .published import rewrite_published
 from .resnet import KWResNet, KWResNetV1c, KWResNetV1d, ResNet
 from .wrapper import KWBackbone, KWModule
 
@@ -16,4 +17,5 @@ __all__ = [
     'KWResNetV1d',
     'MobileNetV2',
     'ResNet',
+    'rewrite_published',
 ]

@@ -4,6 +4,7 @@ The static network is written here because neither mmdet nor mmseg has one. Its 
 those of the published KernelWarehouse checkpoints.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,6 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..checkpoints.names import convnext_names
 from ..registry import MODELS
 from ..sharing import convnext_rule
 from .building import Option, make_dynamic
@@ -22,6 +22,11 @@ from .residual import checkpoint_blocks, drop_path_rates
 from .static import refuse_small_images
 
 EPS = 1e-6
+_PARTS_IN_MMPRETRAIN = {
+    'depthwise_conv': 'dwconv',
+    'pointwise_conv1': 'pwconv1',
+    'pointwise_conv2': 'pwconv2',
+}
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -225,3 +230,30 @@ def KWConvNeXt(
     arguments = dict(locals())
     network = ConvNeXt(arch, **static)
     return make_dynamic(network, convnext_rule(network), arguments)
+
+
+def convnext_names(state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Reads the ConvNeXt of the original release and of mmpretrain.
+
+    mmpretrain's names of a block's convolutions become the original ones, linear pointwise weights
+    1x1 convolutions, and a flat layer scale ``(1, channels, 1, 1)``.
+
+    Args:
+        state_dict: Changed in place.
+        prefix: Names that begin otherwise are left alone.
+        *_: What ``load_state_dict`` passes to a hook beyond that.
+    """
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        value = state_dict.pop(key)
+        name = re.sub(
+            r'\b(depthwise_conv|pointwise_conv1|pointwise_conv2)\b',
+            lambda match: _PARTS_IN_MMPRETRAIN[match[1]],
+            key[len(prefix) :],
+        )
+        if not isinstance(value, Tensor):
+            pass  # Refused later, by its name.
+        elif name.endswith(('pwconv1.weight', 'pwconv2.weight')) and value.dim() == 2:
+            value = value[:, :, None, None]
+        elif name.endswith('gamma') and value.dim() == 1:
+            value = value.view(1, -1, 1, 1)
+        state_dict[prefix + name] = value

@@ -2,7 +2,6 @@
 
 from .errors import CheckpointMismatchError, DamagedCheckpointError, UnsafeCheckpointError
 from .only_checking import only_checking
-from .published import rewrite_published
 from .reading import read_checkpoint
 from .recognising import check_checkpoint, stored_warehouses
 
@@ -13,6 +12,5 @@ __all__ = [
     'check_checkpoint',
     'only_checking',
     'read_checkpoint',
-    'rewrite_published',
     'stored_warehouses',
 ]

@@ -8,7 +8,8 @@ from command_util import run
 from torch import nn
 
 from mmkw import KWConv2d, SharingPlan, convert
-from mmkw.checkpoints import DamagedCheckpointError, rewrite_published
+from mmkw.backbones import rewrite_published
+from mmkw.checkpoints import DamagedCheckpointError
 
 
 class Static(nn.Module):

@@ -12,7 +12,8 @@ from mmengine.registry import DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
 from test_published import CASES, oracle, unused_listed
 
-from mmkw.checkpoints import CheckpointMismatchError, read_checkpoint, rewrite_published
+from mmkw.backbones import rewrite_published
+from mmkw.checkpoints import CheckpointMismatchError, read_checkpoint
 
 pytest.importorskip('mmdet', reason='runs MMDetection')
 CONFIG = """

@@ -9,7 +9,8 @@ import os.path as osp
 
 import torch
 
-from mmkw.checkpoints import read_checkpoint, rewrite_published
+from mmkw.backbones import rewrite_published
+from mmkw.checkpoints import read_checkpoint
 
 
 def main() -> None:

@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .beyond import beyond_backbone
-from .errors import CheckpointMismatchError, shown
-from .names import convnext_names, mobilenet_v2_names
-from .recognising import check_cells, stored_warehouses
+from ..checkpoints.beyond import beyond_backbone
+from ..checkpoints.errors import CheckpointMismatchError, shown
+from ..checkpoints.recognising import check_cells, stored_warehouses
+from .convnext import convnext_names
+from .mobilenet_v2 import mobilenet_v2_names
 
 # Blocks in the groups of a MobileNetV2.
 _BLOCKS = [1, 2, 3, 4, 3, 3, 1]
