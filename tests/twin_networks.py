@@ -79,7 +79,7 @@ def config_of(kind, num_classes=5, **more):
 def build(kind, dynamic, num_classes=5, **more):
     """A network of the lists, static or dynamic by its family's rule."""
     config = config_of(kind, num_classes, **more)
-    return MODELS.build(dict(type='mmkw.KWBackbone', backbone=config) if dynamic else config)
+    return MODELS.build(dict(type='mmkw.KWModule', module=config) if dynamic else config)
 
 
 def outputs(kind, network, batch=2, seed=0):

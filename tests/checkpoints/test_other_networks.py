@@ -32,7 +32,7 @@ def of_other_classes(kind, dynamic, **more):
     torch.manual_seed(0)
     source = build(kind, False, num_classes=9)
     if dynamic:
-        config = dict(type='mmkw.KWBackbone', backbone=config_of(kind), **more)
+        config = dict(type='mmkw.KWModule', module=config_of(kind), **more)
         head = MODELS.build(config)
     else:
         head = build(kind, False)
@@ -109,7 +109,7 @@ def evaluating(config):
 STAGES = [('mmdet', 18), ('mmdet', 50), ('mmseg', 18)]
 
 
-@pytest.mark.parametrize('kind', ['mmkw.KWResNet', 'mmkw.KWBackbone', 'groups'])
+@pytest.mark.parametrize('kind', ['mmkw.KWResNet', 'mmkw.KWModule', 'groups'])
 @pytest.mark.parametrize('library, depth', STAGES)
 @pytest.mark.parametrize('stages', [3, 2, 1])
 def test_fewer_stages(library, depth, kind, stages):
@@ -130,9 +130,9 @@ def test_fewer_stages(library, depth, kind, stages):
 
         def dynamic(**more):
             torch.manual_seed(1)
-            if kind == 'mmkw.KWBackbone':
+            if kind == 'mmkw.KWModule':
                 backbone = dict(type='ResNet', **options, **more)
-                return evaluating(dict(type=kind, backbone=backbone))
+                return evaluating(dict(type=kind, module=backbone))
             return evaluating(dict(type='mmkw.KWResNet', **options, **more))
 
         static = dict(type='mmkw.ResNet', **options)
