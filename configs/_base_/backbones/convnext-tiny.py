@@ -6,5 +6,6 @@ backbone = dict(
     arch='tiny',
     drop_path_rate=0.4,
     layer_scale_init_value=1.0,
+    # To be downloaded: docs/model_zoo.md says where from.
     init_cfg=dict(type='Pretrained', checkpoint='checkpoints/convnext_tiny.pth'),
 )

@@ -7,5 +7,6 @@ backbone = dict(
     cell_num_ratio=1,
     drop_path_rate=0.4,
     layer_scale_init_value=1.0,
+    # To be downloaded: docs/model_zoo.md says where from.
     init_cfg=dict(type='Pretrained', checkpoint='checkpoints/kw1x_convnext_tiny.pth'),
 )

@@ -9,5 +9,6 @@ backbone = dict(
     # The stem and the first three inverted residual blocks.
     frozen_stages=2,
     norm_eval=True,
+    # To be downloaded: docs/model_zoo.md says where from.
     init_cfg=dict(type='Pretrained', checkpoint='checkpoints/kw4x_mobilenet_v2.pth'),
 )
