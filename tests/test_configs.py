@@ -1,6 +1,7 @@
 """Every config builds, trains a step and infers; new configs are found by themselves."""
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, init_default_scope
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmkw.engine import building
+from mmkw.engine.command_line import PUBLISHED_WEIGHTS
 from mmkw.layers.dynamic_layers import DynamicLayer
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -20,6 +23,7 @@ LEAVES = sorted(
     for path in CONFIGS.rglob('*.py')
     if '_base_' not in path.relative_to(CONFIGS).parts
 )
+BACKBONES = sorted(path.stem for path in (CONFIGS / '_base_/backbones').iterdir())
 SEGMENTATION = ('ade20k', 'cityscapes', 'coco-stuff', 'semantic')
 BOTH = ('mask2former',)
 
@@ -98,6 +102,41 @@ def test_config_of_the_readme_builds(tmp_path, library, cells):
     (tmp_path / 'my_config.py').write_text(example.split('```')[0])
     model = build_model(Config.fromfile(tmp_path / 'my_config.py'))
     assert len(model.backbone.warehouse_manager.weights[0]) == cells
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_another_backbone_is_another_line(name, tmp_path):
+    """As docs/model_zoo.md says."""
+    pytest.importorskip('mmdet', reason='the config inherits from it')
+    path = CONFIGS / f'_base_/backbones/{name}.py'
+    assert list(Config.fromfile(path)) == ['backbone']
+    config = (CONFIGS / 'faster_rcnn/faster-rcnn_kw1x-r50_fpn_1x_coco.py').read_text()
+    before = "'../_base_/backbones/kw1x-r50.py'"
+    assert before in config
+    config = config.replace(before, f"'{path}'")
+    channels = {'mobilenet': [24, 32, 96, 1280], 'convnext': [96, 192, 384, 768]}
+    for network in channels:
+        if network in name:
+            config += f'model.update(neck=dict(in_channels={channels[network]}))\n'
+    (tmp_path / 'config.py').write_text(config)
+    config = Config.fromfile(tmp_path / 'config.py')
+    assert config.model.backbone.init_cfg.checkpoint in PUBLISHED_WEIGHTS
+    model = building.build_model(config, on_meta=True).eval()
+    assert any(isinstance(m, DynamicLayer) for m in model.modules()) == ('kw' in name)
+    outputs = model.neck(model.backbone(torch.empty(1, 3, SIZE, SIZE, device='meta')))
+    assert [y.shape[-1] for y in outputs] == [SIZE // stride for stride in (4, 8, 16, 32, 64)]
+
+
+def test_configs_that_are_named_exist():
+    root = CONFIGS.parent
+    files = [*root.glob('*.md'), root / 'Makefile', root / 'model-index.yml']
+    for folder in ('configs', 'docs', 'mmkw', 'tests', 'tools'):
+        for suffix in ('md', 'py', 'sh', 'yml'):
+            files += (root / folder).rglob(f'*.{suffix}')
+    text = '\n'.join(file.read_text() for file in files)
+    names = set(re.findall(r'\bconfigs/[\w./-]+\.(?:py|yml)\b', text))
+    assert len(names) > len(LEAVES)
+    assert not [name for name in sorted(names) if not (root / name).is_file()]
 
 
 def test_loss_of_the_demo_falls():

@@ -2,4 +2,4 @@
 
 _base_ = 'mmseg::bisenetv1/bisenetv1_r18-d32_4xb4-160k_cityscapes-1024x1024.py'
 
-model = dict(backbone=dict(type='mmkw.KWBackbone', backbone=dict(type='BiSeNetV1')))
+model = dict(backbone=dict(type='mmkw.KWModule', module=dict(type='BiSeNetV1')))

@@ -2,4 +2,4 @@
 
 _base_ = 'mmdet::hrnet/faster-rcnn_hrnetv2p-w18-1x_coco.py'
 
-model = dict(backbone=dict(type='mmkw.KWBackbone', backbone=dict(type='HRNet')))
+model = dict(backbone=dict(type='mmkw.KWModule', module=dict(type='HRNet')))

@@ -2,4 +2,4 @@
 
 _base_ = 'mmdet::regnet/mask-rcnn_regnetx-3.2GF_fpn_1x_coco.py'
 
-model = dict(backbone=dict(type='mmkw.KWBackbone', backbone=dict(type='RegNet')))
+model = dict(backbone=dict(type='mmkw.KWModule', module=dict(type='RegNet')))

@@ -2,4 +2,4 @@
 
 _base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'
 
-model = dict(backbone=dict(type='mmkw.KWBackbone', backbone=dict(type='SwinTransformer')))
+model = dict(backbone=dict(type='mmkw.KWModule', module=dict(type='SwinTransformer')))

@@ -6,5 +6,5 @@ _base_ = [
 # The stem is frozen, with the first blocks; its warehouse learns, as all the others.
 model = dict(
     backbone=dict(_base_.backbone, freeze_warehouses=False),
-    neck=dict(in_channels=_base_.channels),
+    neck=dict(in_channels=[24, 32, 96, 1280]),
 )

@@ -1,3 +1,15 @@
-_base_ = ['./ocrnet_r50b-d8_4xb2-80k_cityscapes-512x1024.py', '../_base_/backbones/kw1x-r50.py']
+"""MMSegmentation has the parts of this OCRNet, but no config of it."""
 
-model = dict(pretrained=None, backbone=_base_.backbone)
+_base_ = [
+    'mmseg::_base_/models/ocrnet_r50-d8.py',
+    'mmseg::_base_/datasets/cityscapes.py',
+    'mmseg::_base_/default_runtime.py',
+    'mmseg::_base_/schedules/schedule_80k.py',
+    '../_base_/backbones/kw1x-r50.py',
+]
+
+model = dict(
+    data_preprocessor=dict(size=(512, 1024)),
+    pretrained=None,
+    backbone=_base_.backbone,
+)

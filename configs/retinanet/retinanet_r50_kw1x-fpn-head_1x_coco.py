@@ -7,6 +7,6 @@ _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 
 towers = [dict(match=r'(cls|reg)_convs\.\d\.conv', warehouse=r'\1')]
 model = dict(
-    neck=dict(type='mmkw.KWBackbone', backbone=dict(type='FPN')),
-    bbox_head=dict(type='mmkw.KWBackbone', backbone=dict(type='RetinaHead'), patterns=towers),
+    neck=dict(type='mmkw.KWModule', module=dict(type='FPN')),
+    bbox_head=dict(type='mmkw.KWModule', module=dict(type='RetinaHead'), patterns=towers),
 )

@@ -2,4 +2,4 @@
 
 _base_ = 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'
 
-model = dict(backbone=dict(type='mmkw.KWBackbone', backbone=dict(type='CSPNeXt')))
+model = dict(backbone=dict(type='mmkw.KWModule', module=dict(type='CSPNeXt')))

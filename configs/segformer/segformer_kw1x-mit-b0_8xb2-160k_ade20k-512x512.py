@@ -2,4 +2,4 @@
 
 _base_ = 'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'
 
-model = dict(backbone=dict(type='mmkw.KWBackbone', backbone=dict(type='MixVisionTransformer')))
+model = dict(backbone=dict(type='mmkw.KWModule', module=dict(type='MixVisionTransformer')))

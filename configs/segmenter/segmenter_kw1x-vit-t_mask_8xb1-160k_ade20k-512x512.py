@@ -2,4 +2,4 @@
 
 _base_ = 'mmseg::segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512.py'
 
-model = dict(backbone=dict(type='mmkw.KWBackbone', backbone=dict(type='VisionTransformer')))
+model = dict(backbone=dict(type='mmkw.KWModule', module=dict(type='VisionTransformer')))

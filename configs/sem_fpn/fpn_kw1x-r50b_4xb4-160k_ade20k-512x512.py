@@ -1,3 +1,6 @@
-_base_ = ['./fpn_r50b_4xb4-160k_ade20k-512x512.py', '../_base_/backbones/kw1x-r50.py']
+_base_ = [
+    'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py',
+    '../_base_/backbones/kw1x-r50.py',
+]
 
 model = dict(pretrained=None, backbone=_base_.backbone)

@@ -3,4 +3,4 @@
 _base_ = 'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py'
 
 static = dict(type='CSPDarknet')
-model = dict(backbone=dict(type='mmkw.KWBackbone', backbone=static, cell_num_ratio=2))
+model = dict(backbone=dict(type='mmkw.KWModule', module=static, cell_num_ratio=2))

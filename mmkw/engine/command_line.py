@@ -13,6 +13,22 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+# Weights to download, by the names under which the configs expect them.
+PUBLISHED_WEIGHTS = {
+    f'checkpoints/{name}.pth': f'{text}, github.com/OSVAI/KernelWarehouse'
+    for name, text in (
+        ('resnet50', 'static ResNet50, ImageNet top-1 78.44'),
+        ('kw1d2x_resnet50', 'KernelWarehouse 1/2x ResNet50, ImageNet top-1 79.30'),
+        ('kw1x_resnet50', 'KernelWarehouse 1x ResNet50, ImageNet top-1 80.38'),
+        ('kw4x_resnet50', 'KernelWarehouse 4x ResNet50, ImageNet top-1 81.05'),
+        ('mobilenet_v2', 'static MobileNetV2, ImageNet top-1 72.04'),
+        ('kw1x_mobilenet_v2', 'KernelWarehouse 1x MobileNetV2, ImageNet top-1 74.68'),
+        ('kw4x_mobilenet_v2', 'KernelWarehouse 4x MobileNetV2, ImageNet top-1 75.92'),
+        ('convnext_tiny', 'static ConvNeXt-Tiny, ImageNet top-1 82.07'),
+        ('kw1x_convnext_tiny', 'KernelWarehouse 1x ConvNeXt-Tiny, ImageNet top-1 82.51'),
+    )
+}
+
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that training and testing share."""
@@ -92,7 +108,7 @@ def check_weights(parser: argparse.ArgumentParser, config: Config) -> None:
     """Stops with a usage error if pretrained weights that training starts from are not in place."""
     for place, option, path in _pretrained_files('model', config.model):
         if '://' not in path and not osp.isfile(osp.expanduser(path)):
-            source = config.get('weights_source')
+            source = PUBLISHED_WEIGHTS.get(path)
             download = f' Download the weights ({source}) and save them there.' if source else ''
             parser.error(
                 f'{option}: {path} does not exist.{download} For another place use '

@@ -56,7 +56,7 @@ def test_frozen_stages_freeze_their_warehouses(kind):
     pytest.importorskip(library, reason='the networks are its')
     config = dict(type=kind, **NETWORKS[kind])
     static = MODELS.build(config)
-    dynamic = MODELS.build(dict(type='mmkw.KWBackbone', backbone=config))
+    dynamic = MODELS.build(dict(type='mmkw.KWModule', module=config))
     moved = step(static)
     moves = step(dynamic)
     frozen = 0
@@ -82,7 +82,7 @@ def test_frozen_stages_freeze_their_warehouses(kind):
             arch=dict(depths=[1] * 4, channels=[8, 16, 24, 32]),
             frozen_stages=2,
         ),
-        dict(type='mmkw.KWBackbone', backbone=dict(type='mmdet.MobileNetV2', frozen_stages=2)),
+        dict(type='mmkw.KWModule', module=dict(type='mmdet.MobileNetV2', frozen_stages=2)),
     ],
     ids=lambda config: config['type'],
 )

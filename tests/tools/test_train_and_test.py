@@ -155,13 +155,13 @@ def test_mistakes_end_with_a_usage_error(root, script, arguments, message):
 
 
 def test_missing_imagenet_weights_are_named_before_anything_starts(root, tmp_path):
-    config = 'configs/faster_rcnn/faster-rcnn_kw4x-r50_fpn_1x_coco.py'
+    config = 'configs/faster_rcnn/faster-rcnn_kw1x-r50_fpn_1x_coco.py'
     command = [sys.executable, 'tools/train.py', config, '--work-dir', tmp_path / 'work']
     result, output = run(root, *command)
     assert result.returncode == 2 and not (tmp_path / 'work').exists()
     message = (
-        'model.backbone.init_cfg.checkpoint: checkpoints/kw4x_resnet50.pth does not exist. '
-        'Download the weights (KernelWarehouse 4x ResNet50, ImageNet top-1 81.05, '
+        'model.backbone.init_cfg.checkpoint: checkpoints/kw1x_resnet50.pth does not exist. '
+        'Download the weights (KernelWarehouse 1x ResNet50, ImageNet top-1 80.38, '
     )
     assert message in output
     # The way out that the message gives: the next thing that is missing is COCO.

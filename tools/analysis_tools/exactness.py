@@ -67,12 +67,12 @@ def build(library: str, config: dict, **wrapper: object) -> nn.Module:
     Args:
         library: Whose the static network is.
         config: Of the static network.
-        **wrapper: Arguments of ``mmkw.KWBackbone``.
+        **wrapper: Arguments of ``mmkw.KWModule``.
     """
     config = dict(config, type=f'{library}.{config["type"]}')
     # Our ConvNeXt is of neither library.
     with DefaultScope.overwrite_default_scope('mmdet' if library == 'mmkw' else library):
-        return MODELS.build(dict(type='mmkw.KWBackbone', backbone=config, **wrapper))
+        return MODELS.build(dict(type='mmkw.KWModule', module=config, **wrapper))
 
 
 def build_static(library: str, config: dict) -> nn.Module:

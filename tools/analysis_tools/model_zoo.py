@@ -15,6 +15,8 @@ import yaml
 from complexity import count
 from mmengine.config import Config
 
+from mmkw.engine.command_line import PUBLISHED_WEIGHTS
+
 ROOT = Path(__file__).parents[2]
 HEADER = """# Model zoo
 
@@ -33,6 +35,36 @@ MMDetection's `init_detector` and `DetInferencer`, as downloaded.
 
 | save as | weights |
 |---|---|
+"""
+BACKBONES = """
+## Another backbone
+
+Most detectors and segmentors are here once, with a 1x ResNet50. To have another backbone, name
+another file of `configs/_base_/backbones` in the config's `_base_`:
+
+```python
+_base_ = [
+    'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+    '../_base_/backbones/kw4x-r50.py',  # was kw1x-r50.py
+]
+```
+
+For the ResNet50 of any budget (`kw1d2x-r50.py`, `kw1x-r50.py`, `kw4x-r50.py`, the static `r50.py`)
+that is all. The others have other channels:
+
+- MobileNetV2 (`kw1x-mobilenet-v2.py`, `kw4x-mobilenet-v2.py`, the static `mobilenet-v2.py`):
+  `neck=dict(in_channels=[24, 32, 96, 1280])`, as in
+  [Mask R-CNN](../configs/mask_rcnn/mask-rcnn_kw4x-mobilenet-v2_fpn_adamw-1x_coco.py). A segmentor
+  inherits from one that MMSegmentation has made for MobileNetV2, as
+  [DeepLabV3+](../configs/deeplabv3plus/deeplabv3plus_kw1x-mobilenet-v2-d8_4xb2-80k_cityscapes-512x1024.py).
+- ConvNeXt-Tiny (`kw1x-convnext-tiny.py`, the static `convnext-tiny.py`):
+  `neck=dict(in_channels=[96, 192, 384, 768])` and an optimizer of its own, as in
+  [Mask R-CNN](../configs/mask_rcnn/mask-rcnn_kw1x-convnext-tiny_fpn_adamw-1x_coco.py) and, where
+  the heads of a segmentor take the channels,
+  [UPerNet](../configs/upernet/upernet_kw1x-convnext-tiny_8xb2-160k_ade20k-512x512.py).
+- Where a neck takes only the last three stages (ATSS, DINO, RetinaNet), the backbone gives only
+  these: `out_indices=(1, 2, 3)` of ConvNeXt, as in
+  [ATSS](../configs/atss/atss_kw1x-convnext-tiny_fpn_adamw-1x_coco.py), `(2, 4, 7)` of MobileNetV2.
 """
 
 DATA = dict(
@@ -56,7 +88,7 @@ def entry(path: Path, old: dict[str, Any], collection: str) -> dict[str, Any]:
     config = Config.fromfile(path)
     complexity = count(config)
     backbone = config.model.backbone
-    wrapped = backbone.get('backbone') or {}
+    wrapped = backbone.get('module') or {}
     initial = wrapped.get('init_cfg') or backbone.get('init_cfg') or {}
     checkpoint = initial.get('checkpoint') or config.model.get('pretrained')
     name = backbone.type.removeprefix('mmkw.') + (f' of {wrapped.type}' if wrapped else '')
@@ -71,8 +103,8 @@ def entry(path: Path, old: dict[str, Any], collection: str) -> dict[str, Any]:
         'Backbone FLOPs': complexity.backbone_flops,
         'FLOPs Input': f'{height} x {width}',
     }
-    if 'weights_source' in config:
-        metadata['Backbone Weights Source'] = config.weights_source
+    if checkpoint in PUBLISHED_WEIGHTS:
+        metadata['Backbone Weights Source'] = PUBLISHED_WEIGHTS[checkpoint]
     for unit, name in (('max_epochs', 'Epochs'), ('max_iters', 'Iterations')):
         if unit in config.train_cfg:
             metadata[name] = config.train_cfg[unit]
@@ -145,7 +177,8 @@ def zoo(pool: Executor) -> dict[Path, str]:
             if 'Backbone Weights Source' in metadata:
                 sources[metadata['Backbone Weights']] = metadata['Backbone Weights Source']
     rows = [f'| `{path}` | {source} |' for path, source in sorted(sources.items())]
-    files[ROOT / 'docs/model_zoo.md'] = HEADER + '\n'.join([*rows, *sections, ''])
+    page = [*rows, BACKBONES.rstrip(), *sections, '']
+    files[ROOT / 'docs/model_zoo.md'] = HEADER + '\n'.join(page)
     imports = [str(path.relative_to(ROOT)) for path in files if path.name == 'metafile.yml']
     files[ROOT / 'model-index.yml'] = yaml.safe_dump(dict(Import=imports))
     return files

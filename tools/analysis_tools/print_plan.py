@@ -193,7 +193,7 @@ def main() -> None:
     if not networks:
         parser.error(
             f'{args.config} builds no network with warehouses; use a backbone such as '
-            "'mmkw.KWResNet' or 'mmkw.KWBackbone'"
+            "'mmkw.KWResNet' or 'mmkw.KWModule'"
         )
     for name, network in networks.items():
         print('\n'.join(plan_lines(name, network)))

@@ -1,6 +1,12 @@
-"""KernelWarehouse 1x ConvNeXt-Tiny in place of a config's backbone, and its optimizer."""
+"""KernelWarehouse 1x ConvNeXt-Tiny in place of a config's backbone. Channels: 96, 192, 384, 768."""
 
-_base_ = './convnext-tiny.py'
-
-weights_source = _base_.kw1x_source
-backbone = _base_.kw1x
+backbone = dict(
+    _delete_=True,
+    type='mmkw.KWConvNeXt',
+    arch='tiny',
+    cell_num_ratio=1,
+    drop_path_rate=0.4,
+    layer_scale_init_value=1.0,
+    # To be downloaded: docs/model_zoo.md says where from.
+    init_cfg=dict(type='Pretrained', checkpoint='checkpoints/kw1x_convnext_tiny.pth'),
+)

@@ -1,12 +1,14 @@
-"""KernelWarehouse 4x MobileNetV2, for a detector in place of the static one of mobilenet-v2.py."""
+"""KernelWarehouse 4x MobileNetV2 in place of a detector's backbone. Channels: 24, 32, 96, 1280."""
 
-_base_ = './mobilenet-v2.py'
-
-# Weights to download, and the name to save them under.
-weights_source = (
-    'KernelWarehouse 4x MobileNetV2, ImageNet top-1 75.92, github.com/OSVAI/KernelWarehouse'
+backbone = dict(
+    _delete_=True,
+    type='mmkw.KWMobileNetV2',
+    pointwise='separate',
+    cell_num_ratio=4,
+    out_indices=(1, 2, 4, 7),
+    # The stem and the first three inverted residual blocks.
+    frozen_stages=2,
+    norm_eval=True,
+    # To be downloaded: docs/model_zoo.md says where from.
+    init_cfg=dict(type='Pretrained', checkpoint='checkpoints/kw4x_mobilenet_v2.pth'),
 )
-weights = dict(checkpoint='checkpoints/kw4x_mobilenet_v2.pth')
-backbone = dict(type='mmkw.KWMobileNetV2', pointwise='separate', cell_num_ratio=4, init_cfg=weights)
-# To be merged into the static MobileNetV2 of a segmentor.
-warehouses = dict(backbone, init_cfg=dict(weights, type='Pretrained'))

@@ -1,8 +1,5 @@
-"""Static MobileNetV2 in place of a detector's backbone."""
+"""Static MobileNetV2 in place of a detector's backbone. Channels: 24, 32, 96, 1280."""
 
-# Weights to download, and the name to save them under.
-weights_source = 'static MobileNetV2, ImageNet top-1 72.04, github.com/OSVAI/KernelWarehouse'
-weights = dict(type='Pretrained', checkpoint='checkpoints/mobilenet_v2.pth')
 backbone = dict(
     _delete_=True,
     type='mmkw.MobileNetV2',
@@ -10,6 +7,6 @@ backbone = dict(
     # The stem and the first three inverted residual blocks.
     frozen_stages=2,
     norm_eval=True,
-    init_cfg=weights,
+    # To be downloaded: docs/model_zoo.md says where from.
+    init_cfg=dict(type='Pretrained', checkpoint='checkpoints/mobilenet_v2.pth'),
 )
-channels = [24, 32, 96, 1280]

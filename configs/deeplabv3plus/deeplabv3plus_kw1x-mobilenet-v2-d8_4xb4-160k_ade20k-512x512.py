@@ -1,6 +1,0 @@
-_base_ = [
-    './deeplabv3plus_mobilenet-v2-d8_4xb4-160k_ade20k-512x512.py',
-    '../_base_/backbones/kw1x-mobilenet-v2.py',
-]
-
-model = dict(pretrained=None, backbone=_base_.warehouses)

@@ -1,3 +1,0 @@
-_base_ = ['./deeplabv3plus_r50b-d8_4xb4-160k_ade20k-512x512.py', '../_base_/backbones/kw1x-r50.py']
-
-model = dict(pretrained=None, backbone=_base_.backbone)

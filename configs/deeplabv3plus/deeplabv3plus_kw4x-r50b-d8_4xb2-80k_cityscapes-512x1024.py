@@ -1,6 +1,0 @@
-_base_ = [
-    './deeplabv3plus_r50b-d8_4xb2-80k_cityscapes-512x1024.py',
-    '../_base_/backbones/kw4x-r50.py',
-]
-
-model = dict(pretrained=None, backbone=_base_.backbone)

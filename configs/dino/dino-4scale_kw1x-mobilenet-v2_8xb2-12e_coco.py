@@ -1,9 +1,0 @@
-_base_ = [
-    'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',
-    '../_base_/backbones/kw1x-mobilenet-v2.py',
-]
-
-model = dict(
-    backbone=dict(_base_.backbone, out_indices=(2, 4, 7)),
-    neck=dict(in_channels=_base_.channels[1:]),
-)

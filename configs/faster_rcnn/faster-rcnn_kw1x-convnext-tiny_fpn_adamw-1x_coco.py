@@ -1,7 +1,0 @@
-_base_ = [
-    'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
-    '../_base_/backbones/kw1x-convnext-tiny.py',
-]
-
-model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))
-optim_wrapper = _base_.layer_decay

@@ -1,3 +1,0 @@
-_base_ = ['./ocrnet_r50b-d8_4xb2-80k_cityscapes-512x1024.py', '../_base_/backbones/kw4x-r50.py']
-
-model = dict(pretrained=None, backbone=_base_.backbone)

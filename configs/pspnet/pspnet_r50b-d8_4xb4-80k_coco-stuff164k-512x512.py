@@ -1,3 +1,0 @@
-_base_ = 'mmseg::pspnet/pspnet_r50-d8_4xb4-80k_coco-stuff164k-512x512.py'
-
-model = dict(pretrained='torchvision://resnet50', backbone=dict(type='ResNet'))

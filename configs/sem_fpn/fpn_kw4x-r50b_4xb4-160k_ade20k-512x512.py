@@ -1,3 +1,0 @@
-_base_ = ['./fpn_r50b_4xb4-160k_ade20k-512x512.py', '../_base_/backbones/kw4x-r50.py']
-
-model = dict(pretrained=None, backbone=_base_.backbone)
