@@ -8,7 +8,7 @@ from mmengine.config import Config, ConfigDict
 from mmkw.engine.command_line import (
     add_common_arguments,
     build_runner,
-    check_checkpoint,
+    check_file,
     check_scopes,
     leave_processes,
     library_of,
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument('--wait-time', type=float, default=2, help='seconds to show a picture')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     args = parser.parse_args()
-    check_checkpoint(parser, args.checkpoint)
+    check_file(parser, args.checkpoint)
 
     config = load_config(args)
     check_scopes(parser, config)

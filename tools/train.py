@@ -7,7 +7,7 @@ from mmengine.device import get_device
 from mmkw.engine.command_line import (
     add_common_arguments,
     build_runner,
-    check_checkpoint,
+    check_file,
     check_scopes,
     check_weights,
     leave_processes,
@@ -34,7 +34,7 @@ def main() -> None:
     if args.amp and get_device() == 'cpu':
         parser.error('--amp needs an accelerator, and none was found; train without it')
     if args.resume not in (None, 'auto'):
-        check_checkpoint(parser, args.resume)
+        check_file(parser, args.resume)
 
     config = load_config(args)
     check_scopes(parser, config)
@@ -53,7 +53,7 @@ def main() -> None:
         config.load_from = None if args.resume == 'auto' else args.resume
     check_weights(parser, config)
     if config.get('load_from'):
-        check_checkpoint(parser, config.load_from)
+        check_file(parser, config.load_from)
     build_runner(config).train()
     leave_processes()
 

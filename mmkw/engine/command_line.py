@@ -51,7 +51,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
-def check_checkpoint(parser: argparse.ArgumentParser, path: str) -> None:
+def check_file(parser: argparse.ArgumentParser, path: str) -> None:
     """Stops with a usage error if a local checkpoint does not exist."""
     if '://' not in path and not osp.isfile(osp.expanduser(path)):
         parser.error(f'checkpoint {path} does not exist')

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .gradient import CellSum
-from .kernels import cut, flops_of_mixing, kernel_shape
+from .kernels import assembled_shape, cut, flops_of_mixing
 from .mixing import Mixing
 
 
@@ -104,7 +104,7 @@ class CompiledMixing(Mixing):
 
     def _kernels(self, attention: Tensor) -> Tensor:
         """Memory for kernels: Tensor[images, out, in, *kernel_size]."""
-        shape = (len(attention), *kernel_shape(self.cells.shape[1:], self.grid))
+        shape = (len(attention), *assembled_shape(self.cells.shape[1:], self.grid))
         return self.scratch.take(self.cells, shape, 'mixing')
 
 
@@ -114,7 +114,7 @@ def _register() -> None:
 
     @library.register_fake('mmkw::mix_cells')
     def _(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
-        return cells.new_empty(attention.shape[0], *kernel_shape(cells.shape[1:], grid))
+        return cells.new_empty(attention.shape[0], *assembled_shape(cells.shape[1:], grid))
 
     @library.register_fake('mmkw::mix_cells_into')
     def _(attention: Tensor, cells: Tensor, grid: Sequence[int], kernels: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backend, modes
 from .gradient import Token
-from .kernels import kernel_shape, mix_cells
+from .kernels import assembled_shape, mix_cells
 from .mixing import Mixing
 from .sample_conv import SampleConv, SampleLinear
 
@@ -155,7 +155,7 @@ def _backward_in_parts(
     mixing = ctx.kind(cells, grid)
     need_cells = ctx.token is not None and ctx.token.is_awaited()
     total = ctx.token.sum(mixing) if need_cells else None
-    shape = kernel_shape(cells.shape[1:], grid)
+    shape = assembled_shape(cells.shape[1:], grid)
     grads_x, grads_attention = [], []
     blocks = mixing.blocks(attention) if need_x or need_attention or need_cells else ()
     for block, kernels in zip(blocks, kept):

@@ -43,7 +43,7 @@ def assemble(rows: Tensor, grid: Sequence[int]) -> Tensor:
     order = [0, out, out + 2, out + 1, out + 3]
     for dim in range(dims):
         order += [1 + dim, out + 4 + dim]
-    return cells.permute(order).reshape(rows.shape[0], *kernel_shape(rows.shape[2:], grid))
+    return cells.permute(order).reshape(rows.shape[0], *assembled_shape(rows.shape[2:], grid))
 
 
 def cut(kernels: Tensor, grid: Sequence[int], cell_shape: Sequence[int]) -> Tensor:
@@ -81,7 +81,7 @@ def cut_kernels(kernels: Iterable[Tensor], grid: Sequence[int], rows: Tensor) ->
         mixtures.view(pieces.shape).copy_(pieces)
 
 
-def kernel_shape(cell_shape: Sequence[int], grid: Sequence[int]) -> tuple[int, ...]:
+def assembled_shape(cell_shape: Sequence[int], grid: Sequence[int]) -> tuple[int, ...]:
     """The shape of an image's kernel.
 
     Args:

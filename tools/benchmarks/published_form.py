@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmkw.layers import dynamic_layers
 from mmkw.ops import SampleLinear
-from mmkw.ops.kernels import kernel_shape
+from mmkw.ops.kernels import assembled_shape
 
 
 def published_operator(
@@ -27,7 +27,7 @@ def published_operator(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Takes the place of :func:`mmkw.ops.apply_mixed` for cells of one place and 2D kernels."""
-    batch, (out_channels, in_channels, *size) = len(x), kernel_shape(cells.shape[1:], grid)
+    batch, (out_channels, in_channels, *size) = len(x), assembled_shape(cells.shape[1:], grid)
     mixed = torch.mm(attention.flatten(0, 1), cells.flatten(1))
     *spatial, out_blocks, in_blocks = grid
     taps = torch.Size(spatial).numel()
