@@ -1,6 +1,7 @@
 """Builds the models of configs apart from training: for tools that look at them."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,16 +40,29 @@ def dynamic_networks(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_converted(module)}
 
 
-def _without_weights(cfg: Any) -> Any:
+def dicts_of(place: str, cfg: Any) -> Iterator[tuple[str, dict]]:
+    """Walks over a config: its dicts and those in them, each before what is in it.
+
+    Args:
+        place: The name of the config, such as ``model``.
+        cfg: Dicts, lists and values.
+
+    Yields:
+        The name of a dict, such as ``model.backbone``, and the dict.
+    """
+    items = enumerate(cfg) if isinstance(cfg, (list, tuple)) else ()
     if isinstance(cfg, dict):
-        for name, value in cfg.items():
+        yield place, cfg
+        items = list(cfg.items())
+    for name, value in items:
+        yield from dicts_of(f'{place}.{name}', value)
+
+
+def _without_weights(model: dict) -> dict:
+    for _, part in dicts_of('model', model):
+        for name, value in part.items():
             if name == 'pretrained' or (
                 isinstance(value, dict) and value.get('type') == 'Pretrained'
             ):
-                cfg[name] = None
-            else:
-                _without_weights(value)
-    elif isinstance(cfg, (list, tuple)):
-        for value in cfg:
-            _without_weights(value)
-    return cfg
+                part[name] = None
+    return model

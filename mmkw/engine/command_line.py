@@ -13,6 +13,8 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from .building import dicts_of
+
 # Weights to download, by the names under which the configs expect them.
 PUBLISHED_WEIGHTS = {
     f'checkpoints/{name}.pth': f'{text}, github.com/OSVAI/KernelWarehouse'
@@ -141,25 +143,15 @@ def check_scopes(parser: argparse.ArgumentParser, config: Config) -> None:
 
 
 def _types(place: str, cfg: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(cfg, dict):
-        for name, value in cfg.items():
-            if name in ('type', 'constructor') and isinstance(value, str):
-                yield f'{place}.{name}', value
-            else:
-                yield from _types(f'{place}.{name}', value)
-    elif isinstance(cfg, (list, tuple)):
-        for index, value in enumerate(cfg):
-            yield from _types(f'{place}.{index}', value)
+    for where, part in dicts_of(place, cfg):
+        for name in ('type', 'constructor'):
+            if isinstance(part.get(name), str):
+                yield f'{where}.{name}', part[name]
 
 
 def _pretrained_files(place: str, cfg: Any) -> Iterator[tuple[str, str, str]]:
-    if isinstance(cfg, dict):
-        if cfg.get('type') == 'Pretrained' and isinstance(cfg.get('checkpoint'), str):
-            yield place, f'{place}.checkpoint', cfg['checkpoint']
-        if isinstance(cfg.get('pretrained'), str):
-            yield f'{place}.pretrained', f'{place}.pretrained', cfg['pretrained']
-        for name, value in cfg.items():
-            yield from _pretrained_files(f'{place}.{name}', value)
-    elif isinstance(cfg, (list, tuple)):
-        for index, value in enumerate(cfg):
-            yield from _pretrained_files(f'{place}.{index}', value)
+    for where, part in dicts_of(place, cfg):
+        if part.get('type') == 'Pretrained' and isinstance(part.get('checkpoint'), str):
+            yield where, f'{where}.checkpoint', part['checkpoint']
+        if isinstance(part.get('pretrained'), str):
+            yield f'{where}.pretrained', f'{where}.pretrained', part['pretrained']

@@ -60,7 +60,7 @@ class Attention(nn.Module):
         self.start = share.start
         self.local_cells = num_cells
 
-        width = max(int(in_channels * options.reduction), MIN_WIDTH)
+        width = attention_width(in_channels, options)
         if width > MOST_CELLS:
             raise PlanError(
                 f'The attention of {share.kernel} would have {width} hidden units, more than '
@@ -243,6 +243,16 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         """Mixtures and cells."""
         return f'mixtures={self.num_mixtures}, cells={self.num_cells}'
+
+
+def attention_width(in_channels: int, options: WarehouseOptions) -> int:
+    """The hidden units of an attention.
+
+    Args:
+        in_channels: Channels of the layer's input.
+        options: Options of the warehouse.
+    """
+    return max(int(in_channels * options.reduction), MIN_WIDTH)
 
 
 def _norm_of(norm_cfg: dict, width: int) -> nn.Module:

@@ -9,7 +9,7 @@ from mmengine.logging import print_log
 from torch import nn
 
 from ..layers import DYNAMIC_LAYERS, WarehouseOptions, kernel_shape
-from ..layers.attention import MIN_WIDTH
+from ..layers.attention import attention_width
 from ..layers.partition import partition_warehouse
 from ..layers.static_layers import predictions, read_by_others
 from .rules import absent_kernels, convnext_rule, mobilenet_v2_rule, refuse_nothing, resnet_rule
@@ -162,7 +162,7 @@ def attention_overhead(members: Sequence[str], layers: Mapping[str, nn.Module]) 
     weights = 0.0
     for share in partition.layers:
         groups = getattr(layers[share.kernel.layer], 'groups', 1)
-        width = max(share.kernel.in_channels * groups * options.reduction, MIN_WIDTH)
+        width = attention_width(share.kernel.in_channels * groups, options)
         weights += share.num_mixtures * (partition.num_cells + 1) * width
     return weights / (partition.num_cells * math.prod(partition.cell_shape))
 
