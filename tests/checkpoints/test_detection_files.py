@@ -1,11 +1,11 @@
 """The authors' files in the tools and interfaces of MMDetection, and rewritten offline."""
 
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from command_util import run
 from configs_util import build_model
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
@@ -80,8 +80,7 @@ def test_the_tools_take_the_detection_file(detector, root, tmp_path, rewritten):
     if rewritten:
         path = rewrite(root, path, tmp_path / 'rewritten.pth')[0]
     command = [sys.executable, 'tools/test.py', config, path, '--work-dir', tmp_path]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    output = result.stdout + result.stderr
+    result, output = run(root, *command)
     assert result.returncode == 0, output
     assert 'coco/segm_mAP' in output
     # MMEngine's words for tensors that are missing, left over or of another shape.
@@ -90,9 +89,7 @@ def test_the_tools_take_the_detection_file(detector, root, tmp_path, rewritten):
 
 def rewrite(root, source, target, *options):
     script = 'tools/model_converters/kernelwarehouse_to_mmkw.py'
-    command = [sys.executable, script, str(source), str(target), *options]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    return target, result
+    return target, run(root, sys.executable, script, source, target, *options)[0]
 
 
 def test_rewritten_detection_file(detector, root, tmp_path):

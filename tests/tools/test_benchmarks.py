@@ -1,10 +1,10 @@
 """The benchmarks run, report what they say, and their baseline computes what mmkw does."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import command_util
 import pytest
 import torch
 
@@ -12,9 +12,9 @@ from mmkw.layers import KWConv2d, KWLinear
 
 
 def run(root, script, *arguments):
-    command = [sys.executable, str(root / 'tools/benchmarks' / script), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    assert result.returncode == 0, result.stderr
+    script = f'tools/benchmarks/{script}'
+    result, output = command_util.run(root, sys.executable, script, *arguments)
+    assert result.returncode == 0, output
     return result.stdout
 
 

@@ -2,19 +2,17 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 
 import cv2
 import numpy as np
 import pytest
+from command_util import run
 
 
 def make(root, out, *arguments):
-    script = root / 'tools/dataset_converters/make_mini_coco.py'
-    return subprocess.run(
-        [sys.executable, str(script), str(out), *arguments], capture_output=True, text=True
-    )
+    script = 'tools/dataset_converters/make_mini_coco.py'
+    return run(root, sys.executable, script, out, *arguments)[0]
 
 
 def digest(folder):

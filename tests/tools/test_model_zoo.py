@@ -1,20 +1,19 @@
 """The model zoo agrees with the configs, and its check notices when it does not."""
 
 import shutil
-import subprocess
 import sys
 
 import pytest
 import yaml
+from command_util import run
 
 pytest.importorskip('mmdet', reason='builds the configs of both libraries')
 pytest.importorskip('mmseg', reason='builds the configs of both libraries')
 
 
 def model_zoo(folder, *options):
-    command = [sys.executable, 'tools/analysis_tools/model_zoo.py', *options]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    return result.returncode, result.stdout + result.stderr
+    result, output = run(folder, sys.executable, 'tools/analysis_tools/model_zoo.py', *options)
+    return result.returncode, output
 
 
 def test_page_and_metafiles_agree_with_the_configs(root):
@@ -64,7 +63,7 @@ def test_complexity_counts_what_is_known(root):
     configs = [f'{folder}_{name}_fpn_adamw-1x_coco.py' for name in ('r50', 'kw1x-r50')]
     command = [sys.executable, 'tools/analysis_tools/complexity.py', *configs]
     command += ['--shape', '224', '224']
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    result, _ = run(root, *command)
     static, dynamic = result.stdout.splitlines()[-2:]
     assert 'backbone 23,508,032 parameters, 4.09 GFLOPs at 224 x 224' in static
     cells = ((87, 64), (104, 128), (138, 256), (47, 512))

@@ -1,10 +1,9 @@
 """print_plan and static_to_mmkw, as a user runs them."""
 
-import os
 import runpy
-import subprocess
 import sys
 
+import command_util
 import pytest
 import torch
 from configs_util import build_model
@@ -19,10 +18,9 @@ DEMO = 'configs/demo/mask-rcnn_kw1x-r18_fpn_warm-start_mini-coco.py'
 
 def run(root, script, *arguments):
     """A script in a process of its own."""
-    command = [sys.executable, '-W', 'ignore', str(root / 'tools' / script), *map(str, arguments)]
-    environment = dict(os.environ, PYTHONPATH=str(root))
-    result = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
-    assert result.returncode == 0, result.stderr
+    command = [sys.executable, '-W', 'ignore', root / 'tools' / script, *arguments]
+    result, output = command_util.run(root, *command, PYTHONPATH=str(root))
+    assert result.returncode == 0, output
     return result.stdout
 
 
