@@ -84,7 +84,7 @@ def _settings(group: dict) -> dict:
 
 def _is_named(constructor: 'DefaultOptimWrapperConstructor', name: str) -> bool:
     """Whether the key that decides about a parameter speaks of warehouses."""
-    keys = constructor.paramwise_cfg.get('custom_keys', {})
+    keys = (constructor.paramwise_cfg or {}).get('custom_keys', {})
     found = sorted(sorted(key for key in keys if key in name), key=len, reverse=True)
     return bool(found) and _MANAGER in found[0]
 
