@@ -1,4 +1,4 @@
-"""Names of other releases in state dicts, translated to ours in place, on load."""
+"""Translates the names of other releases in a state dict, when it is loaded."""
 
 import re
 from typing import Any
@@ -13,15 +13,16 @@ _CONVNEXT_PARTS = {
 
 
 def convnext_names(state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Reads the ConvNeXt of the original release and of mmpretrain.
+    """Translates a state dict of the original ConvNeXt or of mmpretrain's.
 
-    mmpretrain's names of a block's convolutions become the original ones, linear pointwise weights
-    1x1 convolutions, and a flat layer scale ``(1, channels, 1, 1)``.
+    mmpretrain's names of a block's convolutions become the original names. Pointwise weights of
+    linear layers become those of 1x1 convolutions. A layer scale of shape ``(channels,)`` becomes
+    ``(1, channels, 1, 1)``.
 
     Args:
         state_dict: Changed in place.
-        prefix: Names that begin otherwise are left alone.
-        *_: What ``load_state_dict`` passes to a hook beyond that.
+        prefix: The network's place in the state dict. Other names do not change.
+        *_: Other arguments that ``load_state_dict`` passes to a hook; not used.
     """
     for key in [key for key in state_dict if key.startswith(prefix)]:
         value = state_dict.pop(key)
@@ -31,7 +32,7 @@ def convnext_names(state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
             key[len(prefix) :],
         )
         if not isinstance(value, Tensor):
-            pass  # Refused later, by its name.
+            pass  # A later check refuses it and names it.
         elif name.endswith(('pwconv1.weight', 'pwconv2.weight')) and value.dim() == 2:
             value = value[:, :, None, None]
         elif name.endswith('gamma') and value.dim() == 1:
@@ -42,14 +43,14 @@ def convnext_names(state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
 def mobilenet_v2_names(
     blocks: list[int], nested: bool, state_dict: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
-    """Reads a MobileNetV2 named as by torchvision, ``features.I.conv.J``, as mmdet or mmseg do.
+    """Translates torchvision's names of a MobileNetV2, ``features.I.conv.J``, to the library's.
 
     Args:
-        blocks: Blocks in each of the seven groups.
-        nested: Whether a block's convolutions are ``conv.J`` (mmseg) or have names (mmdet).
+        blocks: Number of blocks in each of the seven groups.
+        nested: Whether a block's convolutions are called ``conv.J`` (mmseg) or have names (mmdet).
         state_dict: Changed in place.
-        prefix: Names that begin otherwise are left alone.
-        *_: What ``load_state_dict`` passes to a hook beyond that.
+        prefix: The network's place in the state dict. Other names do not change.
+        *_: Other arguments that ``load_state_dict`` passes to a hook; not used.
     """
     places = ['conv1']
     for group, count in enumerate(blocks):
@@ -67,21 +68,22 @@ def mobilenet_v2_names(
             translated = _block(rest, 1 if index == '1' else 2, nested)
         else:
             continue
-        # What MobileNetV2 does not have stays, to be listed or refused.
+        # Names that are not of a MobileNetV2 stay: a later check lists or refuses them.
         if translated is not None:
             state_dict[f'{prefix}{places[int(index)]}.{translated}'] = state_dict.pop(key)
 
 
 def _single(name: str) -> str | None:
-    """The first and the last feature: a convolution ``0`` and its norm ``1``."""
+    """Translates a name in the first or the last feature: convolution ``0`` or its norm ``1``."""
     match = re.fullmatch(r'([01])\.(.+)', name)
     return match and f'{("conv", "bn")[int(match[1])]}.{match[2]}'
 
 
 def _block(name: str, linear: int, nested: bool) -> str | None:
-    """A block: convolution J and its norm are ``conv.J.0`` and ``conv.J.1``.
+    """Translates a name in a block.
 
-    Only those of the last, the ``linear`` one, are ``conv.J`` and ``conv.(J + 1)``.
+    Convolution J and its norm are called ``conv.J.0`` and ``conv.J.1``. Only the last convolution,
+    of number ``linear``, and its norm are called ``conv.J`` and ``conv.(J + 1)``.
     """
     if match := re.fullmatch(r'conv\.(\d)\.([01])\.(.+)', name):
         number, kind, rest = int(match[1]), int(match[2]), match[3]
