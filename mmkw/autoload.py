@@ -5,8 +5,8 @@ the call of constructors of optimizers.
 
 If mmkw is installed, PyTorch calls :func:`install` at the end of ``import torch`` (the entry point
 in ``setup.py``). Otherwise ``import mmkw`` calls it. So a checkpoint is read as data even if nobody
-has imported mmkw yet, for example by an inferencer that loads its weights first. This module
-imports only the standard library.
+has imported mmkw yet. An inferencer, for example, may load its weights first. This module imports
+only the standard library.
 """
 
 import sys

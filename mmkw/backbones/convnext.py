@@ -1,7 +1,7 @@
 """ConvNeXt, static and with KernelWarehouse.
 
-The static network is written here because neither mmdet nor mmseg has one. Its module names are
-those of the published KernelWarehouse checkpoints.
+The static network is written here because neither mmdet nor mmseg has one. Its modules have the
+same names as in the published KernelWarehouse checkpoints.
 """
 
 from collections.abc import Sequence

@@ -105,7 +105,7 @@ def KWMobileNetV2(
     """
     arguments = dict(locals())
     network = MobileNetV2(widen_factor, **static)
-    # This network freezes its stages in train(), and the conversion needs to know what is frozen.
+    # This network freezes its stages only in train(). They must be frozen before the conversion.
     network.train()
     kinds = {len({home for _, home in mobilenet_v2_rule(network, p)}): p for p in POINTWISE}
     network._register_load_state_dict_pre_hook(partial(_check_sharing, pointwise, kinds))

@@ -27,7 +27,7 @@ def drop_path_rates(rate: float | Sequence[float], blocks: int) -> list[float]:
         blocks: Number of blocks.
 
     Raises:
-        ValueError: If a rate is out of range, or if a sequence has not one rate per block.
+        ValueError: If a rate is out of range, or if a sequence does not have one rate per block.
         TypeError: If a rate is not a number.
     """
     several = isinstance(rate, Sequence) and not isinstance(rate, str)
@@ -54,7 +54,7 @@ def add_drop_path(blocks: Sequence[nn.Module], rate: float | Sequence[float]) ->
         rate: As in :func:`drop_path_rates`.
 
     Raises:
-        ValueError: If a rate is out of range, or if a sequence has not one rate per block.
+        ValueError: If a rate is out of range, or if a sequence does not have one rate per block.
         TypeError: If a rate is not a number.
     """
     rates = drop_path_rates(rate, len(blocks))

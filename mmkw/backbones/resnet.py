@@ -37,7 +37,7 @@ def ResNet(
         The network, of the library's class.
 
     Raises:
-        ValueError: If ``drop_path_rate`` is out of range, or has not one value per block.
+        ValueError: If ``drop_path_rate`` is out of range, or does not have one value per block.
         TypeError: If ``drop_path_rate`` is neither a number nor a sequence of numbers.
     """
     kind = 'ResNeXt' if 'groups' in resnet else 'ResNet'
@@ -98,7 +98,7 @@ def KWResNet(
 
     Raises:
         PlanError: If the warehouse options do not fit the network.
-        ValueError: If ``drop_path_rate`` is out of range, or has not one value per block.
+        ValueError: If ``drop_path_rate`` is out of range, or does not have one value per block.
         TypeError: If ``drop_path_rate`` is neither a number nor a sequence of numbers.
 
     Example:

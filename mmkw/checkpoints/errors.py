@@ -6,7 +6,7 @@ class UnsafeCheckpointError(RuntimeError):
 
 
 class DamagedCheckpointError(RuntimeError):
-    """A file that is truncated or altered, or no checkpoint at all."""
+    """A file that is truncated or altered, or that is not a checkpoint."""
 
 
 class CheckpointMismatchError(RuntimeError):

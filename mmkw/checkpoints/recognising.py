@@ -42,8 +42,9 @@ def check_checkpoint(
         *_: Other arguments that ``load_state_dict`` passes to a hook; not used.
 
     Raises:
-        CheckpointMismatchError: If there is neither a warehouse nor a kernel for the network, or if
-            a warehouse, a kernel or a tensor of a dynamic layer is missing or has another shape.
+        CheckpointMismatchError: If a warehouse, or a tensor of a dynamic layer, is missing or has
+            another shape. If there are no warehouses, and a static kernel is missing or has another
+            shape.
         DamagedCheckpointError: If one of these is not a dense tensor of real, finite numbers.
     """
     manager = getattr(network, 'warehouse_manager', None)

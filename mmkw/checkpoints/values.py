@@ -344,7 +344,7 @@ class Values:
         return nn.Parameter(data.detach(), learns)
 
     def _from_type(self, call: Call, arguments: tuple, place: tuple[Any, ...]) -> Tensor:
-        """``_rebuild_from_type_v2(function, type, arguments, attributes)``, without the last."""
+        """``_rebuild_from_type_v2(function, type, arguments, attributes)``; ignores attributes."""
         function, kind, inner = arguments[:3] if len(arguments) >= 3 else (None,) * 3
         if (
             type(function) is not Name
@@ -483,7 +483,7 @@ KNOWN = {
 
 
 def _is_statistic(name: str, method: Any) -> bool:
-    """Whether a record stands for ``HistoryBuffer.<name>``, one of the four that all have."""
+    """Whether a record stands for ``HistoryBuffer.<name>``, a statistic that every history has."""
     if name not in _STATISTICS:
         return False
     if type(method) is Name:

@@ -234,7 +234,7 @@ class Attention(nn.Module):
         return norm(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Tensor[batch, mixtures, cells + 1]."""
+        """Computes the logits: Tensor[batch, mixtures, cells + 1]."""
         z = self.fc2(hidden).unflatten(1, (self.num_mixtures, -1))
         if not self.has_nonlocal_basis:
             return z
@@ -244,7 +244,7 @@ class Attention(nn.Module):
         return logits + self.basis_bias.view(self.num_mixtures, -1)
 
     def extra_repr(self) -> str:
-        """Mixtures and cells."""
+        """The numbers of mixtures and cells."""
         return f'mixtures={self.num_mixtures}, cells={self.num_cells}'
 
 

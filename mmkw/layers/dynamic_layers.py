@@ -192,7 +192,7 @@ class DynamicLayer(Weightless, StandsForStatic):
         return twin.train(self.training)
 
     def _make_static(self) -> nn.Module:
-        """A layer of ``static_class`` without bias, on the meta device."""
+        """Makes a layer of ``static_class`` without bias, on the meta device."""
         raise NotImplementedError
 
     def counterparts(self, twin: nn.Module) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
@@ -265,7 +265,7 @@ class DynamicLayer(Weightless, StandsForStatic):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """The same words as for the static layer."""
+        """The arguments, as for the static layer."""
         return self.static_class.extra_repr(self)
 
 

@@ -14,7 +14,7 @@ from ..ops.kernels import cut_kernels
 from .attention import Attention
 from .partition import LayerShare, WarehousePartition
 
-# The seed for cells that no mixture is assigned. All processes of a training need the same cells.
+# The seed of the random spare cells. All processes of a training need the same cells.
 _SEED = 20240607
 
 
@@ -39,8 +39,8 @@ def warm_start(
 
     With a budget ``b`` of at least 1, every piece of a kernel has its own cell, and the start is
     exact. At tau = 1 this cell is the piece. The attentions keep their random start and take over
-    as tau falls. At tau = 0 the attention of this cell starts slightly below 1, and the cell is the
-    piece divided by that number. The spare cells have no weight yet. They are random, with the
+    as tau falls. At tau = 0 the attention of this cell starts slightly below 1. The cell is the
+    piece divided by this attention. The spare cells have no weight yet. They are random, with the
     layer's magnitude: a cell of zeros would neither get nor give a gradient.
 
     With ``b < 1`` there are fewer cells than pieces. At tau = 0 the cells are the singular vectors
@@ -51,7 +51,7 @@ def warm_start(
     Args:
         partition: The warehouse.
         kernels: Static kernels, Tensor[out, in, *kernel_size], by layer. The cells of other layers
-            do not change, except with ``b < 1`` at tau = 0, where layers own no cells.
+            do not change. With ``b < 1`` at tau = 0 they may change, too.
         attentions: The attentions of the same layers. They change at tau = 0 only.
         cells: Tensor[cells, cell_out, cell_in, *cell_kernel], the current cells.
         tau: 0 or 1.

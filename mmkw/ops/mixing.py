@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # Bytes of kernels that one product mixes. A larger number means fewer passes over a warehouse.
 BLOCK_BYTES = {'cpu': 40 << 20}
-# Bytes of kernels that are assembled at a time. On the CPU they should stay in the caches, and
-# below the size from which the C library asks the system for fresh pages on every call.
+# Bytes of kernels that are assembled at a time. On the CPU they should stay in the caches. For
+# larger sizes the C library also asks the system for fresh memory on every call.
 PART_BYTES = {'cpu': 30 << 20}
 # The limit of both on other devices.
 DEFAULT_BYTES = 512 << 20

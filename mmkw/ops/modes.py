@@ -61,7 +61,7 @@ def is_seen_through(*tensors: Tensor) -> bool:
         is_compiling()
         or is_exporting()
         or is_transforming()
-        # Fake tensors, tracers, counters.
+        # A dispatch mode is active: fake tensors, a tracer, or a counter of operations.
         or torch._C._len_torch_dispatch_stack() > 0
         or any(map(_is_no_plain_tensor, tensors))
     )

@@ -17,9 +17,9 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 class SampleConv:
     """Convolves every image with its own kernel.
 
-    On the CPU the images are convolved one after the other, because a grouped convolution of the
-    whole batch takes up to five times as long. On other devices, and for depthwise convolutions,
-    one convolution has the groups of all images. For kernels of size one without padding, a batched
+    On the CPU the images are convolved one after the other. A grouped convolution of the whole
+    batch would take up to five times as long. On other devices, and for depthwise convolutions, one
+    convolution has the groups of all images. For kernels of size one without padding, a batched
     product of matrices computes the result.
 
     Args:

@@ -17,8 +17,8 @@ from .value_projection import fused_projections
 
 # Layers with fewer channels take the image as their input, or make predictions.
 MIN_CHANNELS = 16
-# The general rule leaves a layer static if its attention is larger than this part of its kernel,
-# counted in parameters for a warehouse with this layer alone.
+# The general rule leaves a layer static if its attention has more parameters than this part of its
+# kernel. The layer is counted as if it had its own warehouse.
 MAX_OWN_OVERHEAD = 0.25
 # A warehouse is split if its attentions have more parameters than this multiple of its cells', at a
 # budget of 1.
@@ -60,9 +60,9 @@ def family_rule(network: nn.Module) -> list[tuple[str, str]]:
 
     The general rule is for all other networks. There a stage is the part of a layer's name up to
     the first number. A stage has one warehouse for convolutions, one for grouped convolutions and
-    one for linear layers. Static are the predictions of heads
-    (:func:`~mmkw.layers.static_layers.predictions`), layers with fewer than 16 channels, and
-    kernels that are too small for an attention (most depthwise ones).
+    one for linear layers. This rule leaves the predictions of heads static
+    (:func:`~mmkw.layers.static_layers.predictions`). It also leaves layers with fewer than 16
+    channels static, and layers whose kernel is too small for an attention (most depthwise ones).
 
     All rules leave a layer static if another module reads its weight, as BEiT's attention does.
     Warehouses whose cells would be too small are split; see :func:`split_groups`. A rule that makes

@@ -30,8 +30,8 @@ def pattern_plan(
         **options: Options for all warehouses. The options of a pattern take precedence.
 
     Raises:
-        PlanError: If a pattern is malformed, if it matches no layer beyond those of earlier
-            patterns, if it matches a layer that cannot be dynamic, or if two patterns give one
+        PlanError: If a pattern is malformed. If it matches no layer, or only layers that earlier
+            patterns match. If it matches a layer that cannot be dynamic. If two patterns give one
             warehouse different options.
     """
     layers = plannable_layers(network)

@@ -1,7 +1,7 @@
 """Checks the fields of a checkpoint that MMEngine acts on.
 
-The reader makes sure that a file holds data only. But MMEngine would run the text of a config,
-remove the files that a checkpoint names, and continue from an epoch that is not a number.
+The reader makes sure that a file holds data only. But MMEngine acts on some of the data. It would
+run the text of a config, remove files that a checkpoint names, and use an epoch that is text.
 """
 
 import os.path as osp

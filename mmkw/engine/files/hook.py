@@ -39,8 +39,8 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
 
     Checkpoints and ``last_checkpoint`` are written under another name and then renamed. Older
     checkpoints are removed after that. So at every moment ``last_checkpoint`` names a whole
-    checkpoint. If ``last_checkpoint`` is missing or empty, or if its file is missing or damaged,
-    ``resume=True`` takes the newest whole checkpoint of the folder and logs a warning.
+    checkpoint. ``last_checkpoint`` may still be missing or empty, or name a file that is missing or
+    damaged. Then ``resume=True`` takes the newest whole checkpoint of the folder and warns.
     """
 
     # Steps of the checkpoints that are removed after the current save.
