@@ -54,7 +54,8 @@ autoload.install()
 
 
 def __getattr__(name: str) -> Any:
-    # Late, since PyTorch imports this package at the end of its own import.
+    # Names are imported on first use. PyTorch imports this package at the end of its own import,
+    # when the modules below could not be imported yet.
     place = next((place for place, names in _PLACES.items() if name in names), None)
     if place is None:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

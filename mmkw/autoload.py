@@ -1,12 +1,12 @@
-"""Puts ours in the place of what MMEngine and mmcv have, as soon as that is imported.
+"""Replaces parts of MMEngine and mmcv by ours, as soon as those are imported.
 
-These are the reader and the writer of checkpoints, the walk that fuses BatchNorms, and what asks
-constructors of optimizers.
+These parts are the reader and the writer of checkpoints, the function that fuses BatchNorms, and
+the call of constructors of optimizers.
 
-PyTorch calls :func:`install` at the end of ``import torch`` where mmkw is installed (the entry
-point in ``setup.py``), ``import mmkw`` does it elsewhere. So a file is read as data also where
-nobody has imported mmkw yet, as in an inferencer that loads its weights first. Only the standard
-library is imported here.
+If mmkw is installed, PyTorch calls :func:`install` at the end of ``import torch`` (the entry point
+in ``setup.py``). Otherwise ``import mmkw`` calls it. So a checkpoint is read as data even if nobody
+has imported mmkw yet. An inferencer, for example, may load its weights first. This module imports
+only the standard library.
 """
 
 import sys
@@ -17,8 +17,8 @@ from importlib.util import find_spec
 from operator import attrgetter
 from types import ModuleType
 
-# Modules of MMEngine and mmcv: the last thing that each defines, what in it becomes ours, and our
-# module whose ``take_place`` does that.
+# For each module of MMEngine or mmcv: the last name that it defines, the name that we replace, and
+# our module whose ``take_place`` does this.
 _OURS = {
     'mmengine.runner.checkpoint': (
         'find_latest_checkpoint',
@@ -41,12 +41,12 @@ _OURS = {
         'mmkw.engine.constructors',
     ),
 }
-# Those at which we are, since importing ours imports other things.
+# Modules whose parts are being replaced. Our modules import others, which calls _catch_up again.
 _busy: set[str] = set()
 
 
 def install() -> None:
-    """Imports ours after their modules: now where those are there, else when they are."""
+    """Replaces the parts of modules that are imported now, and of the others on their import."""
     _catch_up()
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
@@ -57,7 +57,7 @@ def _catch_up() -> None:
         theirs = sys.modules.get(name)
         if name in _busy or not hasattr(theirs, last):
             continue
-        # Asked of the module as it is: it may have been loaded again.
+        # The current module is checked on every call, because it may have been reloaded.
         if attrgetter(taken)(theirs).__module__ != ours:
             _busy.add(name)
             try:
@@ -67,12 +67,12 @@ def _catch_up() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds their modules as everyone does, and has ours imported after them."""
+    """Finds the modules as usual, and replaces their parts after they have been executed."""
 
     def find_spec(
         self, fullname: str, path: object = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        # One of their modules may have been the first to import PyTorch, and have ended since.
+        # A module that itself imported PyTorch was incomplete in install(). It may be complete now.
         _catch_up()
         if fullname not in _OURS:
             return None

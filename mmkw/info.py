@@ -1,4 +1,4 @@
-"""``python -m mmkw.info``: what is installed here, and what computes. For questions and reports."""
+"""``python -m mmkw.info`` prints the installed versions and which kernels compute."""
 
 import platform
 from importlib import metadata
@@ -9,10 +9,10 @@ from .version import __version__
 
 
 def report() -> str:
-    """Says which versions are installed, which mmkw accepts, and what computes.
+    """Reports the installed versions, unsupported versions, and which kernels compute.
 
     Returns:
-        Lines of a name and what is known of it.
+        Lines, each with a name and its description.
 
     Example:
         ``print(mmkw.info.report())``, or ``python -m mmkw.info`` in a shell.

@@ -1,7 +1,7 @@
 """Registries of mmkw: children of MMEngine's, with scope ``mmkw``.
 
-MMEngine imports ``<scope>.registry`` when it meets a type such as ``mmkw.KWResNet``, and the
-``locations`` below on the first look-up; a config needs neither ``custom_imports`` nor an import.
+MMEngine imports ``<scope>.registry`` when a config has a type such as ``mmkw.KWResNet``. On the
+first look-up it imports the ``locations`` below. So a config needs no ``custom_imports``.
 """
 
 from .requirements import check_versions

@@ -1,6 +1,6 @@
-"""The versions mmkw works with: read by ``setup.py``, checked on import.
+"""The versions that mmkw works with. ``setup.py`` reads them, and the import checks them.
 
-Only the standard library is imported here, so that the check itself cannot fail on what it checks.
+This module imports only the standard library, so that the check also works if a dependency fails.
 """
 
 import re
@@ -21,8 +21,8 @@ OPTIONAL = ('mmdet', 'mmsegmentation')
 class UnsupportedVersionError(RuntimeError):
     """A dependency is missing or has a version that mmkw does not work with.
 
-    Not an ``ImportError``: MMEngine's registries swallow those while they look for a scope, and the
-    user would only hear that ``mmkw.KWResNet`` is not registered.
+    This is not an ``ImportError``, because MMEngine's registries ignore import errors while they
+    look for a scope. The user would only read that ``mmkw.KWResNet`` is not registered.
     """
 
 
@@ -33,19 +33,20 @@ def requirement(name: str) -> str:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Numbers of a version's release part: ``'2.13.0+cpu'`` -> ``(2, 13, 0)``."""
+    """The numbers of a version's release part: ``'2.13.0+cpu'`` -> ``(2, 13, 0)``."""
     match = re.match(r'\d+(\.\d+)*', version)
     return tuple(int(part) for part in match.group().split('.')) if match else ()
 
 
 def fault_of(name: str) -> str | None:
-    """What is wrong with an installed distribution, or with its absence.
+    """Describes what is wrong with a distribution: it is missing, or of an unsupported version.
 
     Args:
-        name: Of :data:`SUPPORTED`.
+        name: A name in :data:`SUPPORTED`.
 
     Returns:
-        Both versions and the command that mends it; None where nothing is wrong.
+        The needed version, the installed version, and the command to install a tested one. None if
+        nothing is wrong.
     """
     low, high, tested = SUPPORTED[name]
     isolation = ' --no-build-isolation' if name == 'mmcv' else ''
@@ -65,7 +66,7 @@ def check_versions() -> None:
     """Checks every installed dependency against :data:`SUPPORTED`.
 
     Raises:
-        UnsupportedVersionError: With both versions and the command that mends it.
+        UnsupportedVersionError: If one is missing or unsupported; see :func:`fault_of`.
     """
     for name in SUPPORTED:
         if fault := fault_of(name):

@@ -1,4 +1,4 @@
-"""Backbones with KernelWarehouse: a static network plus a rule; a wrapper for any other."""
+"""Backbones with KernelWarehouse, and a wrapper for any other network."""
 
 from .convnext import ConvNeXt, KWConvNeXt
 from .mobilenet_v2 import KWMobileNetV2, MobileNetV2

@@ -1,4 +1,4 @@
-"""What all networks of this package are made by: a static one, the layers that share, options."""
+"""Builds the networks of this package from a static network, a plan and options."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,9 +18,10 @@ def make_dynamic(
 
     Args:
         network: A static network.
-        plan: Which layer belongs to which warehouse; as pairs it takes the warehouse options.
-        arguments: Of a constructor, by name: the warehouse options, ``attention_norm_cfg``,
-            ``start_tau`` and ``freeze_warehouses``. Others are left aside.
+        plan: A plan, or pairs of layer and warehouse. Pairs use the warehouse options in
+            ``arguments``.
+        arguments: Arguments of a constructor, by name: the warehouse options,
+            ``attention_norm_cfg``, ``start_tau`` and ``freeze_warehouses``. Others are ignored.
 
     Returns:
         The same network.

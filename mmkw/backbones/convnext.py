@@ -1,7 +1,7 @@
 """ConvNeXt, static and with KernelWarehouse.
 
-The static network is written here because neither mmdet nor mmseg has one. Its module names are
-those of the published KernelWarehouse checkpoints.
+The static network is written here because neither mmdet nor mmseg has one. Its modules have the
+same names as in the published KernelWarehouse checkpoints.
 """
 
 import re
@@ -33,7 +33,7 @@ class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of Tensor[batch, channels, height, width]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tensor of the same shape."""
+        """Normalises; the shape stays the same."""
         x = x.permute(0, 2, 3, 1)
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(
             0, 3, 1, 2
@@ -46,7 +46,7 @@ class ConvNeXtBlock(nn.Module):
     Args:
         channels: Channels in and out.
         drop_path_rate: Stochastic depth, in [0, 1).
-        layer_scale_init_value: Start of the layer scale ``gamma``; 0 for none.
+        layer_scale_init_value: Start of the layer scale ``gamma``; 0 means no layer scale.
     """
 
     def __init__(self, channels: int, drop_path_rate: float, layer_scale_init_value: float) -> None:
@@ -62,7 +62,7 @@ class ConvNeXtBlock(nn.Module):
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tensor[batch, channels, height, width] to the same shape."""
+        """Maps Tensor[batch, channels, height, width] to the same shape."""
         y = self.pwconv2(self.act(self.pwconv1(self.norm(self.dwconv(x)))))
         if self.gamma is not None:
             y = self.gamma * y
@@ -73,24 +73,27 @@ class ConvNeXtBlock(nn.Module):
 class ConvNeXt(BaseModule):
     """`ConvNeXt <https://arxiv.org/abs/2201.03545>`_ as a backbone.
 
-    Reads the checkpoints of the original release and of mmpretrain: their names are translated, and
-    pointwise weights may be linear or 1x1 convolutions.
+    It reads the checkpoints of the original release and of mmpretrain. Their names are translated.
+    Pointwise weights may come from linear layers or from 1x1 convolutions.
 
     Args:
         arch: ``tiny``, ``small``, ``base`` or ``large``, or
             ``dict(depths=[...], channels=[...])`` with one value per stage.
         in_channels: Channels of the image.
-        out_indices: Stages whose output is returned, each through a norm of its own.
-        drop_path_rate: Stochastic depth of the last block, in [0, 1); earlier blocks have
-            proportionally less. Or a sequence of one rate per block.
-        layer_scale_init_value: Start of the layer scale; 0 for none.
+        out_indices: Indices of the stages whose output is returned, from 0. Each output has its
+            own norm.
+        drop_path_rate: Stochastic depth of the last block, in [0, 1). The rates grow linearly from
+            0 at the first block. Or a sequence with one rate per block.
+        layer_scale_init_value: Start of the layer scale; 0 means no layer scale.
         frozen_stages: -1 freezes nothing, 0 the stem, i the stem and the first i stages.
-        with_cp: Recompute the blocks' activations in the backward pass, to save memory.
-        init_cfg: As in MMEngine; by default truncated normal of 0.02 for convolutions.
+        with_cp: Whether the blocks' activations are recomputed in the backward pass, to save
+            memory.
+        init_cfg: As in MMEngine. By default convolutions start truncated normal, with a standard
+            deviation of 0.02.
 
     Raises:
         ValueError: If an argument is unknown or out of its range.
-        TypeError: If ``drop_path_rate`` is no number, nor a sequence of numbers.
+        TypeError: If ``drop_path_rate`` is neither a number nor a sequence of numbers.
     """
 
     arch_settings = {
@@ -143,7 +146,7 @@ class ConvNeXt(BaseModule):
             self.add_module(f'norm{index}', LayerNorm2d(channels[index], eps=EPS))
         if with_cp:
             checkpoint_blocks([block for stage in self.stages for block in stage])
-        # Its convolutions have no padding: stem 4, then 2 a stage.
+        # Convolutions without padding divide the image by 4 in the stem, then by 2 per stage.
         refuse_small_images(self, 4 * 2 ** (stages - 1))
         self._freeze_stages()
 
@@ -159,7 +162,7 @@ class ConvNeXt(BaseModule):
         return list(arch['depths']), list(arch['channels'])
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Tensor[batch, in_channels, height, width] to the outputs of ``out_indices``."""
+        """Maps Tensor[batch, in_channels, height, width] to the outputs of ``out_indices``."""
         outs = []
         for index, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             x = stage(downsample(x))
@@ -168,7 +171,7 @@ class ConvNeXt(BaseModule):
         return tuple(outs)
 
     def train(self, mode: bool = True) -> 'ConvNeXt':
-        """Keeps frozen stages in evaluation mode."""
+        """Sets the mode, but keeps frozen stages in evaluation mode."""
         super().train(mode)
         self._freeze_stages()
         return self
@@ -203,17 +206,24 @@ def KWConvNeXt(
 
     Args:
         arch: As in :class:`ConvNeXt`.
-        cell_num_ratio: The budget, and the other warehouse options of
-            :class:`~mmkw.layers.WarehouseOptions`: each one value, or one per warehouse.
-        cell_inplane_ratio: See there.
-        cell_outplane_ratio: See there.
-        reduction: See there.
-        nonlocal_basis_ratio: See there.
-        spatial_partition: See there.
-        attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default LN,
-            as the norms of the network are.
-        start_tau: See :func:`~mmkw.sharing.convert`.
-        freeze_warehouses: The same.
+        cell_num_ratio: The budget ``b``: cells per mixture. Above 0. This and the next five options
+            are one value, or one per warehouse.
+        cell_inplane_ratio: Input channels of a cell, relative to the greatest common divisor of the
+            layers' input channels (per group). In (0, 1].
+        cell_outplane_ratio: Output channels of a cell, relative to the greatest common divisor of
+            the layers' output channels. In (0, 1].
+        reduction: Hidden width of the attention, relative to the layer's input channels. Above 0.
+            At least 16 units are used.
+        nonlocal_basis_ratio: Size of the basis through which a layer attends to the cells of other
+            layers, relative to the number of those cells. In (0, 1]; 1 means no basis.
+        spatial_partition: Whether cells have size 1 in space. Otherwise they have the kernel's
+            size.
+        attention_norm_cfg: Norm of the attentions: ``BN1d``, ``SyncBN`` or ``LN``. By default LN,
+            as in the rest of the network.
+        start_tau: The temperature at which a static checkpoint starts the network: 0, or 1 with a
+            :class:`~mmkw.engine.hooks.TemperatureHook`.
+        freeze_warehouses: Whether a warehouse is frozen while all its layers are frozen. If not,
+            every warehouse learns.
         **static: The other arguments of :class:`ConvNeXt`.
 
     Returns:
@@ -222,7 +232,7 @@ def KWConvNeXt(
     Raises:
         PlanError: If the warehouse options do not fit the network.
         ValueError: If an argument of ConvNeXt is out of its range.
-        TypeError: If ``drop_path_rate`` is no number, nor a sequence of numbers.
+        TypeError: If ``drop_path_rate`` is neither a number nor a sequence of numbers.
 
     Example:
         >>> backbone = mmkw.KWConvNeXt('tiny', drop_path_rate=0.4, out_indices=(1, 2, 3))
@@ -233,15 +243,16 @@ def KWConvNeXt(
 
 
 def convnext_names(state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Reads the ConvNeXt of the original release and of mmpretrain.
+    """Translates a state dict of the original ConvNeXt or of mmpretrain's.
 
-    mmpretrain's names of a block's convolutions become the original ones, linear pointwise weights
-    1x1 convolutions, and a flat layer scale ``(1, channels, 1, 1)``.
+    mmpretrain's names of a block's convolutions become the original names. Pointwise weights of
+    linear layers become those of 1x1 convolutions. A layer scale of shape ``(channels,)`` becomes
+    ``(1, channels, 1, 1)``.
 
     Args:
         state_dict: Changed in place.
-        prefix: Names that begin otherwise are left alone.
-        *_: What ``load_state_dict`` passes to a hook beyond that.
+        prefix: The network's place in the state dict. Other names do not change.
+        *_: Other arguments that ``load_state_dict`` passes to a hook; not used.
     """
     for key in [key for key in state_dict if key.startswith(prefix)]:
         value = state_dict.pop(key)
@@ -251,7 +262,7 @@ def convnext_names(state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
             key[len(prefix) :],
         )
         if not isinstance(value, Tensor):
-            pass  # Refused later, by its name.
+            pass  # A later check refuses it and names it.
         elif name.endswith(('pwconv1.weight', 'pwconv2.weight')) and value.dim() == 2:
             value = value[:, :, None, None]
         elif name.endswith('gamma') and value.dim() == 1:

@@ -18,14 +18,14 @@ from .static import refuse_small_images, static_network
 
 @MODELS.register_module()
 def MobileNetV2(widen_factor: float = 1.0, *, with_cp: bool = False, **arguments: Any) -> nn.Module:
-    """Builds the library's own static MobileNetV2: the paper's baseline.
+    """Builds the static MobileNetV2 of mmdet or mmseg: the paper's baseline.
 
-    It also reads checkpoints that name the layers as torchvision does, among them the published
-    ones.
+    The network also reads checkpoints with torchvision's names, such as the published checkpoints.
 
     Args:
-        widen_factor: Width of the network, relative to its channels at 1.
-        with_cp: Recompute the blocks' activations in the backward pass, to save memory.
+        widen_factor: Width of the network: a factor for the channels.
+        with_cp: Whether the blocks' activations are recomputed in the backward pass, to save
+            memory.
         **arguments: The other arguments of the ``MobileNetV2`` of mmdet or mmseg.
 
     Returns:
@@ -60,30 +60,38 @@ def KWMobileNetV2(
     freeze_warehouses: bool = True,
     **static: Any,
 ) -> nn.Module:
-    """Builds the library's own MobileNetV2 with the paper's sharing.
+    """Builds the MobileNetV2 of mmdet or mmseg with the paper's sharing.
 
-    The result is the ``MobileNetV2`` of mmdet or mmseg, whichever the config belongs to, with all
-    its arguments; it reads the published checkpoints. The paper's 1/2x has
-    ``pointwise='last_stage', reduction=1 / 32`` and, for the nine warehouses of the backbone,
-    ``cell_num_ratio=[1] * 6 + [.5, 1, .5]`` and the same inplane and outplane ratios.
+    The result is an object of the ``MobileNetV2`` class of mmdet or mmseg, depending on the config.
+    It takes all arguments of that class, and reads the published checkpoints. The paper's 1/2x
+    network has ``pointwise='last_stage'`` and ``reduction=1 / 32``. Its ``cell_num_ratio``,
+    ``cell_inplane_ratio`` and ``cell_outplane_ratio`` are each ``[1] * 6 + [.5, 1, .5]``, for the
+    nine warehouses of the backbone.
 
     Args:
-        widen_factor: Width of the network, relative to its channels at 1.
+        widen_factor: Width of the network: a factor for the channels.
         pointwise: How pointwise convolutions share: ``joint`` (the paper's 1x), ``separate`` (4x)
-            or ``last_stage`` (1/2x); see :func:`~mmkw.sharing.mobilenet_v2_rule`.
-        cell_num_ratio: The budget, and the other warehouse options of
-            :class:`~mmkw.layers.WarehouseOptions`: each one value, or one per warehouse.
-        cell_inplane_ratio: See there.
-        cell_outplane_ratio: See there.
-        reduction: See there.
-        nonlocal_basis_ratio: See there.
-        spatial_partition: See there.
-        attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default
-            SyncBN or BatchNorm where the network has it, else LayerNorm.
-        start_tau: See :func:`~mmkw.sharing.convert`.
-        freeze_warehouses: The same. The paper's detectors freeze the stem and the first two stages
-            but no warehouse: ``frozen_stages=2, freeze_warehouses=False`` in mmdet.
-        **static: The arguments of :func:`MobileNetV2`, those of the library's own among them.
+            or ``last_stage`` (1/2x). See :func:`~mmkw.sharing.mobilenet_v2_rule`.
+        cell_num_ratio: The budget ``b``: cells per mixture. Above 0. This and the next five options
+            are one value, or one per warehouse.
+        cell_inplane_ratio: Input channels of a cell, relative to the greatest common divisor of the
+            layers' input channels (per group). In (0, 1].
+        cell_outplane_ratio: Output channels of a cell, relative to the greatest common divisor of
+            the layers' output channels. In (0, 1].
+        reduction: Hidden width of the attention, relative to the layer's input channels. Above 0.
+            At least 16 units are used.
+        nonlocal_basis_ratio: Size of the basis through which a layer attends to the cells of other
+            layers, relative to the number of those cells. In (0, 1]; 1 means no basis.
+        spatial_partition: Whether cells have size 1 in space. Otherwise they have the kernel's
+            size.
+        attention_norm_cfg: Norm of the attentions: ``BN1d``, ``SyncBN`` or ``LN``. By default
+            SyncBN or BatchNorm if the network has it, else LayerNorm.
+        start_tau: The temperature at which a static checkpoint starts the network: 0, or 1 with a
+            :class:`~mmkw.engine.hooks.TemperatureHook`.
+        freeze_warehouses: Whether a warehouse is frozen while all its layers are frozen. If not,
+            every warehouse learns. The paper's detectors freeze the stem and the first two
+            stages but no warehouse: ``frozen_stages=2, freeze_warehouses=False`` in mmdet.
+        **static: The other arguments of :func:`MobileNetV2`.
 
     Returns:
         The network, of the library's class.
@@ -97,7 +105,7 @@ def KWMobileNetV2(
     """
     arguments = dict(locals())
     network = MobileNetV2(widen_factor, **static)
-    # This network freezes its stages in train() only; the conversion looks at what is frozen.
+    # This network freezes its stages only in train(). They must be frozen before the conversion.
     network.train()
     kinds = {len({home for _, home in mobilenet_v2_rule(network, p)}): p for p in POINTWISE}
     network._register_load_state_dict_pre_hook(partial(_check_sharing, pointwise, kinds))
@@ -107,9 +115,9 @@ def KWMobileNetV2(
 def _check_sharing(
     pointwise: str, kinds: dict[int, str], state_dict: dict[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Refuses a checkpoint that shares otherwise, told by its number of warehouses."""
+    """Refuses a checkpoint with another ``pointwise``. The number of warehouses shows which."""
     stored = len(stored_warehouses(state_dict, prefix))
-    # A dynamic classifier has a warehouse of its own.
+    # A dynamic classifier has its own warehouse.
     stored -= any(key.startswith(f'{prefix}classifier.1.attention.') for key in state_dict)
     found = kinds.get(stored, pointwise)
     if found != pointwise:
@@ -122,14 +130,14 @@ def _check_sharing(
 def mobilenet_v2_names(
     blocks: list[int], nested: bool, state_dict: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
-    """Reads a MobileNetV2 named as by torchvision, ``features.I.conv.J``, as mmdet or mmseg do.
+    """Translates torchvision's names of a MobileNetV2, ``features.I.conv.J``, to the library's.
 
     Args:
-        blocks: Blocks in each of the seven groups.
-        nested: Whether a block's convolutions are ``conv.J`` (mmseg) or have names (mmdet).
+        blocks: Number of blocks in each of the seven groups.
+        nested: Whether a block's convolutions are called ``conv.J`` (mmseg) or have names (mmdet).
         state_dict: Changed in place.
-        prefix: Names that begin otherwise are left alone.
-        *_: What ``load_state_dict`` passes to a hook beyond that.
+        prefix: The network's place in the state dict. Other names do not change.
+        *_: Other arguments that ``load_state_dict`` passes to a hook; not used.
     """
     places = ['conv1']
     for group, count in enumerate(blocks):
@@ -147,21 +155,22 @@ def mobilenet_v2_names(
             translated = _block(rest, 1 if index == '1' else 2, nested)
         else:
             continue
-        # What MobileNetV2 does not have stays, to be listed or refused.
+        # Names that are not of a MobileNetV2 stay: a later check lists or refuses them.
         if translated is not None:
             state_dict[f'{prefix}{places[int(index)]}.{translated}'] = state_dict.pop(key)
 
 
 def _single(name: str) -> str | None:
-    """The first and the last feature: a convolution ``0`` and its norm ``1``."""
+    """Translates a name in the first or the last feature: convolution ``0`` or its norm ``1``."""
     match = re.fullmatch(r'([01])\.(.+)', name)
     return match and f'{("conv", "bn")[int(match[1])]}.{match[2]}'
 
 
 def _block(name: str, linear: int, nested: bool) -> str | None:
-    """A block: convolution J and its norm are ``conv.J.0`` and ``conv.J.1``.
+    """Translates a name in a block.
 
-    Only those of the last, the ``linear`` one, are ``conv.J`` and ``conv.(J + 1)``.
+    Convolution J and its norm are called ``conv.J.0`` and ``conv.J.1``. Only the last convolution,
+    of number ``linear``, and its norm are called ``conv.J`` and ``conv.(J + 1)``.
     """
     if match := re.fullmatch(r'conv\.(\d)\.([01])\.(.+)', name):
         number, kind, rest = int(match[1]), int(match[2]), match[3]

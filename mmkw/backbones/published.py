@@ -1,4 +1,4 @@
-"""The authors' checkpoints, rewritten under the names of the networks here."""
+"""Rewrites the authors' checkpoints with the names of the networks here."""
 
 import re
 from typing import Any
@@ -11,7 +11,7 @@ from ..checkpoints.recognising import check_cells, stored_warehouses
 from .convnext import convnext_names
 from .mobilenet_v2 import mobilenet_v2_names
 
-# Blocks in the groups of a MobileNetV2.
+# Number of blocks in the groups of a MobileNetV2.
 _BLOCKS = [1, 2, 3, 4, 3, 3, 1]
 _KNOWN = re.compile(
     r'warehouse_manager\.weights\.\d+'
@@ -22,24 +22,24 @@ _KNOWN = re.compile(
 def rewrite_published(
     checkpoint: dict[str, Any], library: str = 'mmdet'
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Translates a published checkpoint, of ImageNet or of a detector.
+    """Translates a published checkpoint of ImageNet or of a detector.
 
     Args:
-        checkpoint: As :func:`~mmkw.checkpoints.read_checkpoint` gives it; not changed.
-        library: ``mmdet`` or ``mmseg``: whose MobileNetV2 the names are for. Other backbones have
-            the same names in both.
+        checkpoint: A result of :func:`~mmkw.checkpoints.read_checkpoint`; not changed.
+        library: ``mmdet`` or ``mmseg``: the library whose MobileNetV2 the names are for. Other
+            backbones have the same names in both libraries.
 
     Returns:
-        The state dict, and the names of the tensors left out on purpose: the ImageNet classifier,
-        and MobileNetV2's last convolution where the library leaves it out.
+        The state dict, and the names of the tensors that are left out on purpose. These are the
+        ImageNet classifier, and MobileNetV2's last convolution if the library lacks it.
 
     Raises:
-        CheckpointMismatchError: If the checkpoint has no warehouses, or tensors of a backbone that
-            no network here has.
-        DamagedCheckpointError: If a warehouse is no dense tensor of real, finite numbers.
+        CheckpointMismatchError: If the checkpoint has no warehouses, or if it has tensors that no
+            backbone here has.
+        DamagedCheckpointError: If a warehouse is not a dense tensor of real, finite numbers.
     """
     state = checkpoint.get('state_dict', checkpoint)
-    # Saved from a model wrapped for several devices.
+    # Models that are wrapped for several devices save names with this prefix.
     state = {key.removeprefix('module.'): value for key, value in state.items()}
     prefix = 'backbone.' if any(key.startswith('backbone.') for key in state) else ''
     check_cells(state, prefix)

@@ -1,4 +1,4 @@
-"""What residual blocks need that were written for static layers: drop path and checkpointing."""
+"""Drop path and activation checkpointing for residual blocks written for static layers."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 class BranchDropPath(DropPath):
-    """mmcv's DropPath as a forward hook of the module that ends a residual branch."""
+    """mmcv's DropPath, as a forward hook of the last module of a residual branch."""
 
     def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        """Drops the branch of whole images while training."""
+        """Drops the branch for random images while training."""
         return self.forward(output)
 
 
@@ -22,13 +22,13 @@ def drop_path_rates(rate: float | Sequence[float], blocks: int) -> list[float]:
     """The rate of every block.
 
     Args:
-        rate: That of the last block, in [0, 1): the rates grow linearly from 0 at the first. Or one
-            for every block.
+        rate: The rate of the last block, in [0, 1). The rates grow linearly from 0 at the first
+            block. Or a sequence with one rate per block.
         blocks: Number of blocks.
 
     Raises:
-        ValueError: If a rate is out of range, or if there is not one for every block.
-        TypeError: If a rate is no number.
+        ValueError: If a rate is out of range, or if a sequence does not have one rate per block.
+        TypeError: If a rate is not a number.
     """
     several = isinstance(rate, Sequence) and not isinstance(rate, str)
     for value in rate if several else [rate]:
@@ -49,13 +49,13 @@ def add_drop_path(blocks: Sequence[nn.Module], rate: float | Sequence[float]) ->
     """Drops the residual branches of blocks while training.
 
     Args:
-        blocks: Residual blocks in the style of mmdet's and mmseg's ResNet: ``norm2`` or ``norm3``
-            ends the branch, or the last ``after_conv3`` plugin.
+        blocks: Residual blocks like those of mmdet's and mmseg's ResNet. The branch ends with
+            ``norm2`` or ``norm3``, or with the last ``after_conv3`` plugin.
         rate: As in :func:`drop_path_rates`.
 
     Raises:
-        ValueError: If a rate is out of range, or if there is not one for every block.
-        TypeError: If a rate is no number.
+        ValueError: If a rate is out of range, or if a sequence does not have one rate per block.
+        TypeError: If a rate is not a number.
     """
     rates = drop_path_rates(rate, len(blocks))
     if not any(rates):
@@ -64,7 +64,7 @@ def add_drop_path(blocks: Sequence[nn.Module], rate: float | Sequence[float]) ->
         plugins = getattr(block, 'after_conv3_plugin_names', None)
         norm = 'norm3' if hasattr(block, 'norm3') else 'norm2'
         branch_end = getattr(block, plugins[-1] if plugins else norm)
-        # A submodule of the block, so that train() and eval() reach it.
+        # As a submodule of the block, it is set by train() and eval().
         block.drop_path = BranchDropPath(probability)
         branch_end.register_forward_hook(block.drop_path)
 
@@ -72,25 +72,25 @@ def add_drop_path(blocks: Sequence[nn.Module], rate: float | Sequence[float]) ->
 def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
     """Recomputes the activations of blocks in the backward pass.
 
-    The blocks' own ``with_cp`` runs a backward pass of its own for every block. That would mark a
-    warehouse ready once a block, and DistributedDataParallel refuses; here the recomputation is
-    part of the one backward pass.
+    The blocks' own ``with_cp`` runs a separate backward pass for every block. Each of them would
+    mark a shared warehouse as ready, which DistributedDataParallel refuses. Here the recomputation
+    is part of one backward pass.
 
     Args:
-        blocks: Modules that take a tensor, and what else they like, and give one.
+        blocks: Modules whose first input is a tensor and whose output is a tensor.
     """
     for block in blocks:
         block.forward = partial(_checkpointed_forward, block)
 
 
 def take_over_checkpoints(network: nn.Module) -> None:
-    """Lets :func:`checkpoint_blocks` do what the ``with_cp`` of a network's blocks would.
+    """Replaces the ``with_cp`` of a network's blocks by :func:`checkpoint_blocks`.
 
     Args:
-        network: Its blocks, in the style of mmdet and mmseg, have an attribute ``with_cp``.
+        network: A network. The blocks of mmdet and mmseg have an attribute ``with_cp``.
     """
     asking = [module for module in network.modules() if getattr(module, 'with_cp', False)]
-    # Networks and stages hand the wish to their blocks.
+    # Networks and stages also have with_cp, and pass it to their blocks. Only the blocks count.
     blocks = [
         module for module in asking if not any(m in asking for m in list(module.modules())[1:])
     ]

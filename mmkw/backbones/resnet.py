@@ -20,24 +20,25 @@ def ResNet(
     with_cp: bool = False,
     **resnet: Any,
 ) -> nn.Module:
-    """Builds the library's own static ResNet, the paper's baseline; stochastic depth is possible.
+    """Builds the static ResNet of mmdet or mmseg: the paper's baseline.
 
-    With ``groups`` among the arguments it is the library's ``ResNeXt``.
+    With an argument ``groups`` it is the library's ``ResNeXt``.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        drop_path_rate: Stochastic depth of the last block, in [0, 1); earlier blocks have
-            proportionally less. Or a sequence of one rate per block: the paper's detectors with
+        drop_path_rate: Stochastic depth of the last block, in [0, 1). The rates grow linearly from
+            0 at the first block. Or a sequence with one rate per block: the paper's detectors with
             KernelWarehouse have ``[0.1] * 16``.
-        with_cp: Recompute the blocks' activations in the backward pass, to save memory.
+        with_cp: Whether the blocks' activations are recomputed in the backward pass, to save
+            memory.
         **resnet: The other arguments of the ``ResNet`` or ``ResNeXt`` of mmdet or mmseg.
 
     Returns:
         The network, of the library's class.
 
     Raises:
-        ValueError: If ``drop_path_rate`` is out of range, or has not one value per block.
-        TypeError: If ``drop_path_rate`` is no number, nor a sequence of numbers.
+        ValueError: If ``drop_path_rate`` is out of range, or does not have one value per block.
+        TypeError: If ``drop_path_rate`` is neither a number nor a sequence of numbers.
     """
     kind = 'ResNeXt' if 'groups' in resnet else 'ResNet'
     network = static_network(kind)(depth=depth, **resnet)
@@ -63,35 +64,42 @@ def KWResNet(
     freeze_warehouses: bool = True,
     **static: Any,
 ) -> nn.Module:
-    """Builds the library's own ResNet with the paper's four warehouses, one per stage.
+    """Builds the ResNet of mmdet or mmseg with the paper's four warehouses, one per stage.
 
-    The result is the ``ResNet`` of mmdet or mmseg, whichever the config belongs to, or their
-    ``ResNeXt`` where ``groups`` is given: every argument of theirs keeps its meaning and every
-    module its name. A warehouse is frozen by ``frozen_stages`` only when no trainable layer uses
-    it. ``norm_eval`` covers the norms of the attentions.
+    The result is an object of the ``ResNet`` class of mmdet or mmseg, depending on the config. With
+    ``groups`` it is the library's ``ResNeXt``. All arguments keep their meaning, and all modules
+    keep their names. ``frozen_stages`` freezes a warehouse only if all its layers are frozen.
+    ``norm_eval`` also applies to the norms of the attentions.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        cell_num_ratio: The budget, and the other warehouse options of
-            :class:`~mmkw.layers.WarehouseOptions`: each one value, or one per warehouse.
-        cell_inplane_ratio: See there.
-        cell_outplane_ratio: See there.
-        reduction: See there.
-        nonlocal_basis_ratio: See there.
-        spatial_partition: See there.
-        attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default
-            SyncBN or BatchNorm where the network has it, else LayerNorm.
-        start_tau: See :func:`~mmkw.sharing.convert`.
-        freeze_warehouses: The same.
-        **static: The arguments of :func:`ResNet`, those of the library's own among them.
+        cell_num_ratio: The budget ``b``: cells per mixture. Above 0. This and the next five options
+            are one value, or one per warehouse.
+        cell_inplane_ratio: Input channels of a cell, relative to the greatest common divisor of the
+            layers' input channels (per group). In (0, 1].
+        cell_outplane_ratio: Output channels of a cell, relative to the greatest common divisor of
+            the layers' output channels. In (0, 1].
+        reduction: Hidden width of the attention, relative to the layer's input channels. Above 0.
+            At least 16 units are used.
+        nonlocal_basis_ratio: Size of the basis through which a layer attends to the cells of other
+            layers, relative to the number of those cells. In (0, 1]; 1 means no basis.
+        spatial_partition: Whether cells have size 1 in space. Otherwise they have the kernel's
+            size.
+        attention_norm_cfg: Norm of the attentions: ``BN1d``, ``SyncBN`` or ``LN``. By default
+            SyncBN or BatchNorm if the network has it, else LayerNorm.
+        start_tau: The temperature at which a static checkpoint starts the network: 0, or 1 with a
+            :class:`~mmkw.engine.hooks.TemperatureHook`.
+        freeze_warehouses: Whether a warehouse is frozen while all its layers are frozen. If not,
+            every warehouse learns.
+        **static: The other arguments of :func:`ResNet`.
 
     Returns:
         The network, of the library's class.
 
     Raises:
         PlanError: If the warehouse options do not fit the network.
-        ValueError: If ``drop_path_rate`` is out of range, or has not one value per block.
-        TypeError: If ``drop_path_rate`` is no number, nor a sequence of numbers.
+        ValueError: If ``drop_path_rate`` is out of range, or does not have one value per block.
+        TypeError: If ``drop_path_rate`` is neither a number nor a sequence of numbers.
 
     Example:
         >>> backbone = mmkw.KWResNet(50, cell_num_ratio=4, frozen_stages=1)
@@ -105,7 +113,7 @@ def KWResNet(
 
 @MODELS.register_module()
 def KWResNetV1c(depth: int, **arguments: Any) -> nn.Module:
-    """Builds a :func:`KWResNet` with a stem of three convolutions, as mmseg's ``ResNetV1c``.
+    """Builds a :func:`KWResNet` with a stem of three convolutions, like mmseg's ``ResNetV1c``.
 
     Args:
         depth: As in :func:`KWResNet`.

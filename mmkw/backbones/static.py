@@ -1,4 +1,4 @@
-"""The static network that a KernelWarehouse backbone is made from, and what both must observe."""
+"""Finds the static network for a KernelWarehouse backbone; its smallest image; its norm."""
 
 from functools import partial
 from typing import Any
@@ -16,8 +16,8 @@ def static_network(name: str) -> type[nn.Module]:
         name: Registered name, such as ``ResNet``.
 
     Returns:
-        The class of the current default scope (mmdet's in an mmdet config, mmseg's in an mmseg
-        config); outside any config mmdet's, or mmseg's where mmdet is not installed.
+        The class of the current default scope: mmdet's in an mmdet config, mmseg's in an mmseg
+        config. Outside any config mmdet's class, or mmseg's if mmdet is not installed.
 
     Raises:
         ModuleNotFoundError: If no installed library has the backbone.
@@ -27,7 +27,7 @@ def static_network(name: str) -> type[nn.Module]:
     if current is not None and current.scope_name not in ('mmengine', 'mmkw'):
         scopes.insert(0, current.scope_name)
     for scope in scopes:
-        # Without the package MMEngine answers None or, from some releases on, raises.
+        # If the package is missing, MMEngine returns None or, in newer releases, raises.
         try:
             backbone = MODELS.get(f'{scope}.{name}')
         except RuntimeError:
@@ -41,14 +41,14 @@ def static_network(name: str) -> type[nn.Module]:
 
 
 def refuse_small_images(network: nn.Module, side: int = 4) -> nn.Module:
-    """Makes a backbone refuse strips and specks of an image.
+    """Makes a backbone refuse images that are too small.
 
     Args:
-        network: Backbone of Tensor[batch, channels, height, width]; it gains a forward hook.
-        side: Fewest pixels of height and width; by default those that a stem takes together.
+        network: Backbone for Tensor[batch, channels, height, width]. It gets a forward pre-hook.
+        side: The smallest height and width in pixels. By default the stride of a stem.
 
     Returns:
-        The same network. Its forward pass raises ValueError for such an image.
+        The same network. Its forward pass raises ValueError for a smaller image.
     """
     network.register_forward_pre_hook(partial(_check_size, side), with_kwargs=True)
     return network
@@ -58,7 +58,7 @@ def _check_size(
     side: int, network: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
 ) -> None:
     (image,) = inputs or named.values()
-    # A graph that torch.fx traces is for images of any size.
+    # torch.fx traces without an image size.
     if modes.is_symbolic(image):
         return
     height, width = image.shape[-2:]
@@ -71,13 +71,13 @@ def _check_size(
 
 
 def attention_norm(network: nn.Module) -> dict:
-    """The norm of the attentions that goes with a network's own.
+    """Chooses the norm of the attentions by the norms of a network.
 
     Args:
         network: A static network.
 
     Returns:
-        ``SyncBN`` where the network has it, else ``BN1d`` where it has any BatchNorm, else ``LN``.
+        ``SyncBN`` if the network has it, else ``BN1d`` if it has any BatchNorm, else ``LN``.
     """
     norms = [module for module in network.modules() if isinstance(module, modes.BATCH_NORM)]
     if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):

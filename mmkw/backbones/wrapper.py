@@ -29,31 +29,37 @@ def KWModule(
     freeze_warehouses: bool = True,
     **more: Any,
 ) -> nn.Module:
-    r"""Builds a registered module and makes its layers dynamic: a backbone, a neck or a head.
+    r"""Builds a registered backbone, neck or head, and makes its layers dynamic.
 
-    The result is of the module's own class, with the names of its state dict: a checkpoint of the
-    static module gives it a warm start.
+    The result is an object of the module's own class, and its modules keep their names. A
+    checkpoint of the static module gives it a warm start.
 
     Args:
-        module: Config of the static module, of any library that the config can reach. Its type is
-            enough where the wrapper is merged into the static module's own config.
-        patterns: Which layers become dynamic, and the warehouse of each: a list of
-            ``dict(match=r'layer3\.\d+\.conv2', warehouse='stage3', cell_num_ratio=2)``; see
-            :func:`~mmkw.sharing.pattern_plan`. By default the rule of the module's family; see
-            :func:`~mmkw.sharing.family_rule`.
-        cell_num_ratio: The budget, and the other warehouse options of
-            :class:`~mmkw.layers.WarehouseOptions`: each one value, or without patterns one per
-            warehouse.
-        cell_inplane_ratio: See there.
-        cell_outplane_ratio: See there.
-        reduction: See there.
-        nonlocal_basis_ratio: See there.
-        spatial_partition: See there.
-        attention_norm_cfg: Norm of the attentions, ``BN1d``, ``SyncBN`` or ``LN``; by default
-            SyncBN or BatchNorm where the module has it, else LayerNorm.
-        start_tau: See :func:`~mmkw.sharing.convert`.
-        freeze_warehouses: See there.
-        **more: Arguments of the module, but for those that ``module`` gives.
+        module: Config of the static module, of any library that the config can reach. If this
+            wrapper is merged into the static module's own config, ``dict(type=...)`` is enough.
+        patterns: Which layers become dynamic, and in which warehouse: a list of dicts such as
+            ``dict(match=r'layer3\.\d+\.conv2', warehouse='stage3', cell_num_ratio=2)``. See
+            :func:`~mmkw.sharing.pattern_plan`. By default the rule of the module's family decides;
+            see :func:`~mmkw.sharing.family_rule`.
+        cell_num_ratio: The budget ``b``: cells per mixture. Above 0. This and the next five options
+            are one value or, without ``patterns``, one per warehouse.
+        cell_inplane_ratio: Input channels of a cell, relative to the greatest common divisor of the
+            layers' input channels (per group). In (0, 1].
+        cell_outplane_ratio: Output channels of a cell, relative to the greatest common divisor of
+            the layers' output channels. In (0, 1].
+        reduction: Hidden width of the attention, relative to the layer's input channels. Above 0.
+            At least 16 units are used.
+        nonlocal_basis_ratio: Size of the basis through which a layer attends to the cells of other
+            layers, relative to the number of those cells. In (0, 1]; 1 means no basis.
+        spatial_partition: Whether cells have size 1 in space. Otherwise they have the kernel's
+            size.
+        attention_norm_cfg: Norm of the attentions: ``BN1d``, ``SyncBN`` or ``LN``. By default
+            SyncBN or BatchNorm if the module has it, else LayerNorm.
+        start_tau: The temperature at which a static checkpoint starts the network: 0, or 1 with a
+            :class:`~mmkw.engine.hooks.TemperatureHook`.
+        freeze_warehouses: Whether a warehouse is frozen while all its layers are frozen. If not,
+            every warehouse learns.
+        **more: More arguments of the module. Those in ``module`` take precedence.
 
     Returns:
         The module, of its own class.
@@ -61,7 +67,7 @@ def KWModule(
     Raises:
         PlanError: If the plan or the options do not fit the module.
         ValueError: If ``start_tau`` is neither 0 nor 1.
-        TypeError: If ``module`` is no config.
+        TypeError: If ``module`` is not a config.
 
     Example:
         >>> head = dict(type='mmdet.RetinaHead', num_classes=80, in_channels=256)
@@ -87,7 +93,7 @@ def KWBackbone(backbone: dict, **arguments: Any) -> nn.Module:
     """The former name of :func:`KWModule`.
 
     Args:
-        backbone: Its ``module``.
-        **arguments: Its other arguments.
+        backbone: The argument ``module`` of :func:`KWModule`.
+        **arguments: The other arguments of :func:`KWModule`.
     """
     return KWModule(backbone, **arguments)

@@ -1,4 +1,4 @@
-"""Reading checkpoint files, published and static ones too."""
+"""Reads checkpoint files: those of mmkw, the published ones, and those of static networks."""
 
 from .errors import CheckpointMismatchError, DamagedCheckpointError, UnsafeCheckpointError
 from .only_checking import only_checking

@@ -1,4 +1,4 @@
-"""The options with which a network would take a checkpoint that it refuses."""
+"""Finds the options with which a network would accept a checkpoint that it refuses."""
 
 import math
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ def advice(
 
     Args:
         partitions: The network's warehouses.
-        stored: The stored ones, by index.
-        basis_ratio: As :func:`nonlocal_basis_ratio_of` gives it.
+        stored: The stored cells of every warehouse, by index.
+        basis_ratio: The result of :func:`nonlocal_basis_ratio_of`.
 
     Returns:
-        A sentence for an error; another one if no options do.
+        A sentence for an error message. If no options fit, the sentence says so.
     """
     other = 'It was made for another architecture or sharing plan: check depth, width and arch.'
     if len(stored) != len(partitions):
         return other
     fitting = [_fitting(partition, stored[i]) for i, partition in enumerate(partitions)]
     if not all(options['spatial_partition'] for options in fitting):
-        # Kernels of 1x1 are cut alike either way.
+        # The option makes no difference for 1x1 kernels, so these follow the other warehouses.
         for partition, options in zip(partitions, fitting):
             if all(math.prod(share.kernel.kernel_size) == 1 for share in partition.layers):
                 options['spatial_partition'] = False
@@ -55,11 +55,11 @@ def advice(
 
 
 def _fitting(partition: WarehousePartition, found: Tensor) -> dict[str, Any]:
-    """The options, but for the attentions', that a stored warehouse was cut with."""
+    """The options of a stored warehouse, without those of its attentions."""
     kernels = [share.kernel for share in partition.layers]
     values = sum(math.prod(k.shape) for k in kernels)
     budget = found.numel() / values
-    # The number of cells was rounded down.
+    # The network had rounded the number of cells down, so the budget is rounded here.
     whole = round(budget) if budget >= 1 else 1 / max(round(1 / budget), 1)
     return dict(
         cell_num_ratio=whole,
@@ -70,11 +70,14 @@ def _fitting(partition: WarehousePartition, found: Tensor) -> dict[str, Any]:
 
 
 def reduction_of(state_dict: dict[str, Tensor], prefix: str) -> float:
-    """The reduction of a state dict's attentions, from the widest: narrow ones have a minimum.
+    """The ``reduction`` of a state dict's attentions.
+
+    It is computed from the attention with the most channels, because narrow attentions have a
+    minimum width.
 
     Args:
-        state_dict: Of a KernelWarehouse network.
-        prefix: The network's place in it.
+        state_dict: The state dict of a KernelWarehouse network.
+        prefix: The network's place in the state dict.
     """
     shapes = _attention_shapes(state_dict, prefix, 'fc1')
     width, channels = max(shapes, key=lambda shape: shape[1], default=(1, 16))
@@ -82,11 +85,11 @@ def reduction_of(state_dict: dict[str, Tensor], prefix: str) -> float:
 
 
 def nonlocal_basis_ratio_of(state_dict: dict[str, Tensor], prefix: str) -> float:
-    """The ratio of a state dict's non-local bases, from the largest; 1 without a basis.
+    """The ``nonlocal_basis_ratio`` of a state dict, from its largest basis; 1 without a basis.
 
     Args:
-        state_dict: Of a KernelWarehouse network.
-        prefix: The network's place in it.
+        state_dict: The state dict of a KernelWarehouse network.
+        prefix: The network's place in the state dict.
     """
     shapes = _attention_shapes(state_dict, prefix, 'fc3')
     cells, basis = max(shapes, default=(1, 1))

@@ -1,23 +1,24 @@
-"""What published files hold beyond a backbone."""
+"""Finds the tensors of published files that do not belong to a backbone."""
 
 from collections.abc import Collection
 
 from torch import Tensor
 
-# The ImageNet classifier, and the last convolution of MobileNetV2, which MMSegmentation leaves out.
+# The ImageNet classifier, and the last convolution of MobileNetV2, which MMSegmentation lacks.
 PARTS = ('fc', 'head', 'norm', 'classifier', 'conv2')
 
 
 def beyond_backbone(
     state_dict: dict[str, Tensor], prefix: str, warehouses: int, own: Collection[str] = ()
 ) -> list[str]:
-    """The names of an ImageNet classifier, or what else a published file has beyond a backbone.
+    """The names of tensors beyond the backbone, such as an ImageNet classifier.
 
     Args:
-        state_dict: Of a backbone with more.
-        prefix: The backbone's place in it.
-        warehouses: How many the backbone has; a dynamic classifier's own is the next.
-        own: Names that do belong to the backbone.
+        state_dict: The state dict of a whole published network.
+        prefix: The backbone's place in the state dict.
+        warehouses: Number of warehouses of the backbone. The next index is the warehouse of a
+            dynamic classifier.
+        own: The names in :data:`PARTS` that belong to the backbone.
     """
     parts = set(PARTS) - set(own)
     names = [

@@ -1,7 +1,7 @@
-"""The files that hold a checkpoint: torch's zip, its older format, safetensors; and what is none.
+"""Reads the file formats of checkpoints: torch's zip, torch's older format, and safetensors.
 
-Each reader gives the value in the file with its tensors. Checksums are compared where the format
-has them, which the older format and safetensors have not.
+Each reader returns the value in the file, with its tensors. Only the zip format has checksums, and
+these are compared.
 """
 
 import io
@@ -18,10 +18,10 @@ from .errors import DamagedCheckpointError, UnsafeCheckpointError, shown
 from .pickles import externals, parse
 from .values import KNOWN, Values, storage_width
 
-# How torch before 1.6 begins a file, and the version that follows.
+# The first two numbers in files of torch before 1.6: a magic number and the version.
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _LOCATION = re.compile(r'cpu|meta|(cuda|xpu|mps|npu|mlu|musa|hpu|xla|privateuseone)(:[0-9]{1,3})?')
-# What people give in place of a checkpoint: how it begins, what it is, what to do.
+# Files that are mistaken for checkpoints: their first bytes, what they are, what to do.
 _FOREIGN = (
     (b'', 'is empty', 'Download or copy it again'),
     (b'<', 'is a web page', 'Download the file itself'),
@@ -41,13 +41,15 @@ def read(file: BinaryIO, restore: Restore) -> Any:
     """Reads a file of any of the formats.
 
     Args:
-        file: Binary, at its beginning; can be sought in.
-        restore: Moves a storage from the CPU to where it belongs, told where it was saved.
+        file: A seekable binary file, at its beginning.
+        restore: Moves a storage from the CPU to its device. The second argument is the device that
+            it was saved on.
 
     Raises:
-        DamagedCheckpointError: If the file is none of these or altered; the message goes on after
-            the file's name.
-        UnsafeCheckpointError: If it names what no checkpoint needs; likewise.
+        DamagedCheckpointError: If the file has none of the formats or is altered. The message is
+            the end of a sentence that begins with the file's name.
+        UnsafeCheckpointError: If the file names objects that no checkpoint needs. The message is
+            the end of a sentence, too.
     """
     start = file.read(512)
     file.seek(0)
@@ -92,7 +94,7 @@ class _Storages:
 
 
 def _build(tree: Any, names: set[str], storages: _Storages, size: int) -> Any:
-    """Builds what the pickle of a file stands for, if all that it names is known."""
+    """Builds the value of a pickle. Refuses a pickle that names unknown objects."""
     _refuse_unknown(names)
     return Values(storages, size).build(tree)
 
@@ -105,7 +107,7 @@ def _refuse_unknown(names: set[str]) -> None:
 
 
 def _parse(file: BinaryIO, names: set[str]) -> Any:
-    """Parses a pickle; one that names unknown things is unsafe, even where it is also damaged."""
+    """Parses a pickle. One that names unknown objects is unsafe, even if it is also damaged."""
     try:
         return parse(file, names)
     except DamagedCheckpointError:
@@ -119,7 +121,7 @@ def _parse(file: BinaryIO, names: set[str]) -> Any:
 def _read_zip(file: BinaryIO, restore: Restore) -> Any:
     records = _records(file)
     root = _root(records)
-    # With torch.serialization.set_crc32_options(False) torch writes zeros.
+    # After torch.serialization.set_crc32_options(False), torch writes zeros as checksums.
     checked = any(info.CRC for info in records.values())
 
     def content(name: str) -> bytes:
@@ -148,7 +150,7 @@ def _records(file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
     except OSError:
         raise
     except Exception as error:
-        # Whatever the library says of bytes that make no directory.
+        # zipfile raises many kinds of errors for a damaged directory.
         raise DamagedCheckpointError(
             f'is damaged: it ends early, after {size} bytes, or its directory is altered. Download '
             'or copy it again'
@@ -160,7 +162,7 @@ def _records(file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
 
 
 def _root(records: dict[str, zipfile.ZipInfo]) -> str:
-    """The folder in which torch wrote everything, or what the zip is if it did not."""
+    """The folder of torch's files in a zip file. Raises an error for other zip files."""
     roots = [name.partition('/')[0] for name in records if re.fullmatch(r'[^/]+/data\.pkl', name)]
     if any(name.endswith('/constants.pkl') for name in records):
         raise DamagedCheckpointError(
@@ -178,7 +180,11 @@ def _root(records: dict[str, zipfile.ZipInfo]) -> str:
 
 
 def _content(file: BinaryIO, info: zipfile.ZipInfo, checked: bool) -> torch.Tensor:
-    """A record of a zip file, compared with its checksum: Tensor[bytes]."""
+    """Reads a record of a zip file and compares its checksum.
+
+    Returns:
+        Tensor[bytes].
+    """
     name = shown(info.filename)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise DamagedCheckpointError(f'is damaged or rewritten: {name} in it is packed')
@@ -203,11 +209,12 @@ def _content(file: BinaryIO, info: zipfile.ZipInfo, checked: bool) -> torch.Tens
     return content
 
 
-# Pickles one after the other, up to torch 1.5
+# Several pickles in a row, up to torch 1.5
 
 
 def _read_old(file: BinaryIO, restore: Restore) -> Any:
-    # These files are small by now; in memory their pickles cannot ask for more than there is.
+    # The whole file is read, so that lengths in a damaged pickle cannot exceed the file. Files of
+    # this format are small by today's measures.
     data = file.read()
     stream = io.BytesIO(data)
     names: set[str] = set()
@@ -224,8 +231,8 @@ def _read_old(file: BinaryIO, restore: Restore) -> Any:
         raise DamagedCheckpointError('was written by an unknown version or a big-endian machine')
     if type(keys) is not list or not all(type(key) is str for key in keys):
         raise DamagedCheckpointError('is damaged: its list of storages is altered')
-    # What follows are the storages in this order, each after its number of elements. How large an
-    # element is, the tensors say.
+    # The storages follow in this order. Each begins with its number of elements. The tensors tell
+    # how large an element is.
     sizes = dict(_sizes(tree))
     places, place = {}, stream.tell()
     end = place
@@ -254,7 +261,7 @@ def _read_old(file: BinaryIO, restore: Restore) -> Any:
 
 
 def _sizes(tree: Any) -> Iterator[tuple[str, tuple[int, int]]]:
-    """By key, the number of elements of each storage and the bytes of an element."""
+    """Yields, for every storage, its key, and its number of elements with the bytes of one."""
     for identity in externals(tree):
         if type(identity) is tuple and len(identity) == 6:
             _, kind, key, _, count, _ = identity

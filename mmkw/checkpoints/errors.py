@@ -1,23 +1,24 @@
-"""What reading a checkpoint file can end in, and how words of a file are shown."""
+"""The errors of reading checkpoint files, and how messages show text from a file."""
 
 
 class UnsafeCheckpointError(RuntimeError):
-    """A file that names objects beyond tensors, plain data and MMEngine's records."""
+    """A file that names objects other than tensors, plain data and MMEngine's records."""
 
 
 class DamagedCheckpointError(RuntimeError):
-    """A file that is truncated or altered, or no checkpoint at all."""
+    """A file that is truncated or altered, or that is not a checkpoint."""
 
 
 class CheckpointMismatchError(RuntimeError):
-    """A checkpoint for another network or budget; names what differs and what would fit."""
+    """A checkpoint for another network or budget. The message names what differs."""
 
 
 def shown(word: object, length: int = 200) -> str:
-    """A word of a file for a message: ASCII on one line, of a bounded length.
+    """Makes text from a file safe for a message: ASCII on one line, of limited length.
 
     Args:
-        word: Text, or what the message will name by its type: spelling it out may take for ever.
+        word: Text. For other values the result only names the type, because their text may be
+            extremely long.
         length: How many characters are kept.
     """
     if not isinstance(word, str):

@@ -1,4 +1,7 @@
-"""Whether checkpoints are only looked at: before a model with several parts loads any."""
+"""A mode in which checkpoints are checked but not loaded.
+
+A model with several converted parts first checks all of them, and then loads.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +12,7 @@ _only_checking: ContextVar[bool] = ContextVar('only checking', default=False)
 
 @contextmanager
 def only_checking() -> Iterator[None]:
-    """Has checks of checkpoints refuse what they would refuse, and do nothing else."""
+    """Inside this context, checks of checkpoints raise their errors and do nothing else."""
     token = _only_checking.set(True)
     try:
         yield
@@ -18,5 +21,5 @@ def only_checking() -> Iterator[None]:
 
 
 def is_only_checking() -> bool:
-    """Whether nothing is to be changed, or written to the log."""
+    """Whether checks must change nothing and write nothing to the log."""
     return _only_checking.get()

@@ -1,6 +1,6 @@
-"""Reads pickles as data: names and calls become inert records, nothing is imported or called.
+"""Reads pickles as data: names and calls become records, and nothing is imported or called.
 
-Real objects are built from the records afterwards, in :mod:`.values`.
+:mod:`.values` then builds real objects from the records.
 """
 
 import pickletools
@@ -18,9 +18,9 @@ _VALUES = {
     'BINUNICODE', 'SHORT_BINUNICODE', 'BINUNICODE8', 'BINBYTES', 'SHORT_BINBYTES', 'BINBYTES8',
     'BYTEARRAY8',
 }  # fmt: skip
-# Characters of a name; that of the longest of ours is half as long.
+# The most characters of a name. The longest name that a checkpoint needs is half as long.
 _LONGEST_NAME = 200
-# What lies below the things that are gathered into a container.
+# Lies on the stack below the items of a container.
 _MARK = object()
 
 
@@ -33,7 +33,7 @@ class Name:
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """What a pickle would have called, with what, and what it would have put into the result."""
+    """A call that a pickle asks for: function, arguments, and items and state of the result."""
 
     function: Any
     arguments: Any
@@ -43,37 +43,39 @@ class Call:
 
 @dataclass(eq=False, slots=True)
 class Mapping:
-    """A dict, as the pairs put into it."""
+    """A dict, as a list of pairs."""
 
     items: list[tuple[Any, Any]] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
 class Unordered:
-    """A set, as the elements put into it."""
+    """A set, as a list of elements."""
 
     elements: list[Any] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
 class External:
-    """Something outside the pickle, by what it is asked for with: a storage."""
+    """An object outside the pickle, such as a storage. ``identity`` describes it."""
 
     identity: Any
 
 
 def parse(file: BinaryIO, names: set[str]) -> Any:
-    """Reads one pickle of protocol 2 to 5 from where a file stands, up to its end.
+    """Reads one pickle of protocol 2 to 5, from the current position of a file.
 
     Args:
-        file: Binary, in memory.
-        names: Every global that is named is added, so that they are known after an error, too.
+        file: A binary file in memory.
+        names: Every global in the pickle is added to this set. So the caller knows them also after
+            an error.
 
     Returns:
-        Constants, lists, tuples, and records in the place of anything else.
+        Constants, lists and tuples, and records for everything else.
 
     Raises:
-        DamagedCheckpointError: If this is no pickle, or has an operation that data does not need.
+        DamagedCheckpointError: If this is not a pickle, or has an operation that data does not
+            need.
     """
     machine = _Machine(names)
     try:
@@ -85,10 +87,10 @@ def parse(file: BinaryIO, names: set[str]) -> Any:
 
 
 def externals(tree: Any) -> Iterator[Any]:
-    """What all the external records in a tree are asked for with.
+    """Yields the identity of every external record in a tree.
 
     Args:
-        tree: Of :func:`parse`.
+        tree: A result of :func:`parse`.
     """
     seen: set[int] = set()
     left = [tree]
@@ -120,7 +122,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def take(self, operation: str, argument: Any) -> None:
-        """Does one operation, ordered by how often they occur."""
+        """Runs one operation. The cases are ordered by how often they occur."""
         push = self.stack.append
         if operation in _VALUES:
             push(argument)
@@ -193,13 +195,13 @@ class _Machine:
                 raise _broken(f'does {operation}, which no data needs')
 
     def pop(self) -> Any:
-        """Takes what lies on top of the stack."""
+        """Takes the value on top of the stack."""
         top = self.top()
         self.stack.pop()
         return top
 
     def top(self, *kinds: type) -> Any:
-        """What lies on top of the stack, of one of some kinds."""
+        """The value on top of the stack. If kinds are given, it must be of one of them."""
         if not self.stack or self.stack[-1] is _MARK:
             raise _broken('takes more than it put')
         top = self.stack[-1]
@@ -208,7 +210,7 @@ class _Machine:
         return top
 
     def gather(self) -> list[Any]:
-        """Takes all above the last mark, and the mark."""
+        """Takes all values above the last mark, and the mark itself."""
         for place in range(len(self.stack) - 1, -1, -1):
             if self.stack[place] is _MARK:
                 gathered = self.stack[place + 1 :]
@@ -217,7 +219,7 @@ class _Machine:
         raise _broken('gathers without a mark')
 
     def name(self, module: Any, name: Any) -> None:
-        """Puts the record of a global."""
+        """Puts the record of a global on the stack."""
         if type(module) is not str or type(name) is not str:
             raise _broken('names something, but not by text')
         if len(module) + len(name) > _LONGEST_NAME:

@@ -1,7 +1,7 @@
-"""Reads checkpoint files as data: no code of theirs runs, and damage is named.
+"""Reads checkpoint files as data: no code from a file runs, and errors describe the damage.
 
-A file is parsed into inert records (:mod:`.pickles`), they are checked, and tensors, arrays and
-histories built from them (:mod:`.values`). ``torch.load`` is not called.
+A file is parsed into records (:mod:`.pickles`). The records are checked, and tensors, arrays and
+histories are built from them (:mod:`.values`). ``torch.load`` is not called.
 """
 
 import os
@@ -26,22 +26,22 @@ def read_checkpoint(
 ) -> dict[str, Any]:
     """Reads a checkpoint without running code from it.
 
-    Tensors, plain containers, numbers and text, NumPy's arrays and numbers, and MMEngine's
-    ``HistoryBuffer`` are read; a command line (``argparse.Namespace``) becomes a dict. Formats are
-    those of ``torch.save``, old and new, and safetensors.
+    A checkpoint may hold tensors, plain containers, numbers, text, NumPy's arrays and numbers, and
+    MMEngine's ``HistoryBuffer``. A command line (``argparse.Namespace``) becomes a dict. The
+    formats are the old and the new one of ``torch.save``, and safetensors.
 
     Args:
-        source: Path, in which ``~`` is expanded, or a binary file that can be sought in.
+        source: A path, in which ``~`` is expanded, or a seekable binary file.
         map_location: As in ``torch.load``.
-        name: What messages call the file; the path if not given.
+        name: Name of the file for messages; by default the path.
 
     Returns:
-        The checkpoint; a state dict under ``model`` is moved to ``state_dict``.
+        The checkpoint. A state dict under ``model`` is moved to ``state_dict``.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        DamagedCheckpointError: If the file is truncated, altered, or no checkpoint.
-        UnsafeCheckpointError: If the file names objects beyond those above.
+        DamagedCheckpointError: If the file is truncated, altered, or not a checkpoint.
+        UnsafeCheckpointError: If the file names other objects than the above.
 
     Example:
         >>> path = f'{tempfile.mkdtemp()}/epoch_12.pth'
@@ -75,7 +75,7 @@ def read_checkpoint(
     except (OSError, ImportError):
         raise
     except Exception as error:
-        # What no check has foreseen: nothing has been done with the file.
+        # An error that no check expects. No code from the file has run.
         raise DamagedCheckpointError(
             f'Checkpoint {name} is damaged in an unusual way: {type(error).__name__}, '
             f'{shown(str(error))}.'
@@ -83,7 +83,7 @@ def read_checkpoint(
 
 
 class _NotRestored(Exception):
-    """A storage that could not be moved to where the caller wants it, which is no fault of it."""
+    """A storage could not be moved to the caller's device. The file is not at fault."""
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(str(reason))
@@ -91,7 +91,7 @@ class _NotRestored(Exception):
 
 
 def _restore(map_location: MapLocation) -> Restore:
-    """What ``map_location`` makes of a storage on the CPU and of the device it was saved on."""
+    """Makes the function that moves a storage as ``map_location`` asks."""
     if isinstance(map_location, dict):
         map_location = {key: str(torch.device(place)) for key, place in map_location.items()}
     elif isinstance(map_location, (str, torch.device)):
@@ -122,10 +122,10 @@ def _restore(map_location: MapLocation) -> Restore:
 
 
 def _checked(checkpoint: Any) -> dict[str, Any]:
-    """A checkpoint as MMEngine looks for it, if it has a state dict or is one."""
+    """Checks that a checkpoint has or is a state dict, and puts it where MMEngine expects it."""
     if not isinstance(checkpoint, dict):
         raise DamagedCheckpointError(f'holds a {type(checkpoint).__name__}, not a state dict')
-    # MMEngine looks for ``state_dict``; the published ImageNet files say ``model``.
+    # MMEngine expects ``state_dict``. The published ImageNet files have ``model``.
     named = 'model' in checkpoint and not isinstance(checkpoint['model'], torch.Tensor)
     if named and 'state_dict' not in checkpoint:
         checkpoint['state_dict'] = checkpoint.pop('model')

@@ -1,6 +1,7 @@
-"""Tells on load what a checkpoint is: of this network, of its static twin, or of neither.
+"""Recognises a state dict on load: it is of this network, of its static network, or of neither.
 
-A static one is translated, one of another network refused before it half loads.
+A static state dict is translated. A state dict of another network is refused before any tensor of
+this network is loaded.
 """
 
 import re
@@ -21,29 +22,33 @@ from .static_kernels import load_static, modules_of, stage_of, static_kernels
 def check_checkpoint(
     network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
-    """Compares a state dict with the network, as a hook of ``load_state_dict``.
+    """Checks a state dict against the network, as a hook of ``load_state_dict``.
 
-    Every warehouse and every tensor of a dynamic layer must be there in its shape; or else the
-    kernel of every dynamic layer, from the static network, which then gives the warehouses and the
-    attentions (:func:`~mmkw.layers.warm_start`). The rest is left to ``load_state_dict`` and to
-    MMEngine, which lists what is missing and what is not expected; only the ImageNet classifier and
-    the like are taken out, and a line in the log lists them. Another says what was recognised. Of a
-    network whose cells are pruned or parametrised everything is left to them, as it has cells under
-    names of PyTorch's.
+    The state dict must have every warehouse and every tensor of the dynamic layers, in the right
+    shape. Or it must have the static kernel of every dynamic layer. Then a warm start makes the
+    warehouses and the attentions (:func:`~mmkw.layers.warm_start`).
+
+    All other tensors are left to ``load_state_dict`` and to MMEngine, which list missing and
+    unexpected names. Only tensors beyond the backbone, such as an ImageNet classifier, are removed
+    here. The log says what was recognised and what was removed.
+
+    If cells are pruned or parametrised, PyTorch stores them under other names. Then this hook does
+    nothing.
 
     Args:
         network: A converted network.
-        state_dict: What is being loaded; changed in place.
-        prefix: The network's place in it.
-        *_: What ``load_state_dict`` passes to a hook beyond that.
+        state_dict: The state dict that is being loaded; changed in place.
+        prefix: The network's place in the state dict.
+        *_: Other arguments that ``load_state_dict`` passes to a hook; not used.
 
     Raises:
-        CheckpointMismatchError: If there is neither a warehouse nor a kernel for the network, or if
-            a warehouse, a kernel or a tensor of a dynamic layer is missing or has another shape.
-        DamagedCheckpointError: If one of these is no dense tensor of real, finite numbers.
+        CheckpointMismatchError: If a warehouse, or a tensor of a dynamic layer, is missing or has
+            another shape. If there are no warehouses, and a static kernel is missing or has another
+            shape.
+        DamagedCheckpointError: If one of these is not a dense tensor of real, finite numbers.
     """
     manager = getattr(network, 'warehouse_manager', None)
-    # It may be static again.
+    # The network has no manager after to_static.
     if manager is None or not manager.weights.is_plain:
         return
     check_cells(state_dict, prefix, network.warehouse_manager.weights)
@@ -64,7 +69,7 @@ def check_checkpoint(
     if kernels:
         found = load_static(network, kernels, state_dict, prefix)
     else:
-        # Only the authors' ImageNet files have more than the network.
+        # Only the authors' ImageNet files have tensors beyond the backbone.
         source = 'published KernelWarehouse' if unused else 'KernelWarehouse'
         cells = sum(len(weight) for weight in stored.values())
         found = f'{source} checkpoint, {cells} cells into {len(stored)} warehouses'
@@ -95,11 +100,11 @@ def _no_warehouse(network: nn.Module, state_dict: dict[str, Tensor], prefix: str
 
 
 def stored_warehouses(state_dict: dict[str, Tensor], prefix: str) -> dict[int, Tensor]:
-    """The warehouses of a state dict by their index.
+    """The cells of the warehouses in a state dict, by index.
 
     Args:
-        state_dict: Of a KernelWarehouse network, or of another.
-        prefix: The network's place in it.
+        state_dict: The state dict of any network.
+        prefix: The network's place in the state dict.
     """
     pattern = re.compile(re.escape(prefix) + r'warehouse_manager\.weights\.(0|[1-9][0-9]{0,5})')
     return {int(m[1]): state_dict[m[0]] for m in map(pattern.fullmatch, state_dict) if m}
@@ -109,13 +114,13 @@ def check_cells(state_dict: dict[str, Any], prefix: str = '', own: Sequence[Tens
     """Checks the names and the values of the warehouses in a state dict.
 
     Args:
-        state_dict: Of a KernelWarehouse network, or of another.
-        prefix: The network's place in it.
-        own: The cells of the network; without a network, any floating-point cells will do.
+        state_dict: The state dict of any network.
+        prefix: The network's place in the state dict.
+        own: The cells of the network. Without them, cells of any floating-point type are accepted.
 
     Raises:
-        DamagedCheckpointError: If a warehouse has a name that no warehouse has, or is no dense
-            tensor of real, finite numbers.
+        DamagedCheckpointError: If a name under ``warehouse_manager`` is not that of a warehouse, or
+            if a warehouse is not a dense tensor of real, finite numbers.
     """
     place = f'{prefix}warehouse_manager.'
     stored = stored_warehouses(state_dict, prefix)
@@ -163,7 +168,7 @@ def _check_warehouses(
             )
     own = modules_of(network)
     names = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
-    # Those of stages that the network leaves out come last.
+    # If the network lacks the last stages, the checkpoint may have their warehouses, too.
     stages_left_out = any(
         '.attention.' in name and stage_of(name) not in own for name in names if stage_of(name)
     )
@@ -183,7 +188,7 @@ def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str
             for part, tensor in layers[name].state_dict().items():
                 key = f'{prefix}{name}.{part}'
                 found = state_dict.get(key)
-                # torch counts from 0 where an old file lacks the counter.
+                # Old files lack this counter. torch then counts from 0.
                 if part.endswith('num_batches_tracked') and found is None:
                     continue
                 if key in state_dict and (fault := _fault_beside(found, tensor)):
@@ -201,7 +206,7 @@ def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str
 
 
 def _fault_beside(found: Any, own: Tensor) -> str | None:
-    """What is wrong with a tensor of an attention; its counters are of whole numbers."""
+    """What is wrong with a tensor of a dynamic layer. Counters must hold whole numbers."""
     if own.is_floating_point():
         return fault_of(found, own)
     if not isinstance(found, Tensor) or found.is_complex() or found.is_meta != own.is_meta:

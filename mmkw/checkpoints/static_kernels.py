@@ -1,4 +1,4 @@
-"""Kernels of a static network in a state dict: found, checked, and made the cells of warehouses."""
+"""Finds and checks the kernels of a static network in a state dict, and makes cells from them."""
 
 import logging
 import re
@@ -22,16 +22,17 @@ def static_kernels(
 
     Args:
         network: A converted network.
-        state_dict: Predictions of other classes are taken out.
-        prefix: The network's place in it.
+        state_dict: The state dict of a static network. Predictions with another number of classes
+            are removed.
+        prefix: The network's place in the state dict.
 
     Returns:
-        By dynamic layer its kernel; nothing if the state dict has no kernel for any.
+        The kernel of every dynamic layer, by name. Empty if the state dict has no such kernel.
 
     Raises:
-        CheckpointMismatchError: If a kernel is missing, of another shape, or of a layer that the
-            network lacks.
-        DamagedCheckpointError: If one is no dense tensor of real, finite numbers.
+        CheckpointMismatchError: If a kernel is missing, has another shape, or belongs to a layer
+            that the network lacks.
+        DamagedCheckpointError: If a kernel is not a dense tensor of real, finite numbers.
     """
     own = modules_of(network)
     layers = {
@@ -53,7 +54,7 @@ def static_kernels(
         weight = found.get(name)
         shape = getattr(weight, 'shape', None)
         fits = shape is not None and kernel.fits(shape)
-        # Values count only where the shape is right: an expanded tensor has any number of them.
+        # Values are checked only if the shape fits: an expanded tensor can have any number of them.
         if name in found and (fault := fault_of(weight, cells, shape if fits else ())):
             raise DamagedCheckpointError(f'The static kernel {prefix}{name}.weight {fault}.')
         if not fits:
@@ -76,7 +77,7 @@ def modules_of(network: nn.Module) -> dict[str, nn.Module]:
     """All modules of a network by all their names.
 
     Args:
-        network: Any network; a module that it uses at several places has as many names.
+        network: Any network. A module that it uses at several places has several names.
     """
     return dict(network.named_modules(remove_duplicate=False))
 
@@ -88,7 +89,7 @@ def _leave_out_other_classes(
     state_dict: dict[str, Tensor],
     prefix: str,
 ) -> None:
-    """Takes out predictions of other classes, as MMEngine does for a static network."""
+    """Removes predictions with another number of classes, and warns, as MMEngine does."""
     for name in predictions(network) & set(found):
         shape = tuple(getattr(found[name], 'shape', ()))
         own = layers[name].shape
@@ -110,9 +111,10 @@ def _leave_out_other_classes(
 def _deeper(
     layers: Collection[str], own: Collection[str], state_dict: dict[str, Tensor], prefix: str
 ) -> list[str]:
-    """Names of kernels like a dynamic layer's, but for their numbers, that the network lacks.
+    """The names of kernels that a deeper network would have.
 
-    Not those of whole stages: a network may leave its last ones out.
+    They differ from the name of a dynamic layer only in their numbers, and this network lacks them.
+    Kernels of whole stages that the network lacks do not count: it may leave its last stages out.
     """
 
     def pattern(name: str) -> str:
@@ -130,10 +132,10 @@ def _deeper(
 
 
 def stage_of(name: str) -> str:
-    """The parts of a name up to the first with a number.
+    """The parts of a name, up to the first part with a number.
 
     Args:
-        name: Of a module, such as ``stages.2.blocks.1``.
+        name: Name of a module, such as ``stages.2.blocks.1``.
     """
     return re.match(r'(.*?\d[^.]*)?', name)[0]
 
@@ -141,13 +143,13 @@ def stage_of(name: str) -> str:
 def load_static(
     network: nn.Module, kernels: dict[str, Tensor], state_dict: dict[str, Tensor], prefix: str
 ) -> str:
-    """Puts warehouses and attentions in the place of static kernels.
+    """Replaces static kernels in a state dict by warehouses and attentions.
 
     Args:
         network: A converted network.
-        kernels: As :func:`static_kernels` gives them.
+        kernels: The result of :func:`static_kernels`.
         state_dict: Changed in place.
-        prefix: The network's place in it.
+        prefix: The network's place in the state dict.
 
     Returns:
         Words for the log.
@@ -163,7 +165,7 @@ def load_static(
             partition, kernels, attentions, cells, manager.start_tau
         )
         state_dict[f'{prefix}warehouse_manager.weights.{index}'] = started
-    # A layer that is used at several places has as many names.
+    # A layer that is used at several places has several names.
     for name, layer in modules_of(network).items():
         if layer in layers.values():
             state_dict.pop(f'{prefix}{name}.weight', None)

@@ -1,7 +1,7 @@
-"""Builds tensors, arrays, histories and plain data from the records of a pickle, checked first.
+"""Builds tensors, arrays, histories and plain data from the records of a pickle.
 
-Every name that may stand in a checkpoint is listed here; each has a method that checks the kinds,
-shapes and sizes of what goes with it. No argument of the file reaches a function before that.
+This module lists every name that a checkpoint may use. Each name has a method that checks the
+kinds, shapes and sizes of its arguments. No argument from a file reaches a function unchecked.
 """
 
 import math
@@ -21,7 +21,7 @@ _HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
 _STATISTICS = ('min', 'max', 'current', 'mean')
 _HISTORY_FIELDS = {'max_length', '_log_history', '_count_history', 'statistics_methods'}
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-# Those whose tensors are plain memory.
+# The dtypes whose tensors are plain memory.
 _PLAIN = re.compile(r'torch\.(bool|u?int(8|16|32|64)|b?float(16|32|64|8_\w+)|complex(32|64|128))')
 _STORAGES = {
     'DoubleStorage': torch.float64,
@@ -36,7 +36,7 @@ _STORAGES = {
     'BoolStorage': torch.bool,
     'ComplexDoubleStorage': torch.complex128,
     'ComplexFloatStorage': torch.complex64,
-    # Its tensors name their type themselves.
+    # Tensors with an untyped storage name their own dtype.
     'UntypedStorage': torch.uint8,
 }
 _STORAGE_NAMES = {
@@ -44,7 +44,7 @@ _STORAGE_NAMES = {
     for module in ('torch', 'torch.cuda', 'torch.storage')
     for kind, dtype in _STORAGES.items()
 }
-# Tensors that MMEngine's checkpoints do not hold: recognised, not read.
+# Kinds of tensors that MMEngine's checkpoints do not hold. They are recognised but not read.
 _UNREAD = {
     'torch._utils._rebuild_sparse_tensor': 'sparse',
     'torch._utils._rebuild_sparse_csr_tensor': 'sparse',
@@ -63,7 +63,7 @@ _QUANTIZED = {
     'torch.QUInt4x2Storage': 1,
     'torch.QUInt2x4Storage': 1,
 }
-# What stands in the arguments of those.
+# Names in the arguments of these kinds.
 _UNREAD_PARTS = {
     'torch.serialization._get_layout',
     *_QUANTIZED,
@@ -73,25 +73,26 @@ _UNREAD_PARTS = {
     )),
 }  # fmt: skip
 _NUMBERS = {'b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8', 'c8', 'c16'}
-# Deeper than any checkpoint, far from the interpreter's limit.
+# The deepest nesting: deeper than any checkpoint, and far below the interpreter's limit.
 _DEPTH = 100
 _LARGEST = 2**63
-# Integers that are larger in magnitude share their hashes with others.
+# The largest number as a key. Larger integers share their hashes with smaller ones, and so could
+# make a dict slow.
 _LARGEST_KEY = 2**61 - 2
-# Bytes that the content of a file may be copied to beyond its own size; and those of a tensor that
-# is larger than its storage, as expanded ones are.
+# How many bytes may be copied from a pickle beyond four times its size. Also the most bytes of a
+# tensor that is larger than its storage, such as an expanded tensor.
 _SPARE_BYTES = 64 << 20
 
 
 class Values:
-    """Builds the value that the records of one file stand for.
+    """Builds values from the records of one file.
 
-    A record that occurs twice gives one value, as in the file.
+    A record that occurs twice gives the same value twice, as in the file.
 
     Args:
-        storage: Gives the memory of a storage from its key, its number of bytes, and what the file
-            says of its place (such as ``cuda:0``).
-        size: Bytes of the pickle, by which what is copied from it is bounded.
+        storage: Returns a storage for its key, its number of bytes, and its device in the file
+            (such as ``cuda:0``).
+        size: Bytes of the pickle. The size limits how many bytes may be copied from the pickle.
     """
 
     def __init__(self, storage: Callable[[str, int, str], torch.UntypedStorage], size: int) -> None:
@@ -101,15 +102,15 @@ class Values:
         self._open: set[int] = set()
 
     def build(self, record: Any, place: tuple[Any, ...] = ()) -> Any:
-        """Builds one value, with all that it holds.
+        """Builds one value, with all values inside it.
 
         Args:
-            record: Of :func:`~mmkw.checkpoints.pickles.parse`.
-            place: The keys that lead to it, for messages.
+            record: A record from :func:`~mmkw.checkpoints.pickles.parse`.
+            place: The keys that lead to the record, for messages.
 
         Raises:
-            UnsafeCheckpointError: If it names something that no checkpoint needs.
-            DamagedCheckpointError: If what it names is given the wrong things.
+            UnsafeCheckpointError: If the record names something that no checkpoint needs.
+            DamagedCheckpointError: If a name comes with wrong arguments.
         """
         if type(record) in (str, int, float, bool, bytes, bytearray) or record is None:
             return record
@@ -123,7 +124,7 @@ class Values:
         self._open.add(identity)
         value = self._of(record, place)
         self._open.remove(identity)
-        # Records live as long as the tree, so no other gets this identity.
+        # Records live as long as the tree, so no other record can get the same id.
         self._built[identity] = value
         return value
 
@@ -157,7 +158,7 @@ class Values:
         raise _damaged(place, 'is the result of a result, not a value')
 
     def _spend(self, size: int, place: tuple[Any, ...]) -> None:
-        """Counts what is copied: a file may name one content many times."""
+        """Limits the copied bytes, because a file may refer to one content many times."""
         self._bytes_left -= size
         if self._bytes_left < 0:
             raise _damaged(place, 'has far more in it than the file')
@@ -188,7 +189,7 @@ class Values:
             self._spend(64 * len(first), place)
             first = [(self._key(key, place), value) for key, value in first]
         value = OrderedDict([*first, *self._items(call.items, place)])
-        # Modules keep their versions in this attribute of a state dict. Others are left aside.
+        # A state dict keeps the versions of modules in this attribute. Others are ignored.
         if type(call.state) is Mapping:
             attributes = self.build(call.state, (*place, '_metadata'))
             if '_metadata' in attributes:
@@ -203,7 +204,7 @@ class Values:
         return Counter({**counts, **dict(self._items(call.items, place))})
 
     def _namespace(self, call: Call, arguments: tuple, place: tuple[Any, ...]) -> dict:
-        """A command line, as a dict."""
+        """A command line (``argparse.Namespace``), as a dict."""
         if type(call.state) is not Mapping:
             raise _damaged(place, 'is a Namespace without contents')
         return self.build(call.state, place)
@@ -216,7 +217,7 @@ class Values:
         return {self._key(element, place) for element in elements}
 
     def _encode(self, call: Call, arguments: tuple, place: tuple[Any, ...]) -> bytes:
-        """Bytes as protocol 2 writes them: text of which each character is one of them."""
+        """Bytes as protocol 2 writes them: text with one character per byte."""
         text, *encoding = arguments or (None,)
         if type(text) is not str or encoding not in (['latin1'], ['latin-1']):
             raise _damaged(place, 'holds bytes that are written as something else')
@@ -275,7 +276,7 @@ class Values:
                 dtype = self.build(rest[2] if len(rest) > 2 else None, place)
             if type(learns) is not bool or not _PLAIN.fullmatch(str(dtype)):
                 raise _damaged(place, 'is a tensor whose type or gradient is not told')
-            # Conjugated and negated views: torch.save writes an empty dict for all others.
+            # Conjugated and negated views have a dict with items. Other tensors have an empty dict.
             if any(part is not None and getattr(part, 'items', True) for part in metadata):
                 raise _damaged(place, 'is a conjugated or negated view; save resolve_conj() of it')
         size, stride = (_whole(self._size_of(part, place), place) for part in (size, stride))
@@ -283,7 +284,7 @@ class Values:
             raise _damaged(place, 'is a tensor whose shape, strides and offset do not fit')
         last = sum((length - 1) * step for length, step in zip(size, stride))
         used = (offset + last + 1) * _itemsize(dtype) if 0 not in size else 0
-        # PyTorch multiplies lengths also where one of them is 0.
+        # PyTorch also multiplies the lengths if one of them is 0.
         whole = math.prod(max(length, 1) for length in size) * _itemsize(dtype)
         if used > storage.nbytes() or whole > max(storage.nbytes(), _SPARE_BYTES):
             raise _damaged(
@@ -306,7 +307,7 @@ class Values:
     def _memory(
         self, external: Any, place: tuple[Any, ...]
     ) -> tuple[torch.UntypedStorage, torch.dtype]:
-        """The storage that ``('storage', type, key, location, numel[, view])`` asks for."""
+        """The storage and dtype of ``('storage', type, key, location, numel[, view])``."""
         identity = external.identity if type(external) is External else None
         if type(identity) is not tuple or len(identity) not in (5, 6) or identity[0] != 'storage':
             raise _damaged(place, 'is a tensor without a storage')
@@ -343,7 +344,7 @@ class Values:
         return nn.Parameter(data.detach(), learns)
 
     def _from_type(self, call: Call, arguments: tuple, place: tuple[Any, ...]) -> Tensor:
-        """``_rebuild_from_type_v2(function, type, arguments, attributes)``, without the last."""
+        """``_rebuild_from_type_v2(function, type, arguments, attributes)``; ignores attributes."""
         function, kind, inner = arguments[:3] if len(arguments) >= 3 else (None,) * 3
         if (
             type(function) is not Name
@@ -382,7 +383,7 @@ class Values:
             raise _damaged(place, 'is an array without contents')
         _, shape, dtype, fortran, content = state
         array = self._filled(content, dtype, shape, 'F' if fortran is True else 'C', place)
-        # As NumPy does it: in the byte order of this machine.
+        # Like NumPy, the result has the byte order of this machine.
         return array.astype(array.dtype.newbyteorder('='), copy=False)
 
     def _buffer(self, call: Call, arguments: tuple, place: tuple[Any, ...]) -> np.ndarray:
@@ -473,7 +474,7 @@ _CALLS: dict[str, Callable[[Values, Call, tuple, tuple[Any, ...]], Any]] = {
         }.items()
     },
 }
-# All that a checkpoint may name. Those beyond the above mean something inside certain calls only.
+# All names that a checkpoint may use. Some of them have a meaning only inside certain calls.
 KNOWN = {
     *_CALLS, *_DTYPES, *_STORAGE_NAMES, *_UNREAD, *_UNREAD_PARTS,
     'builtins.getattr', 'numpy.ndarray', 'numpy.dtype', 'torch.Tensor', 'torch._tensor.Tensor',
@@ -482,7 +483,7 @@ KNOWN = {
 
 
 def _is_statistic(name: str, method: Any) -> bool:
-    """Whether a record stands for ``HistoryBuffer.<name>``, one of the four that all have."""
+    """Whether a record stands for ``HistoryBuffer.<name>``, a statistic that every history has."""
     if name not in _STATISTICS:
         return False
     if type(method) is Name:
@@ -494,7 +495,7 @@ def _is_statistic(name: str, method: Any) -> bool:
 
 
 def storage_width(kind: Any) -> int | None:
-    """Bytes of an element of a storage; None for what is no class of storages.
+    """Bytes of an element of a storage. None if ``kind`` is not a class of storages.
 
     Args:
         kind: The record of the class.
@@ -509,7 +510,7 @@ def _itemsize(dtype: torch.dtype) -> int:
 
 
 def _whole(record: Any, place: tuple[Any, ...]) -> tuple[int, ...]:
-    """A shape or strides."""
+    """Checks and returns a shape or strides."""
     if (
         type(record) not in (tuple, list, torch.Size)
         or len(record) > 64
@@ -520,7 +521,7 @@ def _whole(record: Any, place: tuple[Any, ...]) -> tuple[int, ...]:
 
 
 def _versions(metadata: Any) -> OrderedDict:
-    """The versions of modules; more there would change how ``load_state_dict`` loads."""
+    """Keeps only the versions of modules: other entries could change how a module loads."""
     given = metadata.items() if isinstance(metadata, dict) else ()
     return OrderedDict(
         (name, dict(version=entry['version']))

@@ -1,1 +1,1 @@
-"""What joins a KernelWarehouse network to MMEngine's runner."""
+"""Hooks, constructors of optimizers, files and tools for MMEngine's runner."""

@@ -1,4 +1,4 @@
-"""Builds the models of configs apart from training: for tools that look at them."""
+"""Builds the models of configs for tools that do not train them."""
 
 import copy
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from ..sharing import is_converted
 
 
 def build_model(config: Config, on_meta: bool = False) -> nn.Module:
-    """Builds the model of a config with random weights: pretrained ones are left aside.
+    """Builds the model of a config with random weights. Pretrained weights are not loaded.
 
     Args:
-        config: Of a detector or segmentor; not changed.
-        on_meta: Tensors without memory, for counting.
+        config: Config of a detector or segmentor; not changed.
+        on_meta: Whether tensors are on the meta device, without memory. This is enough to count.
     """
     init_default_scope(config.get('default_scope') or 'mmengine')
     cfg = _without_weights(copy.deepcopy(config.model))

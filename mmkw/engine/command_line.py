@@ -1,4 +1,4 @@
-"""What ``tools/train.py`` and ``tools/test.py`` have in common."""
+"""The common parts of ``tools/train.py`` and ``tools/test.py``."""
 
 import argparse
 import os
@@ -49,7 +49,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default='none',
         help='job launcher',
     )
-    # Written by torch.distributed.launch.
+    # torch.distributed.launch passes this option.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
@@ -62,7 +62,8 @@ def check_file(parser: argparse.ArgumentParser, path: str) -> None:
 def load_config(args: argparse.Namespace) -> Config:
     """Reads the config of a command line, with its overrides.
 
-    The work folder is the option's, else the config's, else ``work_dirs/`` and the config's name.
+    The work folder is taken from the option, else from the config. By default it is
+    ``work_dirs/NAME`` with the config's name.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config = Config.fromfile(args.config)
@@ -74,10 +75,10 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def build_runner(config: Config) -> Runner:
-    """Builds the runner of a config, also for several processes without an accelerator.
+    """Builds the runner of a config, also for several processes on the CPU.
 
-    MMEngine starts processes on CUDA devices and gives DistributedDataParallel a device for each.
-    On the CPU processes meet over gloo, and there is no device to give.
+    MMEngine expects CUDA devices and gives DistributedDataParallel one device per process. On the
+    CPU the processes communicate by gloo, and DistributedDataParallel must get no device.
     """
     if config.launcher == 'pytorch' and get_device() == 'cpu':
         if not torch.distributed.is_initialized():
@@ -95,11 +96,11 @@ def build_runner(config: Config) -> Runner:
 
 
 def leave_processes() -> None:
-    """Ends the work with other processes.
+    """Leaves the process group at the end of a script.
 
-    To be called at the end of a script. A thread of gloo needs the interpreter to let go of the
-    tensors of its last exchange: it aborts a process that ends first, and waits for ever for one
-    that takes the group apart first. So it is given time.
+    A thread of gloo needs the interpreter to free the tensors of its last exchange. If the process
+    ends first, the thread aborts it. If the group is destroyed first, the thread waits for ever. So
+    this function waits half a second for the thread.
     """
     if torch.distributed.is_initialized():
         time.sleep(0.5)
@@ -107,7 +108,7 @@ def leave_processes() -> None:
 
 
 def check_weights(parser: argparse.ArgumentParser, config: Config) -> None:
-    """Stops with a usage error if pretrained weights that training starts from are not in place."""
+    """Stops with a usage error if a local file of pretrained weights does not exist."""
     for place, option, path in _pretrained_files('model', config.model):
         if '://' not in path and not osp.isfile(osp.expanduser(path)):
             source = PUBLISHED_WEIGHTS.get(path)
@@ -119,7 +120,7 @@ def check_weights(parser: argparse.ArgumentParser, config: Config) -> None:
 
 
 def library_of(config: Config) -> str:
-    """The library whose classes a config names, ``mmdet`` or ``mmseg``, also by their scopes."""
+    """The library of a config, ``mmdet`` or ``mmseg``, by its default scope or its model's type."""
     scope = config.get('default_scope') or str(config.model.get('type')).partition('.')[0]
     return 'mmseg' if scope == 'mmseg' else 'mmdet'
 
@@ -137,7 +138,7 @@ def check_scopes(parser: argparse.ArgumentParser, config: Config) -> None:
         for place, name in _types(part, config.get(part)):
             if name not in registry.module_dict:
                 continue
-            # The libraries have a ResNet, too.
+            # Some types of mmkw, such as ResNet, are also types of the library.
             if registry.parent.get(f'{library_of(config)}.{name}') is None:
                 parser.error(f"{place} is {name!r}, a type of mmkw: write 'mmkw.{name}'")
 

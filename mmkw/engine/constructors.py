@@ -1,12 +1,13 @@
-"""Gives warehouses, in an optimizer, what their layers were given.
+"""Gives warehouses the settings of an optimizer that their layers' kernels would get.
 
-Constructors of optimizers give rates and decays to parameters by their names and their modules:
-``backbone.layer4``, depthwise convolutions, the depth of a layer. Cells have neither, since layers
-share them. So a constructor is asked twice: once about the static twins of dynamic layers, which
-tells what the kernel of every layer would be given; and once about the network itself.
+Constructors of optimizers choose rates and decays of parameters by names and modules: for example
+for ``backbone.layer4``, for depthwise convolutions, or by the depth of a layer. Layers share cells,
+so cells have no such name or module. Therefore a constructor runs twice. In the first run static
+twins replace the dynamic layers, which shows the settings of every layer's kernel. The second run
+is for the network itself.
 
-This holds for MMEngine's own constructor and for every one derived from it, as those of mmdet,
-mmseg and mmpretrain are.
+This works for MMEngine's own constructor and for all derived ones, such as those of mmdet, mmseg
+and mmpretrain.
 """
 
 import logging
@@ -19,16 +20,16 @@ from mmengine.logging import print_log
 from torch import nn
 
 if TYPE_CHECKING:
-    # Being imported when this is.
+    # At run time, mmengine.optim is still being imported when this module is imported.
     from mmengine.optim import DefaultOptimWrapperConstructor
 
-# Of a group of an optimizer, what is no setting of its parameters.
+# The keys of an optimizer's group that are not settings.
 _NO_SETTINGS = ('params', 'param_names')
 _MANAGER = 'warehouse_manager'
 
 
 def take_place(theirs: ModuleType) -> None:
-    """Has MMEngine's constructors know warehouses.
+    """Makes MMEngine's constructors treat warehouses like the kernels of their layers.
 
     Args:
         theirs: The module ``mmengine.optim.optimizer.default_constructor``.
@@ -36,7 +37,8 @@ def take_place(theirs: ModuleType) -> None:
     plain = theirs.DefaultOptimWrapperConstructor.__call__
 
     def __call__(self: 'DefaultOptimWrapperConstructor', model: nn.Module) -> Any:
-        # For its one call from there; what it calls itself is its own again.
+        # Only the first call of add_params is ours. It removes itself, so that the constructor's
+        # own add_params handles all further calls.
         self.add_params = partial(_add_params, self)
         try:
             return plain(self, model)
@@ -49,7 +51,7 @@ def take_place(theirs: ModuleType) -> None:
 def _add_params(
     constructor: 'DefaultOptimWrapperConstructor', params: list[dict], model: nn.Module
 ) -> None:
-    # Not at the top: these import what is being imported.
+    # Imported here, because these modules import mmengine.optim, which may be incomplete above.
     from ..layers import StandsForStatic, static_twins
 
     del constructor.add_params
@@ -68,7 +70,7 @@ def _add_params(
         settings = {parameter: _settings(g) for g in asked for parameter in g['params']}
         for dynamic, twin in twins.of.items():
             for parameter, own in dynamic.counterparts(twin):
-                # Without settings it is frozen.
+                # A parameter without settings is frozen.
                 for counterpart in own if parameter in settings else ():
                     given.setdefault(counterpart, []).append(settings[parameter])
     constructor.add_params(params, model)
@@ -83,7 +85,7 @@ def _settings(group: dict) -> dict:
 
 
 def _is_named(constructor: 'DefaultOptimWrapperConstructor', name: str) -> bool:
-    """Whether the key that decides about a parameter speaks of warehouses."""
+    """Whether the ``custom_keys`` entry that decides about a parameter names warehouses."""
     keys = (constructor.paramwise_cfg or {}).get('custom_keys', {})
     found = sorted(sorted(key for key in keys if key in name), key=len, reverse=True)
     return bool(found) and _MANAGER in found[0]
@@ -92,7 +94,7 @@ def _is_named(constructor: 'DefaultOptimWrapperConstructor', name: str) -> bool:
 def _leading(
     constructor: 'DefaultOptimWrapperConstructor', name: str, given: list[dict]
 ) -> dict[str, Any]:
-    """Of the settings of layers those with the largest rate, then the largest decay."""
+    """Selects the settings with the largest rate, then the largest decay, and logs a choice."""
 
     def rank(settings: dict) -> tuple[float, float]:
         rate = settings.get('lr', constructor.base_lr)
@@ -112,12 +114,12 @@ def _leading(
 
 
 def _regroup(params: list[dict], name: str, parameter: nn.Parameter, settings: dict) -> None:
-    """Moves a parameter to a group with the settings, which is made if there is none."""
+    """Moves a parameter to a group with these settings. Makes the group if there is none."""
     (group,) = _holding(params, parameter)
     if _settings(group) == settings:
         return
     if len(group['params']) == 1:
-        # One parameter a group: MMEngine's way.
+        # MMEngine makes one group per parameter. The settings of this group can simply change.
         for key in _settings(group):
             del group[key]
         group.update(settings)

@@ -1,6 +1,6 @@
-"""Fusing BatchNorms into convolutions as mmcv does, in its place: mmcv misses dynamic layers.
+"""Fuses BatchNorms into convolutions like mmcv, but respects dynamic layers.
 
-mmcv is being imported when this is, so nothing of it is imported here.
+This module is imported while mmcv is being imported, so it must not import mmcv.
 """
 
 import sys
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def take_place(theirs: ModuleType) -> None:
-    """Puts our walk over a network in the place of mmcv's.
+    """Replaces mmcv's ``fuse_conv_bn``.
 
     Args:
         theirs: The module ``mmcv.cnn.utils.fuse_conv_bn``.
@@ -20,9 +20,9 @@ def take_place(theirs: ModuleType) -> None:
     def fuse_conv_bn(module: nn.Module) -> nn.Module:
         """Fuses BatchNorms into the static convolutions before them, for inference.
 
-        mmcv takes the last ``nn.Conv2d`` before a BatchNorm among the children of a module. It does
-        not know a dynamic layer between the two, and would fuse into the wrong convolution. A
-        dynamic layer cannot take a BatchNorm in, since its cells serve other layers too: both stay.
+        mmcv takes the last ``nn.Conv2d`` before a BatchNorm among the children of a module. It
+        ignores a dynamic layer between the two, and would fuse into the wrong convolution. A
+        BatchNorm after a dynamic layer stays, because the cells also serve other layers.
 
         Args:
             module: Any network; changed in place.
@@ -30,7 +30,7 @@ def take_place(theirs: ModuleType) -> None:
         Returns:
             The same network.
         """
-        # Not at the top: these import mmcv.
+        # Imported here, because these modules import mmcv.
         from ..layers import KWConv2d
         from ..ops.modes import BATCH_NORM
 
@@ -50,7 +50,7 @@ def take_place(theirs: ModuleType) -> None:
                 fuse_conv_bn(child)
         return module
 
-    # Also where it has been imported by name.
+    # Other modules may have imported the function by name. These references are replaced, too.
     for importer in list(sys.modules.values()):
         if getattr(importer, '__dict__', {}).get('fuse_conv_bn') is walk:
             importer.fuse_conv_bn = fuse_conv_bn

@@ -1,4 +1,4 @@
-"""Checks the arguments of a layer before anything is made of them."""
+"""Checks the arguments of a dynamic layer before the layer is built."""
 
 import inspect
 import math
@@ -12,7 +12,7 @@ from torch import nn
 
 from .partition import WarehouseOptions, check_size
 
-# The least value of every whole number, and what PyTorch's convolutions can count to.
+# The smallest value of each argument, and the largest number that PyTorch's convolutions take.
 _LEAST = dict.fromkeys(('in_channels', 'out_channels', 'in_features', 'out_features', 'groups'), 1)
 _LEAST_OF_SPACE = dict(kernel_size=1, stride=1, dilation=1, padding=0)
 _MOST = 2**31 - 1
@@ -20,12 +20,12 @@ _DIMS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
 
 def check_arguments(static_class: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> None:
-    """Checks what a layer is to be made of as far as ``torch.nn`` does not, or does too late.
+    """Checks the arguments that ``torch.nn`` does not check, or checks too late.
 
     Args:
-        static_class: The layer's namesake in ``torch.nn``.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        static_class: The static class of the layer, such as ``nn.Conv2d``.
+        args: The positional arguments of the layer.
+        kwargs: The keyword arguments of the layer.
 
     Raises:
         ValueError: If a value is out of range.
@@ -43,7 +43,7 @@ def check_arguments(static_class: type[nn.Module], args: tuple, kwargs: dict[str
     dims = _DIMS.get(static_class, 0)
     for name, least in _LEAST_OF_SPACE.items():
         value = given.get(name, least)
-        # Words for the padding are checked by torch.nn.
+        # torch.nn checks a padding that is given as a word, such as 'same'.
         if isinstance(value, str) and name == 'padding':
             continue
         several = isinstance(value, Iterable) and not isinstance(value, str)
@@ -58,10 +58,10 @@ def check_arguments(static_class: type[nn.Module], args: tuple, kwargs: dict[str
 
 
 def signature_of(static_class: type[nn.Module], norm_cfg: dict) -> inspect.Signature:
-    """The signature of a dynamic layer: that of its namesake, and the options of its warehouse.
+    """The signature of a dynamic layer: the static layer's arguments, then the warehouse options.
 
     Args:
-        static_class: The namesake in ``torch.nn``.
+        static_class: The static class of the layer.
         norm_cfg: The default of ``attention_norm_cfg``.
     """
     _, *own = inspect.signature(static_class.__init__).parameters.values()

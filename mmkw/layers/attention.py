@@ -19,15 +19,15 @@ DENOMINATOR_EPS = 1e-3
 class Attention(nn.Module):
     """Gives every image the weights with which a layer mixes the cells of its warehouse.
 
-    With ``z`` the logits of a mixture over the ``n`` cells and one zero cell,
-    ``a = z / (sum |z| + 1e-3)`` and ``alpha = (1 - tau) a + tau beta``, where ``beta`` picks the
-    cell assigned by the one-to-one start. ``alpha`` may be negative. With a non-local basis (paper,
-    appendix) the logits of other layers' cells are expanded from a few basis values.
+    ``z`` are the logits of a mixture over the ``n`` cells and one zero cell. The attention is
+    ``alpha = (1 - tau) a + tau beta`` with ``a = z / (sum |z| + 1e-3)``. ``beta`` is 1 for the cell
+    of the one-to-one start and 0 for all others. ``alpha`` may be negative. With a non-local basis
+    (paper, appendix) the logits of other layers' cells are computed from a few basis values.
 
-    A batch of one has no batch statistics: one value per channel has no variance. It, and an empty
-    batch, are normalised by the running statistics of a BatchNorm and leave them unchanged; where
-    these are being estimated anew and there are none yet, one image is refused. Other batch sizes
-    behave as in ``torch.nn.BatchNorm1d``.
+    In a batch of one image each channel has one value, which has no variance. So a BatchNorm
+    normalises a batch of one or none by its running statistics, and does not change them. One image
+    is refused if the running statistics are estimated anew and no batch has been seen yet. A SyncBN
+    that joins several processes, and every larger batch, works as in ``torch.nn``.
 
     Args:
         in_channels: Channels of the layer's input.
@@ -35,11 +35,11 @@ class Attention(nn.Module):
         num_cells: Cells of the warehouse.
         options: Options of the warehouse.
         norm_cfg: Config of the norm over the hidden units, for ``mmcv.cnn.build_norm_layer``:
-            ``BN1d`` or ``SyncBN`` (no bias in fc1 then), or ``LN``.
+            ``BN1d`` or ``SyncBN`` (then fc1 has no bias), or ``LN``.
 
     Raises:
         PlanError: If the attention would have too many parameters.
-        ValueError: If ``norm_cfg`` gives no norm for vectors.
+        ValueError: If ``norm_cfg`` is not the config of a norm for vectors.
 
     Attributes:
         temperature: tau, in [0, 1]. 0 unless a schedule sets it; not part of the state dict.
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         self.fc1 = nn.Linear(in_channels, width, bias=not isinstance(norm, modes.BATCH_NORM))
         self.norm1 = norm
         self.relu = nn.ReLU(inplace=True)
-        # A warehouse of one layer has no cells beyond the layer's own, hence no basis.
+        # A warehouse of one layer has only the layer's own cells, so it needs no basis.
         nonlocal_cells = num_cells - int(options.cell_num_ratio * share.num_mixtures)
         if options.nonlocal_basis_ratio < 1 and nonlocal_cells > 0:
             self.local_cells = num_cells - nonlocal_cells
@@ -89,7 +89,7 @@ class Attention(nn.Module):
         else:
             self.fc2 = nn.Linear(width, self.num_mixtures * (num_cells + 1))
 
-        # Follows from the plan, hence not saved; the zero cell is the last.
+        # Not saved, since the plan determines these numbers. num_cells stands for the zero cell.
         self._assigned = [num_cells if cell is None else cell for cell in share.assigned]
         self.reset_parameters()
 
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         return self.local_cells < self.num_cells
 
     def reset_parameters(self) -> None:
-        """Kaiming normal (fan_out, relu) for the linear layers, zero for biases."""
+        """Sets linear layers by Kaiming normal (fan_out, relu), and biases to zero."""
         for module in self.children():
             if isinstance(module, nn.Linear):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
@@ -110,32 +110,32 @@ class Attention(nn.Module):
 
     @property
     def start_scale(self) -> float:
-        """What the magnitudes of a mixture's logits are expected to add up to at random start.
+        """The expected sum of the magnitudes of a mixture's logits at the random start.
 
-        A constant start takes the same scale: by it depends how far a step of the optimiser moves
-        the attention.
+        :meth:`start_at` uses the same scale. The scale of the logits decides how far one step of
+        the optimizer moves the attention.
         """
         width = self.fc1.out_features
         return 0.8 * math.sqrt(width * (self.num_cells + 1) / self.num_mixtures)
 
     @property
     def reach(self) -> float:
-        """The most that the magnitudes of a mixture's attentions can add up to in :meth:`start_at`.
+        """The largest sum of the magnitudes of a mixture's attentions in :meth:`start_at`.
 
-        Below 1 by the constant of the denominator and by a share of the same size for the zero
-        cell: a logit of exactly zero would have no gradient there.
+        It is below 1 for two reasons: the denominator has a constant, and the zero cell gets a part
+        of the same size. A zero cell with a logit of exactly zero would have no gradient.
         """
         return 1 - 2 * DENOMINATOR_EPS / self.start_scale
 
     @torch.no_grad()
     def start_at(self, alpha: Tensor) -> None:
-        """Sets the parameters so that every image is given these attentions at tau = 0.
+        """Sets the parameters so that every image gets these attentions at tau = 0.
 
-        The last layer's weights are zero, its biases give the logits. The other layers keep their
-        random start: through them the images come apart as soon as the last layer has moved.
+        The weights of the last layer become zero, and its biases become the logits. The other
+        layers keep their random start: when the last layer changes, images get different kernels.
 
         Args:
-            alpha: Tensor[mixtures, cells], the magnitudes of a row add up to at most :attr:`reach`.
+            alpha: Tensor[mixtures, cells]. The magnitudes of a row add up to at most :attr:`reach`.
         """
         scale, alpha = self.start_scale, alpha.double()
         zero_cell = scale * (1 - alpha.abs().sum(1, keepdim=True)) - DENOMINATOR_EPS
@@ -148,21 +148,21 @@ class Attention(nn.Module):
 
         Args:
             tau: The temperature of the start.
-            state_dict: Of the static network; gains what this attention has now.
-            prefix: The attention's place in it.
+            state_dict: The state dict of the static network. The attention adds its own tensors.
+            prefix: The attention's place in the state dict.
         """
         self.temperature = tau
         for name, tensor in self.state_dict().items():
             state_dict[f'{prefix}{name}'] = tensor
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Computes the attentions, in the parameters' precision also under autocast.
+        """Computes the attentions in the precision of the parameters, also under autocast.
 
         Args:
             pooled: Tensor[batch, in_channels], the average of the layer's input over space.
 
         Returns:
-            Tensor[batch, mixtures, cells], the zero cell dropped.
+            Tensor[batch, mixtures, cells], without the zero cell.
         """
         compiled = self._compiled(pooled)
         if compiled is not None:
@@ -182,12 +182,15 @@ class Attention(nn.Module):
             return alpha[..., :-1]
 
     def _precision(self, pooled: Tensor) -> torch.dtype:
-        """What ``fc1`` takes: its weight's, unless it is no linear layer any more."""
+        """The precision of ``fc1``'s weight, or of the input where ``fc1`` has been replaced."""
         weight = getattr(self.fc1, 'weight', None)
         return weight.dtype if isinstance(weight, Tensor) else pooled.dtype
 
     def _compiled(self, pooled: Tensor) -> Tensor | None:
-        """The same by one compiled operator, where nothing learns; many small ones take long."""
+        """Computes :meth:`forward` by one compiled operator, or returns None where it cannot.
+
+        It can where nothing learns. One operator is faster than many small ones.
+        """
         norm, fc1, fc2 = self.norm1, self.fc1, self.fc2
         if self.temperature > 0 or self.has_nonlocal_basis or not all(map(_is_as_made, (fc1, fc2))):
             return None
@@ -231,7 +234,7 @@ class Attention(nn.Module):
         return norm(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Tensor[batch, mixtures, cells + 1]."""
+        """Computes the logits: Tensor[batch, mixtures, cells + 1]."""
         z = self.fc2(hidden).unflatten(1, (self.num_mixtures, -1))
         if not self.has_nonlocal_basis:
             return z
@@ -241,7 +244,7 @@ class Attention(nn.Module):
         return logits + self.basis_bias.view(self.num_mixtures, -1)
 
     def extra_repr(self) -> str:
-        """Mixtures and cells."""
+        """The numbers of mixtures and cells."""
         return f'mixtures={self.num_mixtures}, cells={self.num_cells}'
 
 
@@ -274,7 +277,7 @@ def _norm_of(norm_cfg: dict, width: int) -> nn.Module:
 
 
 def _is_as_made(module: nn.Module) -> bool:
-    """Whether a module computes what its class says: not replaced, parametrised or hooked."""
+    """Whether a module is of a plain class, and neither parametrised nor hooked."""
     classes = (nn.Linear, nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm)
     return type(module) in classes and not modes.is_hooked(module)
 
@@ -293,11 +296,11 @@ def check_temperature(name: str, value: Any) -> None:
     """Checks a temperature.
 
     Args:
-        name: Of the argument, for the message.
-        value: What it was given.
+        name: The argument's name, for the message.
+        value: The argument's value.
 
     Raises:
-        ValueError: If it is no number in [0, 1].
+        ValueError: If ``value`` is not a number in [0, 1].
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f'{name} must be a number in [0, 1], got {value!r}.')
@@ -308,8 +311,8 @@ def set_temperature(model: nn.Module, tau: float) -> None:
 
     Args:
         model: Any model with KernelWarehouse layers, wrapped (DDP) or not.
-        tau: Temperature in [0, 1]: 1 gives every mixture the one cell assigned to it, 0 leaves
-            the mixture to the attention.
+        tau: Temperature in [0, 1]. At 1 every mixture is the one cell of the one-to-one start. At 0
+            the attention alone decides.
 
     Raises:
         ValueError: If ``tau`` is out of range or the model has no dynamic layer.

@@ -32,27 +32,27 @@ DEFAULT_NORM_CFG = dict(type='BN1d')
 class DynamicLayer(Weightless, StandsForStatic):
     """A layer whose kernel is a mixture of kernel cells, one mixture per image.
 
-    Made by its constructor it owns its warehouse, ``warehouse_manager.weights[0]`` of shape
-    ``(cells, cell_out, cell_in, *cell_kernel)``; ``mmkw.convert`` makes layers that share one. The
-    warehouse is reached through a tuple: ``nn.Module`` does not register what is in it, so a shared
-    warehouse stays owned by its network alone, while copying and pickling a network keep the
-    reference intact. A state dict with the ``weight`` of the static layer gives it a warm start.
+    The constructor makes a layer that owns its warehouse: ``warehouse_manager.weights[0]`` of shape
+    ``(cells, cell_out, cell_in, *cell_kernel)``. ``mmkw.convert`` makes layers that share a
+    warehouse. A layer keeps its manager in a tuple, because ``nn.Module`` does not register what is
+    in a tuple. So only the network owns a shared warehouse, and copies and pickles of a network
+    keep the reference. A state dict with the ``weight`` of the static layer gives a warm start.
 
     Args:
-        *args: The arguments of the layer's namesake in ``torch.nn``, in its order.
+        *args: The arguments of the static layer in ``torch.nn``, in the same order.
         attention_norm_cfg: Norm of the attention, for ``mmcv.cnn.build_norm_layer``: ``BN1d``,
             ``SyncBN`` or ``LN``.
-        device: As in the namesake.
-        **kwargs: More arguments of the namesake, and the warehouse options ``cell_num_ratio``,
+        device: As in the static layer.
+        **kwargs: More arguments of the static layer, and the warehouse options ``cell_num_ratio``,
             ``cell_inplane_ratio``, ``cell_outplane_ratio``, ``reduction``, ``nonlocal_basis_ratio``
             and ``spatial_partition`` of :class:`~mmkw.layers.WarehouseOptions` (paper, sections 3.1
-            to 3.4). A layer alone has no cells of other layers: the basis has no effect on it.
+            to 3.4). ``nonlocal_basis_ratio`` has no effect on a layer with its own warehouse.
 
     Raises:
-        PlanError: If a warehouse option is out of range, the budget does not come out, or the layer
-            would be too large.
-        ValueError: If a value of the namesake's arguments is out of range.
-        TypeError: If one of them is missing, unknown, or of a wrong type.
+        PlanError: If a warehouse option is out of range, if the one-to-one start does not use
+            exactly the cells of the budget, or if the layer would be too large.
+        ValueError: If an argument of the static layer is out of range.
+        TypeError: If an argument of the static layer is missing, unknown, or of a wrong type.
     """
 
     static_class: type[nn.Module]
@@ -66,7 +66,7 @@ class DynamicLayer(Weightless, StandsForStatic):
         self,
         *args: Any,
         attention_norm_cfg: dict = DEFAULT_NORM_CFG,
-        # By name for torch.nn.utils.skip_init, which looks whether there is one.
+        # torch.nn.utils.skip_init needs an argument of this name.
         device: torch.device | str | int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -74,7 +74,7 @@ class DynamicLayer(Weightless, StandsForStatic):
         options, kwargs = split_options(kwargs)
         check_arguments(self.static_class, args, kwargs)
         dtype = kwargs.pop('dtype', None)
-        # torch.nn checks and normalises the arguments; on the meta device that costs no memory.
+        # torch.nn checks and normalises the arguments. On the meta device this needs no memory.
         static = self.static_class(*args, **kwargs, device='meta')
         partition = partition_warehouse(
             'its own', [kernel_shape('layer', static)], WarehouseOptions(**options)
@@ -95,14 +95,14 @@ class DynamicLayer(Weightless, StandsForStatic):
         position: int,
         attention_norm_cfg: dict = DEFAULT_NORM_CFG,
     ) -> 'DynamicLayer':
-        """Makes the dynamic twin of a static layer, with a kernel from a shared warehouse.
+        """Makes the dynamic layer for a static layer, with a kernel from a shared warehouse.
 
-        The bias, the device, the dtype, the mode and whether the layer is frozen are the static
-        layer's; its kernel is not used.
+        The dynamic layer takes over the static layer's bias, device, dtype and mode. Its attention
+        is frozen if the static kernel is frozen. The values of the static kernel are not used.
 
         Args:
             static: A layer of ``static_class``.
-            manager: The network's warehouses.
+            manager: Owner of the network's warehouses.
             warehouse: Index of the layer's warehouse.
             position: Index of the layer among the layers of the warehouse.
             attention_norm_cfg: Norm of the attention.
@@ -140,7 +140,7 @@ class DynamicLayer(Weightless, StandsForStatic):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Starts the bias as that of a static layer; cells and attention start themselves."""
+        """Starts the bias as a static layer does. Cells and attention have their own start."""
         if self.bias is not None:
             bound = 1 / math.sqrt(self._fan_in)
             nn.init.uniform_(self.bias, -bound, bound)
@@ -152,12 +152,12 @@ class DynamicLayer(Weightless, StandsForStatic):
 
     @property
     def cell_parameters(self) -> list[nn.Parameter]:
-        """What the cells are computed from: themselves, unless pruned or parametrised."""
+        """The parameters behind the cells: the cells, or the parameters that give pruned ones."""
         return self._warehouses[0].weights.parameters_of(self._warehouse_index)
 
     @property
     def place(self) -> tuple[WarehouseManager, int, int]:
-        """The manager, the index of the warehouse in it, and the layer's position in that."""
+        """The manager, the index of the warehouse, and the layer's position in the warehouse."""
         return self._warehouses[0], self._warehouse_index, self._position
 
     @property
@@ -180,11 +180,11 @@ class DynamicLayer(Weightless, StandsForStatic):
             mixtures, assigned = (list(numbers) for numbers in zip(*held))
             rows[0, mixtures] = cells[assigned]
         (kernel,) = assemble(rows, share.grid)
-        # In the order of a kernel in memory, in which random numbers are drawn.
+        # Initialisers draw random numbers in memory order, which must be that of a static kernel.
         return kernel.contiguous()
 
     def static_twin(self) -> nn.Module:
-        """Makes the static layer that this one equals at a temperature of 1, with its bias."""
+        """Makes the static twin, which shares the bias with this layer."""
         twin = self._make_static()
         kernel = self.static_kernel().reshape(twin.weight.shape)
         twin.weight = nn.Parameter(kernel, self._learns)
@@ -192,7 +192,7 @@ class DynamicLayer(Weightless, StandsForStatic):
         return twin.train(self.training)
 
     def _make_static(self) -> nn.Module:
-        """A layer of ``static_class`` without bias, on the meta device."""
+        """Makes a layer of ``static_class`` without bias, on the meta device."""
         raise NotImplementedError
 
     def counterparts(self, twin: nn.Module) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
@@ -202,16 +202,16 @@ class DynamicLayer(Weightless, StandsForStatic):
             yield twin.bias, [self.bias]
 
     def take_values(self, twin: nn.Module, kernels: Kernels) -> None:
-        """See :class:`~mmkw.layers.twins.StandsForStatic`; the twin's bias is this layer's."""
+        """See :class:`~mmkw.layers.twins.StandsForStatic`. The twin shares the bias already."""
         self.take_kernel(twin.weight.detach(), twin.weight.requires_grad, kernels)
 
     def take_kernel(self, kernel: Tensor, learns: bool, kernels: Kernels) -> None:
-        """Takes the kernel of a static twin, and whether it learns.
+        """Takes the kernel of a static twin.
 
         Args:
             kernel: Tensor[out, in, *kernel_size].
-            learns: Whether it requires gradients: then the attention does.
-            kernels: Gains the kernel, if it has changed.
+            learns: Whether the kernel requires gradients. The attention then does the same.
+            kernels: Collects the kernel if it has changed.
         """
         if learns != self._learns:
             self.attention.requires_grad_(learns)
@@ -219,7 +219,7 @@ class DynamicLayer(Weightless, StandsForStatic):
             kernels.add(self, kernel)
 
     def _map(self, x: Tensor, pooled: Tensor) -> Tensor:
-        """Maps every image by the kernel that its pooled input asks for."""
+        """Applies to every image the kernel that its attention mixes."""
         attention, cells = self.attention(pooled), self.cells
         if modes.is_sharded(cells) and not modes.is_sharded(attention):
             raise RuntimeError(
@@ -230,7 +230,7 @@ class DynamicLayer(Weightless, StandsForStatic):
         return apply_mixed(x, attention, cells, self._grid, self._sample_map, self.bias)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        """Takes the kernel of a static layer, where its network has not taken it."""
+        """Takes a static kernel if the layer owns its warehouse."""
         kernel = state_dict.pop(f'{prefix}weight', None)
         if kernel is not None:
             manager = self._warehouses[0]
@@ -251,7 +251,7 @@ class DynamicLayer(Weightless, StandsForStatic):
                 state_dict[f'{prefix}warehouse_manager.weights.0'] = cells
                 self.attention.take_start(manager.start_tau, state_dict, f'{prefix}attention.')
             else:
-                # As for a static layer: MMEngine goes on with the rest, torch raises in the end.
+                # As a static layer does: MMEngine loads the rest, torch raises at the end.
                 args[-1].append(
                     f'{prefix}weight is a static kernel of {tuple(kernel.shape)}; this layer has '
                     f'kernels of {share.kernel.shape}.'
@@ -265,12 +265,12 @@ class DynamicLayer(Weightless, StandsForStatic):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """The static layer's."""
+        """The arguments, as for the static layer."""
         return self.static_class.extra_repr(self)
 
 
 class _KWConvNd(DynamicLayer):
-    # What mmcv's ConvModule reads of a convolution beside torch.nn's own attributes.
+    # mmcv's ConvModule reads this attribute.
     transposed = False
 
     def _take_settings(self, static: nn.Module) -> None:
@@ -283,7 +283,8 @@ class _KWConvNd(DynamicLayer):
         self.dilation = static.dilation
         self.groups = static.groups
         self.padding_mode = static.padding_mode
-        # Before the convolution, where its own padding cannot express it; last dimension first.
+        # F.pad pads before the convolution where the convolution itself cannot. The last dimension
+        # comes first.
         self._explicit_padding = modes.padding_of(static)
         begins, ends = self._explicit_padding[::2], self._explicit_padding[1::2]
         self._pads_first = self.padding_mode != 'zeros' or begins != ends
@@ -305,7 +306,10 @@ class _KWConvNd(DynamicLayer):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tensor[batch, in_channels, *size] or Tensor[in_channels, *size] to the same with out."""
+        """Maps Tensor[batch, in_channels, *size] to Tensor[batch, out_channels, *output_size].
+
+        An input without the batch dimension is one image.
+        """
         if modes.is_symbolic(x):
             return recorded(self, x)
         dims = len(self.kernel_size)
@@ -344,8 +348,8 @@ class KWConv1d(_KWConvNd):
 class KWConv2d(_KWConvNd):
     """Dynamic ``torch.nn.Conv2d``: Tensor[batch, channels, height, width].
 
-    As ``conv_cfg=dict(type='mmkw.KWConv2d', ...)`` it serves in any module that builds its
-    convolutions through mmcv. See :class:`DynamicLayer`.
+    Modules that build their convolutions through mmcv take it as
+    ``conv_cfg=dict(type='mmkw.KWConv2d', ...)``. See :class:`DynamicLayer`.
 
     Example:
         >>> layer = mmkw.KWConv2d(16, 32, 3, padding=1, cell_num_ratio=2)
@@ -374,8 +378,8 @@ class KWConv3d(_KWConvNd):
 class KWLinear(DynamicLayer):
     """Dynamic ``torch.nn.Linear``: Tensor[batch, ..., in_features]; see :class:`DynamicLayer`.
 
-    The first dimension counts the images; the attention averages over those between it and the
-    features. A single vector is one image.
+    The first dimension counts the images. The attention averages over the dimensions between the
+    first and the last one. A single vector is one image.
 
     Example:
         >>> layer = mmkw.KWLinear(16, 32, cell_num_ratio=4)
@@ -394,7 +398,10 @@ class KWLinear(DynamicLayer):
         return self.static_class(self.in_features, self.out_features, False, device='meta')
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tensor[batch, ..., in_features] or Tensor[in_features] to the same with out_features."""
+        """Maps Tensor[batch, ..., in_features] to Tensor[batch, ..., out_features].
+
+        An input Tensor[in_features] is one image.
+        """
         if modes.is_symbolic(x):
             return recorded(self, x)
         if x.dim() == 1:
@@ -405,7 +412,7 @@ class KWLinear(DynamicLayer):
                 f'got {tuple(x.shape)}.'
             )
         if x.shape[0] and not x.shape[1:-1].numel():
-            # No token, hence nothing to pay attention to.
+            # There is no token to average over.
             return x.new_zeros(*x.shape[:-1], self.out_features)
         pooled = x
         if x.dim() > 2:
@@ -413,22 +420,23 @@ class KWLinear(DynamicLayer):
         return self._map(x, pooled)
 
 
-# The dynamic twin of every static layer that has one.
+# The dynamic class of every static class that has one.
 DYNAMIC_LAYERS = {layer.static_class: layer for layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear)}
-# mmcv's own differ from torch's only for empty batches in torch before 1.5.
+# mmcv's classes differ from torch's only for empty batches in torch before 1.5.
 DYNAMIC_LAYERS |= {wrappers.Conv2d: KWConv2d, wrappers.Conv3d: KWConv3d, wrappers.Linear: KWLinear}
 
 
 def kernel_shape(name: str, static: nn.Module) -> KernelShape:
-    """Reads the shape of a static layer's kernel; a linear map is a convolution of size one."""
+    """Reads the shape of a static layer's kernel. A linear layer is a convolution of size one."""
     out_channels, in_channels, *kernel_size = static.weight.shape
     return KernelShape(name, out_channels, in_channels, tuple(kernel_size) or (1,))
 
 
 def _average(x: Tensor, first: int, last: int) -> Tensor:
-    """Averages over dimensions [first, last), in at least float32, as half precision loses values.
+    """Averages over dimensions [first, last) in at least float32, as half precision loses values.
 
-    Not by ``mean``, whose gradient is a map of its own; that of a sum takes no memory.
+    ``mean`` is not used: its gradient would be a new tensor of the input's size. The gradient of a
+    sum needs no memory.
     """
     dims = tuple(range(first, last))
     total = x.sum(dims, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -1,30 +1,33 @@
-"""Cuts kernels into kernel cells and counts them (paper, sections 3.1, 3.2); no tensors here."""
+"""Cuts kernels into kernel cells and counts the cells (paper, sections 3.1, 3.2).
+
+This module works with shapes and numbers, not with tensors.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-# Of one tensor, and of one warehouse: thousands of times what the networks of the paper have. More
-# is refused before memory is asked for.
+# The most values of one tensor, and the most cells of one warehouse. Both are thousands of times
+# larger than in the paper's networks. More is refused before memory is allocated.
 MOST_VALUES = 2**30
 MOST_CELLS = 2**18
 
 
 class PlanError(ValueError):
-    """A plan that cannot be carried out; names the warehouse, its layers and the numbers."""
+    """A plan that does not fit. The message names the warehouse, its layers and the numbers."""
 
 
 def check_size(what: str, values: int, remedy: str) -> None:
-    """Refuses what is too large to be made.
+    """Refuses a tensor that would be too large.
 
     Args:
-        what: Its name, for the message.
-        values: How many it has.
-        remedy: What to do about it.
+        what: The tensor's name, for the message.
+        values: How many values the tensor would have.
+        remedy: What the user can do, for the message.
 
     Raises:
-        PlanError: If there are more than :data:`MOST_VALUES`.
+        PlanError: If there are more than :data:`MOST_VALUES` values.
     """
     if values > MOST_VALUES:
         raise PlanError(f'{what} has {values} values, more than {MOST_VALUES}. {remedy}.')
@@ -32,19 +35,23 @@ def check_size(what: str, values: int, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class WarehouseOptions:
-    """How the kernels of one warehouse are cut, budgeted and attended to.
+    """The options of one warehouse: the size and the number of its cells, and its attentions.
 
     Args:
-        cell_num_ratio: The convolutional parameter budget ``b``: cells in the warehouse per
-            mixture of its layers. Above 0; above 1 only the integer part is used by the start.
+        cell_num_ratio: The budget ``b`` (the paper's convolutional parameter budget): cells in the
+            warehouse per mixture of its layers. Above 0. Take an integer or 1/integer: the
+            one-to-one start must use exactly the cells of the budget.
         cell_inplane_ratio: Input channels of a cell, relative to the greatest common divisor of the
             layers' input channels (per group). In (0, 1].
-        cell_outplane_ratio: The same for output channels.
-        reduction: Hidden width of the attention relative to the layer's input channels; at least
-            16 units are used. Above 0.
-        nonlocal_basis_ratio: Below 1, the cells that are not the layer's own are attended to
-            through a basis of this relative size (of at least 16). In (0, 1].
-        spatial_partition: Cells are 1x1 in space; otherwise they keep the kernel's size.
+        cell_outplane_ratio: Output channels of a cell, relative to the greatest common divisor of
+            the layers' output channels. In (0, 1].
+        reduction: Hidden width of the attention, relative to the layer's input channels. Above 0.
+            At least 16 units are used.
+        nonlocal_basis_ratio: Size of the basis through which a layer attends to the cells of other
+            layers, relative to the number of those cells. In (0, 1]; 1 means no basis. A basis has
+            at least 16 values.
+        spatial_partition: Whether cells have size 1 in space. Otherwise they have the kernel's
+            size.
 
     Raises:
         PlanError: If a value is out of its range.
@@ -80,7 +87,7 @@ def split_options(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         arguments: Keyword arguments of both kinds.
 
     Returns:
-        The fields of :class:`WarehouseOptions` among them, and the rest.
+        The arguments that are fields of :class:`WarehouseOptions`, and the other arguments.
     """
     names = {field.name for field in fields(WarehouseOptions)}
     options = {name: value for name, value in arguments.items() if name in names}
@@ -105,7 +112,8 @@ class KernelShape:
         """Whether a weight of this shape can be the kernel.
 
         Args:
-            weight: Shape of a static weight; one of size one may be linear or a convolution.
+            weight: Shape of a static weight. The kernel size is ignored where it is one: such a
+                weight may come from a linear layer or from a convolution.
         """
         return len(weight) > 1 and _without_ones(weight) == _without_ones(self.shape)
 
@@ -115,7 +123,7 @@ class KernelShape:
 
 
 def _without_ones(shape: Sequence[int]) -> list[int]:
-    """Output and input channels, and the kernel size unless it is one."""
+    """Output channels, input channels, and the sides of the kernel that are not one."""
     return [*shape[:2], *(side for side in shape[2:] if side != 1)]
 
 
@@ -126,9 +134,9 @@ class LayerShare:
     Attributes:
         kernel: The layer's kernel.
         grid: Cells of the kernel along ``(*spatial, out, in)``.
-        start: The cell at which the layer's own cells begin.
-        own_cells: How many cells are the layer's own by the one-to-one start.
-        assigned: For every mixture the cell it is at tau = 1; ``None`` is the zero cell.
+        start: Index of the layer's first own cell.
+        own_cells: How many cells the one-to-one start gives to the layer.
+        assigned: For every mixture, the cell that it equals at tau = 1; ``None`` is the zero cell.
     """
 
     kernel: KernelShape
@@ -139,17 +147,17 @@ class LayerShare:
 
     @property
     def num_mixtures(self) -> int:
-        """Cells of the assembled kernel."""
+        """Mixtures in the layer's kernel."""
         return math.prod(self.grid)
 
 
 @dataclass(frozen=True)
 class WarehousePartition:
-    """One warehouse: its cells and what its layers take from it, in order.
+    """One warehouse: its cells, and the shares of its layers in order.
 
     Attributes:
         name: Name in the plan.
-        options: The options it was cut by.
+        options: The options of the warehouse.
         num_cells: Cells in the warehouse, ``n``.
         cell_shape: ``(cell_out, cell_in, *cell_kernel)``.
         layers: The layers' shares in module order.
@@ -165,7 +173,7 @@ class WarehousePartition:
 def partition_warehouse(
     name: str, kernels: Sequence[KernelShape], options: WarehouseOptions
 ) -> WarehousePartition:
-    """Cuts the kernels that share a warehouse into cells and assigns every mixture its first cell.
+    """Cuts the kernels of a warehouse into cells, and finds the one-to-one start.
 
     Args:
         name: Name of the warehouse, for messages.
@@ -173,12 +181,12 @@ def partition_warehouse(
         options: The options of the warehouse.
 
     Returns:
-        The warehouse's cells and every layer's share in them.
+        The cells of the warehouse and the share of every layer.
 
     Raises:
-        PlanError: If the kernels differ in dimension, or in size without spatial partition, if the
-            one-to-one start does not use exactly the cells of the budget, or if there would be more
-            mixtures or values than can be made.
+        PlanError: If the kernels differ in dimension. If they differ in size and
+            ``spatial_partition`` is false. If the one-to-one start does not use exactly the cells
+            of the budget. If there would be too many mixtures, cells or values.
     """
     layers = ', '.join(map(str, kernels))
     if len({len(kernel.kernel_size) for kernel in kernels}) != 1:
@@ -248,7 +256,7 @@ def _cell_channels(channels: Sequence[int], ratio: float) -> int:
 
 
 def _assign(start: int, mixtures: int, ratio: float) -> tuple[tuple[int | None, ...], int]:
-    """Cell of every mixture at tau = 1, and how many cells that walks over."""
+    """The cell of every mixture at tau = 1, and the number of cells that the layer takes up."""
     if ratio >= 1:
         step = int(ratio)
         return tuple(start + i * step for i in range(mixtures)), mixtures * step

@@ -1,4 +1,4 @@
-"""Layers that are better left static, and how they are told."""
+"""Finds the layers that should stay static."""
 
 import ast
 import inspect
@@ -12,10 +12,10 @@ from torch import nn
 def predictions(network: nn.Module) -> set[str]:
     """The layers that make the predictions of heads.
 
-    In a head, a module whose class is named so, hidden are the layers of an ``FFN``, of a
-    ``ConvModule`` with a norm or an activation, and of a list named ``...fcs``. All others predict.
-    A prediction has as many channels as there are classes, anchors or coordinates: too few to
-    share, and other ones in the next training.
+    A head is a module whose class name, or the name of a base class, ends with ``Head``. Its hidden
+    layers are those of an ``FFN``, of a ``ConvModule`` with a norm or an activation, and of a list
+    named ``...fcs``. All other layers of a head predict. The channels of a prediction are classes,
+    anchors or coordinates. They are too few to share, and the next training may have others.
 
     Args:
         network: Any network, static or dynamic.
@@ -39,7 +39,7 @@ def predictions(network: nn.Module) -> set[str]:
 
 
 def _around(network: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The modules that a module is in, from the network on."""
+    """The modules that contain a module, the network first."""
     module = network
     for part in name.split('.'):
         yield module
@@ -60,16 +60,16 @@ def _in_list(name: str) -> bool:
 
 
 def read_by_others(network: nn.Module) -> dict[str, str]:
-    """The layers whose weight is read, when the network computes, by the module that they are in.
+    """The layers whose weight is read by their parent module in the forward pass.
 
-    Such a module computes with the kernel itself, as BEiT's attention does with that of its
-    ``qkv``. A dynamic layer has none to give, but one for every image.
+    For example, BEiT's attention computes with the weight of its ``qkv``. A dynamic layer cannot
+    give one weight, because it has one kernel per image.
 
     Args:
         network: A static network.
 
     Returns:
-        By the name of a layer, the class that reads it.
+        A dict from the layer's name to the name of the class that reads its weight.
     """
     found = {}
     for name, module in network.named_modules():
@@ -80,7 +80,7 @@ def read_by_others(network: nn.Module) -> dict[str, str]:
 
 @cache
 def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
-    """The names ``x`` of every ``self.x.weight`` in ``forward``, or in a method that it calls."""
+    """The names ``x`` of every ``self.x.weight`` in ``forward`` and in the methods it calls."""
     todo, seen, found = ['forward'], set(), set()
     while todo:
         method = todo.pop()
@@ -101,7 +101,7 @@ def _is_self(node: ast.AST) -> bool:
 
 
 def _syntax_tree(kind: type[nn.Module], method: str) -> ast.AST:
-    """Of a method; an empty one where its source cannot be had."""
+    """The syntax tree of a method. It is empty if the source code is not available."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(getattr(kind, method))))
     except (OSError, TypeError, SyntaxError):

@@ -1,4 +1,4 @@
-"""What other code sees of a dynamic layer: one call in a traced graph, and no weight."""
+"""How a dynamic layer looks to other code: one call in a traced graph, and no ``weight``."""
 
 from typing import Any
 
@@ -11,20 +11,21 @@ from ..ops import modes
 def recorded(module: nn.Module, *inputs: Any) -> Proxy:
     """Records one call of a module in the graph that ``torch.fx`` is tracing.
 
-    Its tracers look into every module that is not of ``torch.nn``. A dynamic layer is one call, as
-    its static twin. Before it the graph passes the first input through the network's
-    ``warehouse_manager``, which gives it back: so the traced network has the cells among its
-    parameters.
+    The tracers of ``torch.fx`` record what happens inside every module outside ``torch.nn``. This
+    function makes a dynamic layer one call in the graph, as a static layer is. Before this call,
+    the graph passes the first input through ``warehouse_manager``, which returns it unchanged. So
+    the parameters of the traced network include the cells.
 
     Args:
-        module: A dynamic layer, or a module with some, of the network that is traced.
-        *inputs: Of its forward pass; one is a proxy.
+        module: A dynamic layer of the traced network, or a module that contains dynamic layers.
+        *inputs: The inputs of the module's forward pass. At least one is a proxy.
 
     Returns:
         The result of the call.
 
     Raises:
-        RuntimeError: If the module has hooks. They are being traced, and would run in the call too.
+        RuntimeError: If the module has hooks. ``torch.fx`` would record the hooks, and the call
+            would run them once more.
     """
     tracer = next(value.tracer for value in inputs if modes.is_symbolic(value))
     name = tracer.path_of_module(module)
@@ -39,31 +40,31 @@ def recorded(module: nn.Module, *inputs: Any) -> Proxy:
         try:
             owner = tracer.path_of_module(manager)
         except NameError:
-            continue  # A part of a network is traced; its parameters are without the cells too.
+            continue  # Only a part of the network is traced, and this part does not own the cells.
         if not owner.startswith(f'{name}.'):
-            # Not by create_proxy: tools that name the calls by their layer have it count them.
+            # Tools override create_proxy to count and name the calls of layers. This call is none.
             arguments = tracer.create_arg((first,))
             first = tracer.proxy(tracer.create_node('call_module', owner, arguments, {}))
     return tracer.create_proxy('call_module', name, (first, *others), {})
 
 
 class Weightless(nn.Module):
-    """Says why a dynamic layer has no ``weight``, and is no script, when it is asked for them."""
+    """Explains in errors why a dynamic layer has no ``weight`` and cannot be scripted."""
 
     def __getattr__(self, name: str) -> Any:
-        # Only what the normal ways have not found comes here.
+        # Python calls this method only if the attribute was not found otherwise.
         if name == 'weight':
             raise AttributeError(self._no_weight())
         return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Adds a parameter, but no ``weight``, which would have no effect."""
+        """Adds a parameter. Refuses a ``weight``, because it would have no effect."""
         if name == 'weight' and param is not None:
             raise AttributeError(self._no_weight())
         super().register_parameter(name, param)
 
     def __prepare_scriptable__(self) -> None:
-        # torch.jit.script asks every module of a network for what it is to compile.
+        # torch.jit.script calls this method of every module that it compiles.
         raise TypeError(
             f'torch.jit.script cannot compile a {type(self).__name__}, whose kernel is mixed by '
             'code that is no TorchScript. Use torch.export, torch.compile or torch.jit.trace.'

@@ -1,9 +1,10 @@
-"""What is done to a static layer, done to the dynamic one in its place.
+"""Static twins: what other code does to a static layer also happens to the dynamic layer.
 
 Initialisers and constructors of optimizers look for layers by type, by name and by ``weight``.
-While they work, static twins stand in the places of dynamic modules: real ``torch.nn`` layers with
-the kernel of the one-to-one start (paper, section 3.4). What has become of them is handed on
-afterwards. So nothing reaches an attention that was meant for a kernel.
+While they work, static twins replace the dynamic modules. A static twin is a real ``torch.nn``
+layer with the kernel of the one-to-one start (paper, section 3.4). Afterwards the dynamic modules
+come back and take over what has changed in their twins. So an initialiser for kernels never changes
+an attention.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,49 +18,51 @@ from ..ops import modes
 from .warehouse import WarehouseManager
 from .warm_start import warm_start
 
-# The one-to-one start: it sets cells alone, and leaves attentions as they are.
+# At this temperature a warm start sets the cells and does not change the attentions.
 _TAU = 1.0
 
 
 class StandsForStatic(nn.Module):
-    """A module in the place of a static one, of which it can make the twin."""
+    """A module that replaces a static module and can make the static twin."""
 
     def static_twin(self) -> nn.Module:
-        """Makes the static module that this one equals at a temperature of 1.
+        """Makes the static module that computes the same as this module at temperature 1.
 
         Returns:
-            A module of ``torch.nn``, with parameters of its own or with this one's. Below a budget
-            of 1 its kernel is zero where the one-to-one start assigns no cell.
+            A module of ``torch.nn``. It may share parameters with this module. With a budget below
+            1, the kernel is zero where the one-to-one start assigns the zero cell.
         """
         raise NotImplementedError
 
     def counterparts(self, twin: nn.Module) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
-        """Pairs parameters of a twin with those here that do the same.
+        """Pairs every parameter of a twin with the parameters of this module that do its work.
 
         Args:
             twin: Made by :meth:`static_twin`.
 
         Yields:
-            A parameter of the twin and one or more of this module; for its kernel the cells.
+            A parameter of the twin, and one or more parameters of this module. The kernel of the
+            twin is paired with the cells.
         """
         raise NotImplementedError
 
     def take_values(self, twin: nn.Module, kernels: 'Kernels') -> None:
-        """Takes what has become of a twin, but for the kernels.
+        """Takes over the values of a twin, and hands its changed kernels to ``kernels``.
 
         Args:
             twin: Made by :meth:`static_twin`.
-            kernels: Gains the kernels that have changed.
+            kernels: Collects the kernels that have changed.
         """
         raise NotImplementedError
 
     def apply(self, fn: Callable[[nn.Module], Any]) -> 'StandsForStatic':
-        """Applies a function to every module in here, an initialiser to the static twin instead.
+        """Applies a function to the static twin, or to this module and its submodules.
 
         Args:
-            fn: Of a module. If it changes a parameter of the twin that is taken over, and nothing
-                else happens. If not it is applied to the modules here, whose parameters keep their
-                values: they are no static layer's.
+            fn: A function of a module; first applied to the twin. If it changes a parameter of the
+                twin, this module takes over the values, and ``apply`` ends. If it changes none, it
+                is applied to the modules in here. Their parameters keep their values, because a
+                static network does not have them.
         """
         if not _has_values(self):
             return super().apply(fn)
@@ -72,7 +75,7 @@ class StandsForStatic(nn.Module):
             kernels.lay_into_warehouses()
             return self
         values = {parameter: parameter.detach().clone() for parameter in self.parameters()}
-        # The next layer is given the random numbers that it would be given in a static network.
+        # The next layer must get the same random numbers as in a static network.
         with torch.random.fork_rng(devices=[]):
             super().apply(fn)
         with torch.no_grad():
@@ -82,25 +85,25 @@ class StandsForStatic(nn.Module):
 
 
 class Kernels:
-    """Static kernels on their way into warehouses."""
+    """Collects static kernels, and then writes them into the warehouses."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[WarehouseManager, int], dict[int, tuple[Any, Tensor]]] = {}
 
     def add(self, layer: Any, kernel: Tensor) -> None:
-        """Adds a kernel of a :class:`~mmkw.layers.dynamic_layers.DynamicLayer`.
+        """Adds a kernel.
 
         Args:
-            layer: The layer.
+            layer: The :class:`~mmkw.layers.dynamic_layers.DynamicLayer` that the kernel is for.
             kernel: Tensor[out, in, *kernel_size].
         """
         manager, warehouse, position = layer.place
-        # The networks of the paper start their cells as released, whatever sets static kernels.
+        # In the paper's networks the cells keep the released start, whatever sets static kernels.
         if not manager.keeps_start and manager.weights.is_plain:
             self._found.setdefault((manager, warehouse), {})[position] = (layer, kernel)
 
     def lay_into_warehouses(self) -> None:
-        """Makes the cells the pieces of the kernels, by the one-to-one start."""
+        """Sets the cells to the pieces of the kernels, by the one-to-one start."""
         for (manager, warehouse), found in self._found.items():
             partition, cells = manager.partitions[warehouse], manager.weights[warehouse]
             names = {position: partition.layers[position].kernel.layer for position in found}
@@ -114,13 +117,15 @@ class Kernels:
 
 
 class StaticTwins:
-    """The twins of all dynamic modules of a network, in their places until :meth:`leave`.
+    """Replaces all dynamic modules of a network by their static twins, until :meth:`leave`.
+
+    Modules whose tensors are sharded or on the meta device have no twins and stay in place.
 
     Args:
-        network: Any network. Its dynamic modules must have values, whole ones.
+        network: Any network.
 
     Attributes:
-        of: The twin of every dynamic module.
+        of: The twin of every dynamic module that has one.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -149,7 +154,10 @@ class StaticTwins:
                 self._visit(child, seen)
 
     def _note_parameters(self, coming: Iterable[nn.Module]) -> None:
-        """MMEngine notes what becomes of every parameter, and refuses new ones meanwhile."""
+        """Adds new parameters to MMEngine's notes about initialisation.
+
+        MMEngine notes how each parameter is initialised, and refuses parameters it does not know.
+        """
         notes = self._network.__dict__.get('_params_init_info')
         if notes is None:
             return
@@ -162,16 +170,16 @@ class StaticTwins:
                     notes[parameter] = dict(init_info='As made', tmp_mean_value=mean)
 
     def stay(self) -> None:
-        """Leaves the twins in the places of the dynamic modules, for good."""
+        """Lets the twins replace the dynamic modules for good."""
         self._places.clear()
         for module in self._network.modules():
             module.__dict__.pop(_ACTIVE, None)
 
     def leave(self, taking_values: bool = True) -> None:
-        """Puts the dynamic modules back. More than once does no harm.
+        """Puts the dynamic modules back. A second call does nothing.
 
         Args:
-            taking_values: Whether what has become of the twins is handed on to them.
+            taking_values: Whether the dynamic modules take over the values of their twins.
         """
         if not self._places:
             return
@@ -197,14 +205,14 @@ _ACTIVE = '_static_twins'
 
 @contextmanager
 def static_twins(network: nn.Module, taking_values: bool = True) -> Iterator[StaticTwins]:
-    """Has static twins stand in the places of a network's dynamic modules.
+    """Replaces the dynamic modules of a network by their static twins inside a ``with`` block.
 
     Args:
         network: Any network.
         taking_values: As in :meth:`StaticTwins.leave`.
 
     Yields:
-        The twins. A state dict that is loaded meanwhile ends their stay.
+        The twins. If the block loads a state dict, the dynamic modules come back before that.
     """
     twins = StaticTwins(network)
     try:
@@ -216,11 +224,11 @@ def static_twins(network: nn.Module, taking_values: bool = True) -> Iterator[Sta
 
 
 def leave_static_twins(network: nn.Module, *_: Any) -> None:
-    """Ends the stay of static twins before a state dict is loaded; a hook of a converted network.
+    """Puts dynamic modules back before a state dict is loaded; a hook of a converted network.
 
     Args:
-        network: Where they may stand.
-        *_: What ``load_state_dict`` passes to a hook beyond that.
+        network: A network whose dynamic modules may be replaced by static twins.
+        *_: Other arguments that ``load_state_dict`` passes to a hook; not used.
     """
     twins = network.__dict__.get(_ACTIVE)
     if twins is not None:
@@ -239,7 +247,7 @@ def _has_changed(twin: nn.Module, before: list[Tensor]) -> bool:
 
 
 def _has_values(dynamic: StandsForStatic) -> bool:
-    """Whether this process has all values of a module."""
+    """Whether this process has all values of a module: nothing is sharded or on ``meta``."""
     cells = [module.cells for module in dynamic.modules() if hasattr(module, 'cells')]
     if any(map(modes.is_sharded, cells)):
         return False

@@ -1,4 +1,4 @@
-"""The parameters that layers share."""
+"""Warehouses: the parameters that layers share."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -15,24 +15,25 @@ from .warm_start import check_start_tau
 class CellList(nn.ParameterList):
     """The cells of all warehouses, a list of Tensor[cells, cell_out, cell_in, *cell_kernel].
 
-    Pruning (``torch.nn.utils.prune``) and parametrisations take it as any module with parameters
-    ``'0'``, ``'1'``, ...
+    ``torch.nn.utils.prune`` and parametrisations work on this list as on any module. The names of
+    its parameters are ``'0'``, ``'1'``, ...
     """
 
     def __getitem__(self, index: int) -> Tensor:
-        """The cells of a warehouse as they are now."""
-        # Pruning computes them before a forward pass. A list has none: it is read instead.
+        """The current cells of a warehouse."""
+        # Pruning computes pruned cells in a forward pre-hook. A list has no forward pass, so the
+        # hooks run when the cells are read.
         for hook in modes.computing_hooks(self):
             hook(self, ())
         return super().__getitem__(index)
 
     @property
     def is_plain(self) -> bool:
-        """Whether all cells are parameters, none computed from others."""
+        """Whether all cells are parameters: none are pruned or parametrised."""
         return all(str(index) in self._parameters for index in range(len(self)))
 
     def parameters_of(self, index: int) -> list[nn.Parameter]:
-        """What the cells of a warehouse are computed from: themselves, if they are plain."""
+        """The parameters that the cells of a warehouse are computed from, or the plain cells."""
         plain = self._parameters.get(str(index))
         if plain is not None:
             return [plain]
@@ -40,9 +41,9 @@ class CellList(nn.ParameterList):
         return [parameter for name, parameter in self.named_parameters() if own.fullmatch(name)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'CellList':
-        """Moves and casts; a memory format of images is not for cells.
+        """Moves and casts the cells, but ignores a memory format.
 
-        ``Module.to`` takes every tensor of four or five dimensions for images or their kernels.
+        ``Module.to(memory_format=...)`` would change every tensor of four or five dimensions.
         """
         return super()._apply(lambda cells: fn(cells.flatten(1)).view(cells.shape), recurse)
 
@@ -50,9 +51,9 @@ class CellList(nn.ParameterList):
 class WarehouseManager(nn.Module):
     """Owns the kernel cells of all warehouses of a network (paper, section 3.3).
 
-    It is a submodule of the network it serves, the only one that registers the cells: its layers
-    refer to it without registering it again, so that every cell is optimised, saved, moved and
-    reduced over processes once.
+    The manager is a submodule of the network, and only the manager registers the cells. The layers
+    refer to the manager without registering it. So every cell is optimised, saved, moved and
+    reduced over processes exactly once.
 
     Args:
         partitions: The warehouses, in the order of their index.
@@ -60,10 +61,10 @@ class WarehouseManager(nn.Module):
             :func:`~mmkw.layers.warm_start`.
 
     Attributes:
-        partitions: The same, as a tuple.
-        start_tau: The same.
-        keeps_start: Whether the cells keep the start that they are made with when an initialiser
-            sets a static kernel, as in the networks of the paper. False by default.
+        partitions: The warehouses, as a tuple.
+        start_tau: The temperature of a warm start.
+        keeps_start: Whether the cells keep their start when an initialiser sets a static kernel.
+            True for the paper's networks, False by default.
         weights: CellList of Tensor[cells, cell_out, cell_in, *cell_kernel].
     """
 
@@ -79,7 +80,7 @@ class WarehouseManager(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Starts the cells as the kernels of their layers would: kaiming normal, per layer."""
+        """Starts the cells of every layer by Kaiming normal (fan_out, relu)."""
         for partition, weight in zip(self.partitions, self.weights):
             for share in partition.layers:
                 own = weight.detach()[share.start : share.start + share.own_cells]
@@ -87,11 +88,11 @@ class WarehouseManager(nn.Module):
                     nn.init.kaiming_normal_(own.flatten(0, 1), mode='fan_out', nonlinearity='relu')
 
     def forward(self, x: Any) -> Any:
-        """Gives back what it gets: it stands for its cells in a graph that ``torch.fx`` traced."""
+        """Returns its input. In a ``torch.fx`` graph this call makes the manager a submodule."""
         return x
 
     def extra_repr(self) -> str:
-        """One line a warehouse: name, cells, layers."""
+        """One line per warehouse: name, cells, layers."""
         return '\n'.join(
             f'{p.name}: {p.num_cells} cells {p.cell_shape}, {len(p.layers)} layers'
             for p in self.partitions
@@ -99,16 +100,16 @@ class WarehouseManager(nn.Module):
 
 
 def fault_of(values: Any, own: Tensor, shape: Sequence[int] | None = None) -> str | None:
-    """What is wrong with stored cells, or with a static kernel that cells are to be made of.
+    """Describes what is wrong with stored cells, or with a static kernel for a warm start.
 
     Args:
-        values: What a state dict holds.
-        own: What they are for, by its precision and whether it has values.
-        shape: What they have to have for their values to be looked at; that of ``own`` if it is
-            not given. Other shapes are for others to name.
+        values: The value in the state dict.
+        own: The tensor that is to be loaded. Its dtype and its device decide what is checked.
+        shape: The expected shape; by default the shape of ``own``. Values of another shape are not
+            checked here, because the caller reports wrong shapes.
 
     Returns:
-        Words that go on after the name of the tensor; None where nothing is wrong.
+        The end of a sentence that begins with the tensor's name; None if nothing is wrong.
     """
     if not isinstance(values, Tensor):
         return f'is a {type(values).__name__}, not a tensor'

@@ -1,7 +1,8 @@
-"""Starts a network where a static one stands: its kernels laid into the warehouses.
+"""The warm start: puts the kernels of a static network into the warehouses.
 
-At tau = 1 the one-to-one start (paper, section 3.4) makes every mixture one cell, so the cells can
-be the static kernels, cut. At tau = 0 the attention can be started at the same mixture.
+At tau = 1 the one-to-one start (paper, section 3.4) makes every mixture equal to one cell. So the
+cells can be the pieces of the static kernels. At tau = 0 the attentions can start at the same
+mixtures.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from ..ops.kernels import cut_kernels
 from .attention import Attention
 from .partition import LayerShare, WarehousePartition
 
-# Of the random numbers for spare cells; every process of a training must draw the same.
+# The seed of the random spare cells. All processes of a training need the same cells.
 _SEED = 20240607
 
 
@@ -34,30 +35,30 @@ def warm_start(
     cells: Tensor,
     tau: float,
 ) -> tuple[Tensor, float]:
-    """Finds cells, and starts attentions, that give layers the kernels of static ones.
+    """Finds cells and starts attentions so that dynamic layers have the kernels of static layers.
 
-    With a budget ``b`` of at least 1 every piece of a kernel has a cell of its own, and the start
-    is exact. At tau = 1 that cell is the piece, and the attentions stay at their random start, to
-    take over as tau falls. At tau = 0 the attention starts with this cell at almost one, and what
-    it lacks is made up for in the cell. The other cells of a mixture are random, of the layer's
-    magnitude: they have no weight yet, but a cell of zeros would neither get nor give a gradient.
+    With a budget ``b`` of at least 1, every piece of a kernel has its own cell, and the start is
+    exact. At tau = 1 this cell is the piece. The attentions keep their random start and take over
+    as tau falls. At tau = 0 the attention of this cell starts slightly below 1. The cell is the
+    piece divided by this attention. The spare cells have no weight yet. They are random, with the
+    layer's magnitude: a cell of zeros would neither get nor give a gradient.
 
-    With ``b < 1`` there are fewer cells than pieces. At tau = 0 the cells are the subspace that
-    holds most of the pieces (the singular vectors; every layer counts alike, whatever its scale,
-    since a norm mostly follows), and the attentions the coordinates. At tau = 1 the one-to-one
-    start leaves the pieces out that it gives the zero cell.
+    With ``b < 1`` there are fewer cells than pieces. At tau = 0 the cells are the singular vectors
+    that hold most of the pieces, and the attentions are the coordinates. Every layer counts the
+    same whatever its scale, because a norm mostly follows. At tau = 1 the pieces are lost whose
+    mixture is assigned the zero cell.
 
     Args:
         partition: The warehouse.
-        kernels: Static kernels, Tensor[out, in, *kernel_size], by layer. Cells of layers that are
-            not among them stay.
-        attentions: The attentions of the same layers; at tau = 0 they are changed.
-        cells: Tensor[cells, cell_out, cell_in, *cell_kernel], the warehouse as it is.
+        kernels: Static kernels, Tensor[out, in, *kernel_size], by layer. The cells of other layers
+            do not change. With ``b < 1`` at tau = 0 they may change, too.
+        attentions: The attentions of the same layers. They change at tau = 0 only.
+        cells: Tensor[cells, cell_out, cell_in, *cell_kernel], the current cells.
         tau: 0 or 1.
 
     Returns:
-        The new cells, and how far the mixed kernels are from the static ones: the root mean square
-        over the layers of the relative error. 0 if the start is exact.
+        The new cells, and the error: the root mean square, over the layers, of the relative error
+        of the mixed kernels. The error is 0 if the start is exact.
     """
     shares = [share for share in partition.layers if share.kernel.layer in kernels]
     pieces = {
@@ -98,14 +99,14 @@ def _pieces(kernel: Tensor, share: LayerShare, cells: Tensor) -> Tensor:
 def _nearest(
     pieces: Mapping[str, Tensor], attentions: Mapping[str, Attention], cells: Tensor
 ) -> tuple[Tensor, float]:
-    """The best cells and constant attentions by the truncated singular value decomposition."""
+    """Finds the best cells and constant attentions by a truncated singular value decomposition."""
     scales = {name: piece.norm().clamp_min(1e-30) for name, piece in pieces.items()}
     rows = torch.cat([(piece / scales[name]).flatten(1) for name, piece in pieces.items()])
-    # Its left singular vectors, from the Gram matrix: rows are few and long.
+    # The left singular vectors come from the Gram matrix, because rows are few and long.
     _, vectors = torch.linalg.eigh(rows @ rows.t())
     basis = vectors.flip(1)[:, : len(cells)]
     new = basis.t() @ rows
-    # Attentions of a mixture add up to at most 1: the cells take the rest of the scale.
+    # The attentions of a mixture add up to at most 1, so the cells take the rest of the scale.
     reach = min(attention.reach for attention in attentions.values())
     alphas = dict(zip(pieces, basis.split([len(piece) for piece in pieces.values()])))
     alphas = {name: alpha * scales[name] for name, alpha in alphas.items()}

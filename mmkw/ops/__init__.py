@@ -1,8 +1,11 @@
-"""Tensor functions of the operator: no modules, no plans.
+"""The operator on tensors: it mixes kernels from cells and applies them.
 
-``kernels`` defines it; ``backend`` chooses what computes it, ``mixing`` or ``compiled``;
-``dynamic`` is the function with its gradient, which ``gradient`` sums up for a warehouse;
-``sample_conv`` applies kernels; ``modes`` and ``memory`` are about PyTorch.
+- ``kernels`` defines mixing.
+- ``backend`` chooses what computes: PyTorch, ``mixing`` or ``compiled``.
+- ``dynamic`` is the whole operator with its gradient.
+- ``gradient`` sums up the gradient of a warehouse over its layers.
+- ``sample_conv`` applies kernels to images.
+- ``modes`` and ``memory`` are about PyTorch.
 """
 
 from .backend import use_compiled, why_not_compiled

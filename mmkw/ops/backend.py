@@ -1,12 +1,12 @@
-"""The one place that chooses what computes.
+"""Chooses what computes the operator.
 
-Once for a call, forward and backward together, it is one of
+The choice is made once per call, for the forward and the backward pass together:
 
-- PyTorch's own operators on the whole batch, where a transformation looks inside;
-- :class:`~mmkw.ops.mixing.Mixing`, a block of images at a time;
-- :class:`~mmkw.ops.compiled.CompiledMixing`, for float32 on the CPU.
+- PyTorch's own operators on the whole batch, if a transformation looks inside the operator;
+- :class:`~mmkw.ops.compiled.CompiledMixing`, for float32 on the CPU;
+- :class:`~mmkw.ops.mixing.Mixing`, which works on blocks of images, in all other cases.
 
-``MMKW_COMPILED=0`` in the environment, or :func:`use_compiled`, leaves the compiled kernels out.
+``MMKW_COMPILED=0`` in the environment, or :func:`use_compiled`, switches the compiled kernels off.
 """
 
 import os
@@ -26,21 +26,21 @@ def use_compiled(on: bool) -> None:
     """Switches the compiled kernels on or off for the process.
 
     Args:
-        on: Whether they compute where they can.
+        on: Whether the compiled kernels compute where they can.
     """
     global _switched_on
     _switched_on = on
 
 
 def why_not_compiled() -> str | None:
-    """Why no compiled kernel is used; None where they are."""
+    """The reason why no compiled kernel is used; None if they are used."""
     if MISSING is None and not _switched_on:
         return 'they are switched off, by MMKW_COMPILED=0 or use_compiled(False)'
     return MISSING
 
 
 def is_compiled(*tensors: Tensor | None) -> bool:
-    """Whether the compiled kernels can take tensors: plain ones of float32 on the CPU.
+    """Whether the compiled kernels can take these tensors: float32 on the CPU.
 
     Args:
         *tensors: Of any shapes.
@@ -53,7 +53,7 @@ def is_compiled(*tensors: Tensor | None) -> bool:
 
 
 def mixing_of(x: Tensor, attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Mixing | None:
-    """What mixes the kernels of a call.
+    """Chooses the object that mixes the kernels of a call.
 
     Args:
         x: The images.
@@ -62,7 +62,7 @@ def mixing_of(x: Tensor, attention: Tensor, cells: Tensor, grid: Sequence[int]) 
         grid: Cells of the kernel along ``(*spatial, out, in)``.
 
     Returns:
-        None where PyTorch's own operators shall be seen.
+        The object, or None if PyTorch's own operators must compute.
     """
     if x.shape[0] == 0 or modes.is_seen_through(x, attention, cells):
         return None
@@ -72,9 +72,9 @@ def mixing_of(x: Tensor, attention: Tensor, cells: Tensor, grid: Sequence[int]) 
 
 
 def is_one_operator(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bool:
-    """Whether mixing is one operator of ours to a transformation: in ``torch.compile`` only.
+    """Whether mixing is one of our operators in a compiled graph: in ``torch.compile`` only.
 
-    An exported program shall run where mmkw is not installed.
+    An exported program must also run where mmkw is not installed, so it has PyTorch's operators.
 
     Args:
         attention: Tensor[batch, mixtures, cells].
@@ -91,7 +91,7 @@ def is_one_operator(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bo
 
 
 def computes_constants(*tensors: Tensor | None) -> bool:
-    """Whether a compiled kernel without gradient may compute from tensors.
+    """Whether a compiled kernel without gradient may take these tensors.
 
     Args:
         *tensors: Of any shapes.

@@ -1,8 +1,8 @@
-"""The compiled CPU kernels, where the installation has them: float32, as constants.
+"""The compiled CPU kernels, if the installation has them: float32, as constants for autograd.
 
-Their source is in ``csrc``. Here they are loaded, registered with PyTorch (shapes without values,
-gradient, floating-point operations), and put in the place of :class:`~mmkw.ops.mixing.Mixing`.
-Whether they compute, :mod:`.backend` says.
+Their source is in ``csrc``. This module loads them and registers them with PyTorch: shapes without
+values, the gradient, floating-point operations. :class:`CompiledMixing` is
+:class:`~mmkw.ops.mixing.Mixing` with these kernels. :mod:`.backend` decides whether they are used.
 """
 
 import math
@@ -20,7 +20,7 @@ from .mixing import Mixing
 
 
 def _load() -> str | None:
-    """Loads the library; what is in the way, if something is."""
+    """Loads the library. Returns the reason if that is not possible, else None."""
     if find_spec('mmkw.ops._native') is None:
         return (
             'they were not built; install with pip install --no-build-isolation where torch and a '
@@ -39,27 +39,30 @@ def _load() -> str | None:
     return None
 
 
-# Why the kernels are not there; None if they are.
+# The reason why the kernels are missing; None if they are loaded.
 MISSING = _load()
 
 
 def cpu_level() -> str:
-    """The generation of processors whose kernels are used here, as PyTorch names its own."""
+    """The generation of processors that the kernels are used for, by PyTorch's names."""
     from . import _native
 
     return _native.CPU_LEVEL
 
 
 class CompiledMixing(Mixing):
-    """Mixing by the compiled kernels, which put kernels together as they mix them."""
+    """Mixing by the compiled kernels. They mix and assemble in one step."""
 
     @staticmethod
     def serves(cells: Tensor, grid: Sequence[int]) -> bool:
-        """Whether the kernels know the shape: cells have one place of the kernel, or all."""
+        """Whether the compiled kernels can mix cells of this shape.
+
+        A cell must cover one place of the layer's kernel in space, or all places.
+        """
         return 1 in (math.prod(grid[:-2]), cells.shape[3:].numel())
 
     def parts(self, attention: Tensor) -> list[slice]:
-        """All images."""
+        """All images in one part."""
         return [slice(None)]
 
     def kernels(self, attention: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ class CompiledMixing(Mixing):
         kept: Tensor | None,
         again: bool,
     ) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
-        """See :class:`Mixing`; the kernels are mixed in the same pass over the warehouse."""
+        """See :class:`Mixing`. The same pass over the warehouse mixes the kernels, if needed."""
         place = rows = None if total is None else total.place(attention)
         if total is not None and place is None:
             rows = self._rows(attention, 'rows')
@@ -109,7 +112,7 @@ class CompiledMixing(Mixing):
 
 
 def _register() -> None:
-    """What PyTorch's transformations have to know of the operators."""
+    """Registers what PyTorch's transformations need to know about the operators."""
     library = torch.library
 
     @library.register_fake('mmkw::mix_cells')
@@ -175,6 +178,7 @@ def _register() -> None:
         return 2 * pooled[0] * (math.prod(fc1) + math.prod(rest[-4]))
 
 
-# Older releases have no names for this; there the operators serve where nothing looks inside.
+# Older releases of torch have no such functions. There the operators are used only where no
+# transformation looks inside.
 if MISSING is None and hasattr(torch.library, 'register_autograd'):
     _register()

@@ -1,7 +1,8 @@
-"""The whole operator: mixes every image's kernel and applies it, in little memory.
+"""The whole operator: mixes the kernel of every image and applies it, with little memory.
 
-Autograd alone would keep the kernels of every image and layer. Here kernels live for some images at
-a time and are mixed again in the backward pass, unless that takes long.
+Autograd alone would keep the kernels of all images and layers. Here kernels exist for some images
+at a time. The backward pass mixes them again, unless that takes too long; see
+:meth:`~mmkw.ops.mixing.Mixing.is_kept`.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from .sample_conv import SampleConv, SampleLinear
 
 
 class _Settings(NamedTuple):
-    """What is no tensor: the grid of the kernel, what applies it, and the precision for that."""
+    """Settings: the grid of the kernel, the map that applies it, and the precision of the map."""
 
     grid: Sequence[int]
     sample_map: SampleConv | SampleLinear
@@ -33,20 +34,21 @@ def apply_mixed(
     sample_map: SampleConv | SampleLinear,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Maps every image by the kernel mixed for it from the cells of a warehouse.
+    """Applies to every image the kernel that its attention mixes from the cells of a warehouse.
 
-    Equal to ``sample_map(x, mix_cells(attention, cells, grid), bias)``, differentiable as often as
-    it is, and computed so wherever a transformation (``torch.func``, forward-mode differentiation,
-    ``torch.export``, ``torch.compile``) has to look inside.
+    The result equals ``sample_map(x, mix_cells(attention, cells, grid), bias)``. It can be
+    differentiated as often as this expression. The expression itself computes if a transformation
+    looks inside (``torch.func``, forward-mode differentiation, ``torch.export``,
+    ``torch.compile``).
 
     Args:
-        x: Tensor[batch, ...], the images or tokens. Under autocast they and the kernels are cast;
-            mixing itself is done in the precision of the cells.
+        x: Tensor[batch, ...], the images or tokens. Under autocast the images and the kernels are
+            cast, but mixing has the precision of the cells.
         attention: Tensor[batch, mixtures, cells].
         cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
         grid: Cells of the kernel along ``(*spatial, out, in)``.
-        sample_map: What applies the kernels.
-        bias: Shared by the images.
+        sample_map: The map that applies the kernels.
+        bias: Bias of the map, shared by the images.
 
     Returns:
         The result of ``sample_map``.
@@ -83,7 +85,7 @@ def _apply_plainly(
 
 
 def _mixed_plainly(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
-    """What PyTorch's transformations see: its own operators, or one of ours in a compiled graph."""
+    """Mixes by PyTorch's own operators, or by one of our operators in a compiled graph."""
     if backend.is_one_operator(attention, cells, grid):
         return torch.ops.mmkw.mix_cells(attention, cells, grid)
     return mix_cells(attention, cells, grid)
@@ -97,7 +99,7 @@ def _apply_in_parts(
     mixing: Mixing,
     kept: list[Tensor | None] | None = None,
 ) -> Tensor:
-    """The result; of every block of images ``kept`` gains the kernels that are to be kept."""
+    """Computes block by block. ``kept`` collects, for every block, its kernels or None."""
     _, sample_map, dtype = settings
     results = []
     for block in mixing.blocks(attention):
@@ -180,7 +182,7 @@ def _backward_in_parts(
     return (
         _joined(grads_x) if need_x else None,
         _joined(grads_attention) if need_attention else None,
-        # What the layers of a warehouse owe to it is handed in by their token.
+        # The gradient of the cells goes through the token that the layers share.
         None,
         grad.sum(summed) if need_bias else None,
     )
@@ -193,10 +195,10 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def _backward_plainly(
     ctx: Any, grad: Tensor, x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Autograd's own gradients, which can be differentiated again and transformed."""
+    """Computes the gradients by autograd, so that they can be differentiated and transformed."""
     with torch.enable_grad():
-        # Differentiation ends at these, and does not go on through what an operand was made of: the
-        # attention was made of the images.
+        # New views, so that differentiation ends here. The attention is computed from the images,
+        # and differentiation must not continue through that.
         operands = [None if t is None else t.view_as(t) for t in (x, attention, cells, bias)]
         result = _apply_plainly(*operands, ctx.settings)
     needed = ctx.needs_input_grad[:4]

@@ -1,14 +1,14 @@
-"""The gradient of a warehouse, summed up over its layers before autograd sees it.
+"""The gradient of a warehouse, summed up over its layers before autograd gets it.
 
-Autograd alone would make one gradient of the whole warehouse for each of its layers and add them
-up. Here the layers of one forward pass hold the same *token*, an empty tensor made from the cells;
-by it autograd knows that the cells depend on all of them. In the backward pass a layer adds its
-part to a sum in place and gives its token no gradient; when the last layer is done, autograd calls
-the token's backward, which hands the sum over.
+Autograd alone would make one gradient of the whole warehouse for every layer, and add them up.
+Here all layers of one forward pass have the same *token* as an input. The token is an empty tensor
+that is computed from the cells. In the backward pass every layer adds its part to a sum in place,
+and gives the token no gradient. After the last layer, autograd calls the token's backward, which
+returns the sum as the gradient of the cells.
 
-A sum belongs to one backward pass and to the graph: to the first by its key, to the second because
-nothing but the graph holds it. It is made only in a pass that will come to the token, hence is
-handed over, unless the pass fails; then it goes with the graph.
+A sum belongs to one backward pass, whose number is its key. A sum also belongs to the graph,
+because only the graph holds it. A sum is made only if the backward pass will reach the token, which
+takes the sum. If the pass fails, the sum is freed with the graph.
 """
 
 import weakref
@@ -21,18 +21,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import modes
 from .mixing import Mixing
 
-# The token of the cells that are in use, for as long as a layer's graph holds it.
+# The token of each tensor of cells, for as long as a layer's graph holds the token.
 _tokens: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class Token:
-    """What the layers of a warehouse have in common in one graph.
+    """The common input of all layers of a warehouse in one graph.
 
     Args:
         cells: Tensor[cells, cell_out, cell_in, *cell_kernel] that needs a gradient.
 
     Attributes:
-        tensor: What autograd sees of it, an input of every layer.
+        tensor: The empty tensor that autograd sees as an input of every layer.
     """
 
     def __init__(self, cells: Tensor) -> None:
@@ -41,7 +41,7 @@ class Token:
 
     @staticmethod
     def of(cells: Tensor) -> 'Token':
-        """The token that other layers hold, or a new one."""
+        """The token that other layers of the graph hold, or a new token."""
         reference = _tokens.get(cells)
         token = reference() if reference is not None else None
         if token is None:
@@ -50,11 +50,11 @@ class Token:
         return token
 
     def is_awaited(self) -> bool:
-        """Whether the backward pass that is running wants the gradient of the cells."""
+        """Whether the current backward pass needs the gradient of the cells."""
         return modes.will_run(self.tensor.grad_fn)
 
     def sum(self, mixing: Mixing) -> 'CellSum':
-        """The sum of the backward pass that is running."""
+        """The sum of the current backward pass."""
         task = modes.backward_pass()
         if task not in self._sums:
             self._sums[task] = CellSum(mixing)
@@ -75,22 +75,22 @@ class _HandOver(torch.autograd.Function):
 
 
 class CellSum:
-    """A sum of the parts of layers.
+    """The gradient of the cells, as a sum over layers.
 
-    A layer's part is the product of its attentions and the cut gradients of its kernels. Alone it
-    would be a pass over the whole warehouse for few arithmetic operations, so parts are collected
-    and added together, by one product, when there are enough of them.
+    A layer's part is the product of its attentions and the gradients of its kernels, cut into
+    cells. Adding one part would be a pass over the whole warehouse for little arithmetic. So parts
+    wait until there are enough, and one product adds them all.
 
     Args:
-        mixing: Of the first layer, with the cells.
+        mixing: The :class:`Mixing` of the first layer; it holds the cells.
     """
 
-    # Of kernel gradients that wait.
+    # The most bytes of kernel gradients that wait.
     WAITING_BYTES = 48 << 20
 
     def __init__(self, mixing: Mixing) -> None:
         self._add_to_cells = mixing.add_to_cells
-        # Detached: what waits must not hold the graph that holds this sum.
+        # Detached, because the graph holds this sum: the sum must not hold the graph.
         self._cells = mixing.cells.detach()
         self._sum: Tensor | None = None
         self._rows: Tensor | None = None
@@ -98,14 +98,14 @@ class CellSum:
         self._waiting = 0
 
     def place(self, attention: Tensor) -> Tensor | None:
-        """Where the gradients of some kernels, cut into cells, can wait.
+        """Gives memory in which the gradients of some kernels, cut into cells, can wait.
 
         Args:
-            attention: Tensor[images, mixtures, cells], that the kernels were mixed by.
+            attention: Tensor[images, mixtures, cells], the attentions of these kernels.
 
         Returns:
-            Tensor[images, mixtures, cell_out, cell_in, *cell_kernel], to be filled before it is
-            added; ``None`` where there are enough for a product of their own.
+            Tensor[images, mixtures, cell_out, cell_in, *cell_kernel]. The caller fills it and then
+            calls :meth:`add`. ``None`` if the gradients are too large to wait.
         """
         cell = self._cells[0]
         count = attention.shape[:2].numel()
@@ -125,7 +125,7 @@ class CellSum:
         Args:
             attention: Tensor[images, mixtures, cells].
             rows: Tensor[images, mixtures, cell_out, cell_in, *cell_kernel].
-            waits: Whether ``rows`` are in the place last given.
+            waits: Whether ``rows`` is the memory that :meth:`place` has just given.
         """
         weights = attention.detach().flatten(0, 1)
         if waits:

@@ -1,4 +1,4 @@
-"""The definition: kernels from kernel cells, and back (paper, section 3.1). PyTorch alone."""
+"""Defines how kernels are mixed from cells, and how they are cut (paper, section 3.1)."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 def mix_cells(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
     """Mixes the cells of a warehouse into one kernel per image.
 
-    Every cell of the kernel is ``w_i = sum_j attention_ij cells_j``. The mixtures are ordered
+    Every mixture is ``w_i = sum_j attention_ij cells_j``. The mixtures are ordered
     ``(spatial..., out block, in block)``.
 
     Args:
@@ -26,7 +26,7 @@ def mix_cells(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def assemble(rows: Tensor, grid: Sequence[int]) -> Tensor:
-    """Puts the mixtures of some images together to kernels.
+    """Assembles the mixtures of some images into kernels.
 
     Args:
         rows: Tensor[batch, mixtures, cell_out, cell_in, *cell_kernel].
@@ -47,7 +47,7 @@ def assemble(rows: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def cut(kernels: Tensor, grid: Sequence[int], cell_shape: Sequence[int]) -> Tensor:
-    """Takes kernels apart: undoes :func:`assemble`.
+    """Cuts kernels into pieces of the size of a cell. This undoes :func:`assemble`.
 
     Args:
         kernels: Tensor[batch, out, in, *kernel_size].
@@ -55,7 +55,7 @@ def cut(kernels: Tensor, grid: Sequence[int], cell_shape: Sequence[int]) -> Tens
         cell_shape: ``(cell_out, cell_in, *cell_kernel)``.
 
     Returns:
-        Tensor[batch, *spatial, out block, in block, cell_out, cell_in, *cell_kernel], one cell a
+        Tensor[batch, *spatial, out block, in block, cell_out, cell_in, *cell_kernel], one piece per
         mixture.
     """
     *spatial, out_blocks, in_blocks = grid
@@ -74,7 +74,7 @@ def cut_kernels(kernels: Iterable[Tensor], grid: Sequence[int], rows: Tensor) ->
     Args:
         kernels: For every image a Tensor[out, in, *kernel_size].
         grid: As in :func:`mix_cells`.
-        rows: Tensor[images, mixtures, cell_out, cell_in, *cell_kernel], to be filled.
+        rows: Tensor[images, mixtures, cell_out, cell_in, *cell_kernel] for the result.
     """
     for kernel, mixtures in zip(kernels, rows):
         (pieces,) = cut(kernel.unsqueeze(0), grid, rows.shape[2:])

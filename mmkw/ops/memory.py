@@ -1,4 +1,4 @@
-"""Memory that a thread keeps from call to call."""
+"""Memory that a thread reuses from call to call."""
 
 import math
 import threading
@@ -11,11 +11,11 @@ _of_thread = threading.local()
 
 
 class Scratch:
-    """Memory for what a call needs for a moment, and the next call again.
+    """Memory for temporary results, which the next call uses again.
 
-    On the CPU tens of megabytes of fresh pages, layer by layer, would cost as much as mixing.
-    Elsewhere PyTorch's allocator keeps what is freed. What lies in a piece may be lost when the
-    same thread next takes one of the same use.
+    On the CPU fresh memory of tens of megabytes for every layer would cost as much time as mixing.
+    On other devices PyTorch's allocator keeps freed memory, so this class allocates there. The
+    content of a piece may be lost when the same thread takes another piece for the same use.
     """
 
     def __init__(self) -> None:
@@ -23,25 +23,25 @@ class Scratch:
 
     @staticmethod
     def of_thread() -> 'Scratch':
-        """The one of the calling thread."""
+        """The memory of the calling thread."""
         if not hasattr(_of_thread, 'scratch'):
             _of_thread.scratch = Scratch()
         return _of_thread.scratch
 
     def take(self, like: Tensor, shape: Sequence[int], use: str) -> Tensor:
-        """A piece of memory.
+        """Takes a piece of memory.
 
         Args:
-            like: Tensor of the device and the dtype that are wanted; no subclass of ``Tensor``.
-            shape: Of the result.
-            use: What for; memory of different uses is apart.
+            like: A tensor with the device and the dtype of the result; not of a subclass.
+            shape: Shape of the result.
+            use: Name of the use. Pieces for different uses do not overlap.
         """
         if like.device.type != 'cpu':
             return like.new_empty(shape)
         size = math.prod(shape)
         memory = self._pieces.get((use, like.dtype))
         if memory is None or memory.numel() < size:
-            # It outlives the mode it is made in.
+            # The memory outlives an inference mode, so it must not be an inference tensor.
             with torch.inference_mode(False):
                 memory = torch.empty(size, dtype=like.dtype, device='cpu')
             self._pieces[use, like.dtype] = memory

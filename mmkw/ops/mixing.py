@@ -1,6 +1,6 @@
-"""Mixing and its backward pass, as constants: a block of images at a time, by PyTorch.
+"""Mixing and its backward pass by PyTorch, for one block of images at a time.
 
-:mod:`.compiled` does the same by kernels of our own.
+Autograd does not record these computations. :mod:`.compiled` does the same by compiled kernels.
 """
 
 import itertools
@@ -17,23 +17,25 @@ from .memory import Scratch
 if TYPE_CHECKING:
     from .gradient import CellSum
 
-# Bytes of kernels that are mixed by one product: the more, the fewer passes over a warehouse.
+# Bytes of kernels that one product mixes. A larger number means fewer passes over a warehouse.
 BLOCK_BYTES = {'cpu': 40 << 20}
-# Bytes of kernels that are put together at a time. On the CPU they should stay in the caches, and
-# below the size from which the C library asks the system for fresh pages on every call.
+# Bytes of kernels that are assembled at a time. On the CPU they should stay in the caches. For
+# larger sizes the C library also asks the system for fresh memory on every call.
 PART_BYTES = {'cpu': 30 << 20}
+# The limit of both on other devices.
 DEFAULT_BYTES = 512 << 20
-# Where mixing kernels again takes far longer than fresh memory for them, from so many cells on,
-# those of the first images are kept for the backward pass: of so many as have this size in all if
-# every layer's kernels were as large as the warehouse. (With a budget of 4 they take a fourth.)
+# From this number of cells on, mixing again takes far longer than fresh memory for the kernels. So
+# the kernels of the first images are kept for the backward pass. The number of these images times
+# the size of the warehouse has at most KEPT_BYTES. (With a budget of 4 and one layer the kernels
+# take a fourth of that.)
 KEPT_CELLS = 256
 KEPT_BYTES = {'cpu': 1152 << 20}
-# Of more mixtures than these, which do not wait for memory, half as many.
+# A block with more mixtures is limited by arithmetic, not by memory. It may keep half as much.
 FEW_MIXTURES = 40
 
 
 class Mixing:
-    """Mixes the kernels of a layer from its warehouse, and goes back.
+    """Mixes the kernels of a layer from its warehouse, and computes the gradients.
 
     Args:
         cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
@@ -46,29 +48,29 @@ class Mixing:
         self.scratch = Scratch.of_thread()
 
     def blocks(self, attention: Tensor) -> list[slice]:
-        """Images to be mixed together.
+        """The blocks of images whose kernels one product mixes.
 
         Args:
-            attention: Tensor[batch, mixtures, cells], of a whole batch.
+            attention: Tensor[batch, mixtures, cells] of the whole batch.
         """
         return self._slices(attention, BLOCK_BYTES)
 
     def parts(self, attention: Tensor) -> list[slice]:
-        """Images whose kernels are put together at a time.
+        """The parts of a block whose kernels are assembled at a time.
 
         Args:
-            attention: Tensor[images, mixtures, cells], of one of the blocks.
+            attention: Tensor[images, mixtures, cells] of one block.
         """
         return self._slices(attention, PART_BYTES)
 
     def is_kept(self, block: slice, mixtures: int) -> bool:
-        """Whether the kernels of a block should be kept for the backward pass.
+        """Whether the kernels of a block are kept for the backward pass.
 
-        It follows from shapes alone, so that a forward pass that is run again keeps the same.
+        The answer depends on shapes only, so that a recomputed forward pass keeps the same kernels.
 
         Args:
-            block: Images.
-            mixtures: Of each of them.
+            block: The images of the block.
+            mixtures: Mixtures per image.
         """
         cells = self.cells
         limit = KEPT_BYTES.get(cells.device.type, 4 * DEFAULT_BYTES)
@@ -79,7 +81,7 @@ class Mixing:
         )
 
     def kernels(self, attention: Tensor) -> Tensor:
-        """The kernels of some images, in memory of their own.
+        """Mixes the kernels of some images, in new memory.
 
         Args:
             attention: Tensor[images, mixtures, cells].
@@ -90,16 +92,16 @@ class Mixing:
     def mixed(
         self, attention: Tensor, kept: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Mixes the kernels of some images in parts small enough for the caches.
+        """Mixes the kernels of some images, in parts that are small enough for the caches.
 
-        A part is gone when the next is asked for: it may lie in memory that all of them use.
+        A part is valid only until the next part: all parts may use the same memory.
 
         Args:
-            attention: Tensor[images, mixtures, cells], of one of the blocks.
-            kept: The kernels of all these images, if they need not be mixed.
+            attention: Tensor[images, mixtures, cells] of one block.
+            kept: The kernels of all these images, if they are mixed already.
 
         Yields:
-            Images and their kernels.
+            The images of a part, and their kernels.
         """
         if kept is not None:
             yield slice(None), kept
@@ -118,18 +120,18 @@ class Mixing:
         kept: Tensor | None,
         again: bool,
     ) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
-        """Goes back from kernels to attentions and cells.
+        """Computes the gradients of attentions and cells from the gradients of kernels.
 
         Args:
-            grad_kernels: For every image the gradient of its kernel; those of one of the
-                :meth:`parts` may be gone when the next are asked for.
-            attention: Tensor[images, mixtures, cells], of one of the blocks.
-            total: What the gradient of the cells is added to, if it is wanted.
-            kept: The kernels, if they need not be mixed again.
-            again: Whether the kernels are wanted.
+            grad_kernels: The gradient of every image's kernel. The gradients of one of the
+                :meth:`parts` are valid only until the next part.
+            attention: Tensor[images, mixtures, cells] of one block.
+            total: The sum to which the gradient of the cells is added; None if it is not needed.
+            kept: The kernels, if the forward pass has kept them.
+            again: Whether the caller needs the kernels.
 
         Returns:
-            The gradient of ``attention``, and the kernels as of :meth:`mixed`.
+            The gradient of ``attention``, and the kernels as from :meth:`mixed`.
         """
         place = None if total is None else total.place(attention)
         rows = self._rows(attention, 'mixing') if place is None else place
@@ -137,18 +139,18 @@ class Mixing:
         grad_attention = rows.flatten(0, 1).flatten(1) @ self.cells.flatten(1).t()
         if total is not None:
             total.add(attention, rows, waits=place is not None)
-        # Takes the scratch memory over, but not before it is asked for kernels.
+        # mixed() overwrites the scratch memory of rows, but only when it is iterated.
         return grad_attention.view(attention.shape), self.mixed(attention, kept)
 
     @staticmethod
     def add_to_cells(weights: Tensor, rows: Tensor, total: Tensor, begin: bool) -> None:
-        """Adds what some mixtures contribute to the gradient of the cells.
+        """Adds the contribution of some mixtures to the gradient of the cells.
 
         Args:
-            weights: Tensor[mixtures, cells], their attentions.
-            rows: Tensor[mixtures, cell_out, cell_in, *cell_kernel], their gradients.
-            total: Tensor[cells, cell_out, cell_in, *cell_kernel], added to in place.
-            begin: Whether it is to be overwritten instead.
+            weights: Tensor[mixtures, cells], the attentions of the mixtures.
+            rows: Tensor[mixtures, cell_out, cell_in, *cell_kernel], the gradients of the mixtures.
+            total: Tensor[cells, cell_out, cell_in, *cell_kernel], the gradient; changed in place.
+            begin: Whether ``total`` is overwritten instead.
         """
         if begin:
             torch.mm(weights.t(), rows.flatten(1), out=total.flatten(1))
@@ -156,7 +158,7 @@ class Mixing:
             total.flatten(1).addmm_(weights.t(), rows.flatten(1))
 
     def _rows(self, attention: Tensor, use: str) -> Tensor:
-        """Memory for mixtures: Tensor[images, mixtures, cell_out, cell_in, *cell_kernel]."""
+        """Takes memory for Tensor[images, mixtures, cell_out, cell_in, *cell_kernel]."""
         shape = (*attention.shape[:2], *self.cells.shape[1:])
         return self.scratch.take(self.cells, shape, use)
 

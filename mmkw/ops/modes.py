@@ -1,6 +1,6 @@
-"""How PyTorch is running the code: names that are private or differ between its releases.
+"""Asks PyTorch how it runs the code: compiled, traced, under autocast, in a backward pass.
 
-They are in this module only.
+PyTorch's private names, and names that differ between its releases, are in this module only.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.prune import BasePruningMethod
 
-# Of every number of dimensions, also what MMEngine makes of a SyncBatchNorm.
+# BatchNorms of all dimensions, also those that MMEngine makes from a SyncBatchNorm.
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The precision that autocast asks for on a tensor's device; None outside of autocast."""
+    """The precision of autocast on a tensor's device; None outside autocast."""
     device = x.device.type
     if device == 'meta':
         return None
@@ -37,7 +37,7 @@ def is_compiling() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether ``torch.export`` or a tracer that looks for PyTorch's own operators is at work."""
+    """Whether ``torch.export`` or ``torch.jit.trace`` records PyTorch's own operators."""
     compiler = getattr(torch, 'compiler', None)
     return torch.jit.is_tracing() or (
         compiler.is_exporting() if hasattr(compiler, 'is_exporting') else is_compiling()
@@ -45,14 +45,14 @@ def is_exporting() -> bool:
 
 
 def is_transforming() -> bool:
-    """Whether ``torch.func``, forward-mode differentiation or a batched gradient is at work."""
+    """Whether ``torch.func`` or forward-mode differentiation is running."""
     return (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )
 
 
 def is_seen_through(*tensors: Tensor) -> bool:
-    """Whether something looks at the operators that a call is made of, or has no values for it.
+    """Whether something looks at the operators inside a call, or the tensors have no values.
 
     Args:
         *tensors: The call's operands.
@@ -61,7 +61,7 @@ def is_seen_through(*tensors: Tensor) -> bool:
         is_compiling()
         or is_exporting()
         or is_transforming()
-        # Fake tensors, tracers, counters.
+        # A dispatch mode is active: fake tensors, a tracer, or a counter of operations.
         or torch._C._len_torch_dispatch_stack() > 0
         or any(map(_is_no_plain_tensor, tensors))
     )
@@ -77,7 +77,7 @@ def _is_no_plain_tensor(tensor: Tensor) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether someone has a module's forward pass, or every module's, seen or changed.
+    """Whether a module has forward hooks, or hooks for all modules exist.
 
     Args:
         module: Any module.
@@ -88,13 +88,13 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def computing_hooks(module: nn.Module) -> list[Callable]:
-    """What pruning and the like have put before a module's forward pass to compute its parameters.
+    """The forward pre-hooks that compute a module's parameters, such as those of pruning.
 
     Args:
         module: Any module.
 
     Returns:
-        Hooks that change nothing but those parameters.
+        The hooks. They change only the parameters.
     """
     hooks = module._forward_pre_hooks.values()
     return [
@@ -105,7 +105,7 @@ def computing_hooks(module: nn.Module) -> list[Callable]:
 
 
 def is_hooked_by_others(module: nn.Module) -> bool:
-    """Whether a module has hooks beside :func:`computing_hooks`.
+    """Whether a module has hooks other than :func:`computing_hooks`.
 
     Args:
         module: Any module.
@@ -115,7 +115,7 @@ def is_hooked_by_others(module: nn.Module) -> bool:
 
 
 def is_symbolic(*values: Any) -> bool:
-    """Whether ``torch.fx`` is tracing: one of a call's operands stands for any tensor.
+    """Whether ``torch.fx`` is tracing: then an operand of the call is a ``Proxy``.
 
     Args:
         *values: The operands.
@@ -128,7 +128,7 @@ def remove_pre_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
 
     Args:
         module: Any module.
-        kinds: Classes of the hooks, or of what they are methods of.
+        kinds: Classes of the hooks. A hook may also be a method of an object of such a class.
     """
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, kinds) or isinstance(getattr(hook, '__self__', None), kinds):
@@ -137,44 +137,45 @@ def remove_pre_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
 
 
 def padding_of(convolution: nn.Module) -> list[int]:
-    """The padding of a convolution for ``torch.nn.functional.pad``, also where it is named.
+    """The padding of a convolution for ``torch.nn.functional.pad``.
 
     Args:
-        convolution: Of ``torch.nn``.
+        convolution: A convolution of ``torch.nn``. Its padding may be a word, such as ``'same'``.
     """
     return convolution._reversed_padding_repeated_twice
 
 
 def reshaped(temporary: Tensor, shape: Sequence[int]) -> Tensor:
-    """A temporary in another shape, but no view of it: such a result could not be changed in place.
+    """Changes the shape of a temporary tensor without making a view.
 
-    Activations that follow a layer do so, and autograd allows it for no view from a function.
+    Activations after a layer may change its result in place. Autograd does not allow that for a
+    view that a function returns.
 
     Args:
-        temporary: Contiguous, and not used any more.
-        shape: Of as many values.
+        temporary: A contiguous tensor that nothing else uses.
+        shape: The new shape, with as many values.
     """
     return torch.ops.aten._unsafe_view(temporary, shape)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a process holds only a part of a tensor: ``fully_shard``'s, or a flat one of FSDP's.
+    """Whether a process holds only a part of the cells, by ``fully_shard`` or by FSDP.
 
     Args:
-        tensor: Kernel cells, of at least four dimensions where they are whole.
+        tensor: Cells. FSDP makes them flat; whole cells have at least four dimensions.
     """
     return tensor.dim() < 2 or hasattr(tensor, 'device_mesh')
 
 
 def backward_pass() -> int:
-    """A number of the backward pass that is running in this thread."""
+    """The number of the backward pass that runs in this thread."""
     return torch._C._current_graph_task_id()
 
 
 def will_run(node: Any) -> bool:
-    """Whether the backward pass that is running in this thread will come to a node of its graph.
+    """Whether the backward pass that runs in this thread will reach a node of its graph.
 
     Args:
-        node: A ``grad_fn``.
+        node: The node, a ``grad_fn``.
     """
     return torch._C._will_engine_execute_node(node)

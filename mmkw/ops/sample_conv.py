@@ -1,4 +1,4 @@
-"""Convolution and linear map with a kernel of its own for every image of the batch."""
+"""Convolution and linear map with one kernel per image of the batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 class SampleConv:
     """Convolves every image with its own kernel.
 
-    On the CPU images are convolved one after the other, since a grouped convolution of the whole
-    batch costs up to five times as much; elsewhere, and where every channel is a group anyway, by
-    one convolution with the groups of all images. Kernels of size one are matrices for a batched
-    product.
+    On the CPU the images are convolved one after the other. A grouped convolution of the whole
+    batch would take up to five times as long. On other devices, and for depthwise convolutions, one
+    convolution has the groups of all images. For kernels of size one without padding, a batched
+    product of matrices computes the result.
 
     Args:
-        stride: One value per spatial dimension.
-        padding: The same.
-        dilation: The same.
+        stride: Stride, one value per spatial dimension.
+        padding: Padding, one value per spatial dimension.
+        dilation: Dilation, one value per spatial dimension.
         groups: Groups of one image's convolution.
     """
 
@@ -36,7 +36,7 @@ class SampleConv:
     channel_dim = 1
 
     def __call__(self, x: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Convolves; differentiable.
+        """Convolves. Autograd can differentiate the result.
 
         Args:
             x: Tensor[batch, in_channels, *size] with one, two or three spatial dimensions. The
@@ -54,7 +54,7 @@ class SampleConv:
             y = modes.reshaped(y, (batch, kernels.shape[1], *sampled.shape[2:]))
             return y if bias is None else y.add_(bias.view(-1, *[1] * (x.dim() - 2)))
         if batch <= 1 and not modes.is_exporting():
-            # One image is an ordinary convolution; of no image, the sum is a kernel of its shape.
+            # One image is an ordinary convolution. Without images, a sum gives a kernel of zeros.
             return self._conv(x, kernels[0] if batch else kernels.sum(0), bias, self.groups)
         if self._is_merged(x, kernels):
             bias = None if bias is None else bias.repeat(batch)
@@ -67,18 +67,18 @@ class SampleConv:
     def backward_kernels(
         self, grad: Tensor, x: Tensor, shape: tuple[int, ...], scratch: Scratch
     ) -> Sequence[Tensor]:
-        """For every image the gradient of its kernel, as a constant.
+        """The gradient of every image's kernel, as a constant.
 
-        They may be gone when others are asked for.
+        The result is valid only until the next call, which may use the same memory.
 
         Args:
-            grad: Gradient of the call's result.
-            x: The call's images.
+            grad: Gradient of the result of the forward call.
+            x: The images of the forward call.
             shape: ``(out_channels, in_channels / groups, *kernel_size)``.
-            scratch: Memory that the result may lie in.
+            scratch: Memory for the result.
         """
         batch = x.shape[0]
-        # Of the kernels only their shape counts.
+        # Only the shape of the kernels is used.
         kernels = x.new_empty(batch, *shape)
         if self._is_matrix(kernels):
             sampled = self._columns(self._sampled(x))
@@ -96,9 +96,9 @@ class SampleConv:
         """The gradient of the images, as a constant.
 
         Args:
-            grad: Gradient of the call's result.
-            x: The call's images.
-            kernels: The call's kernels.
+            grad: Gradient of the result of the forward call.
+            x: The images of the forward call.
+            kernels: The kernels of the forward call.
         """
         batch = x.shape[0]
         if self._is_matrix(kernels):
@@ -129,13 +129,13 @@ class SampleConv:
         return x.reshape(x.shape[0] * self.groups, x.shape[1] // self.groups, x.shape[2:].numel())
 
     def _sampled(self, x: Tensor) -> Tensor:
-        """The pixels that a kernel of size one sees."""
+        """The pixels that a kernel of size one uses, by the stride."""
         if max(self.stride) == 1:
             return x
         return x[(..., *(slice(None, None, step) for step in self.stride))]
 
     def _spread(self, sampled: Tensor, x: Tensor) -> Tensor:
-        """Puts values at sampled pixels where they came from, and zeros elsewhere."""
+        """Puts values back to the sampled pixels, and zeros to all other pixels."""
         if max(self.stride) == 1:
             return sampled
         whole = torch.zeros_like(x, memory_format=torch.contiguous_format)
@@ -163,12 +163,12 @@ class SampleConv:
 
 @dataclass(frozen=True)
 class SampleLinear:
-    """Applies to every sample its own linear map."""
+    """Applies its own linear map to every sample."""
 
     channel_dim = -1
 
     def __call__(self, x: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Maps; differentiable.
+        """Applies the maps. Autograd can differentiate the result.
 
         Args:
             x: Tensor[batch, ..., in_features].
@@ -185,7 +185,7 @@ class SampleLinear:
     def backward_kernels(
         self, grad: Tensor, x: Tensor, shape: tuple[int, ...], scratch: Scratch
     ) -> Sequence[Tensor]:
-        """For every sample the gradient of its kernel; see :class:`SampleConv`."""
+        """The gradient of every sample's kernel; see :class:`SampleConv`."""
         gradients = scratch.take(grad, (len(x), *shape[:2]), 'kernel gradients')
         return torch.bmm(_tokens(grad).transpose(1, 2), _tokens(x), out=gradients).unsqueeze(-1)
 
@@ -200,7 +200,7 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _gathered(images: Sequence[Tensor], batch: int) -> Tensor:
-    """Puts results of single images together, each while it is in the caches."""
+    """Joins the results of single images. Each is copied while it is in the caches."""
     if torch.is_grad_enabled() or modes.is_compiling():
         return torch.cat(list(images))
     result = None

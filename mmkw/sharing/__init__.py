@@ -1,4 +1,4 @@
-"""Sharing plans, rules and patterns that make them, and the conversion of static networks."""
+"""Sharing plans, the rules and patterns that make plans, and the conversion of networks."""
 
 from .convert import convert, static_networks, to_static
 from .families import family_rule, split_groups

@@ -1,4 +1,4 @@
-"""Turns a built static network into a KernelWarehouse network, in place, by a plan."""
+"""Converts a static network into a KernelWarehouse network, in place, by a plan."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ _building_static: ContextVar[bool] = ContextVar('building static networks', defa
 
 @contextmanager
 def static_networks() -> Iterator[None]:
-    """Leaves out every conversion: a config builds the static network beside its dynamic one."""
+    """Switches conversion off, so that a config of a dynamic network builds the static network."""
     token = _building_static.set(True)
     try:
         yield
@@ -52,28 +52,31 @@ def convert(
 ) -> nn.Module:
     """Replaces the planned layers of a network by dynamic ones with shared warehouses.
 
-    The network gains a submodule ``warehouse_manager``; every other name stays. It loads state
-    dicts of its own and those of the static network (a warm start), and refuses others. Layers that
-    do not require gradients (a frozen stage) give frozen attentions; a warehouse is frozen where
-    and as long as all its layers are, unless ``freeze_warehouses`` says otherwise. The static
-    kernels are dropped, the biases kept. Checked before anything changes, but that a fused
-    projection of which the plan names the value is split in two.
+    The network gains a submodule ``warehouse_manager``; all other modules keep their names. The
+    network loads its own state dicts and those of the static network (a warm start), and refuses
+    others. The static kernels are dropped, and the biases are kept.
+
+    A layer that does not require gradients (in a frozen stage, for example) gets a frozen
+    attention. A warehouse is frozen while all its layers are frozen, unless ``freeze_warehouses``
+    is false.
+
+    The plan is checked before layers are replaced. Only fused projections are split before that,
+    if the plan names their value projection.
 
     Args:
         network: The static network. Its planned layers must be plain ``torch.nn`` convolutions or
             linear layers, with their own weight.
         plan: Which layer belongs to which warehouse.
         attention_norm_cfg: Norm of the attentions, for ``mmcv.cnn.build_norm_layer``.
-        absent: Kernels of planned layers that the network lacks. Their cells stay in the warehouses
-            for the others to mix, so that checkpoints of the whole network fit.
-        start_tau: The temperature at which a static checkpoint starts the network: 0, or 1 where a
-            :class:`~mmkw.engine.hooks.TemperatureHook` anneals it. See
-            :func:`~mmkw.layers.warm_start`.
-        freeze_warehouses: Whether a warehouse is frozen with its layers. If not, every warehouse
-            goes on learning, even where all that mixes its cells is frozen.
+        absent: Kernels of planned layers that the network lacks. Their cells stay in the
+            warehouses, and the other layers mix them. So checkpoints of the whole network fit.
+        start_tau: The temperature at which a static checkpoint starts the network: 0, or 1 with a
+            :class:`~mmkw.engine.hooks.TemperatureHook`. See :func:`~mmkw.layers.warm_start`.
+        freeze_warehouses: Whether a warehouse is frozen while all its layers are frozen. If not,
+            every warehouse learns, even if all its layers are frozen.
 
     Returns:
-        The same network; inside of :func:`static_networks` unchanged.
+        The same network. Inside :func:`static_networks` it is unchanged.
 
     Example:
         >>> class Network(torch.nn.Module):
@@ -89,8 +92,9 @@ def convert(
 
     Raises:
         ValueError: If ``start_tau`` is neither 0 nor 1.
-        PlanError: If the network is a Sequential, if a planned layer is missing or cannot be
-            dynamic, if two names are one layer, or if the cells of a warehouse do not come out.
+        PlanError: If the network is a Sequential or is converted already, if a planned layer is
+            missing or cannot be dynamic, if two names are one layer, or if the options of a
+            warehouse do not fit its kernels.
     """
     if _building_static.get():
         return network
@@ -133,7 +137,7 @@ def convert(
                 layer, manager, index, position, attention_norm_cfg
             )
         members.append([twins[layer] for layer in layers.values()])
-    # By identity, not by name: a layer that a head uses at several places stays one layer.
+    # Layers are found by identity: a layer that a head uses at several places stays one layer.
     for parent in list(network.modules()):
         for name, child in parent._modules.items():
             if child in twins:
@@ -148,20 +152,20 @@ def convert(
 
 
 def to_static(network: nn.Module) -> nn.Module:
-    """Turns dynamic layers back into static ones, where these compute the same.
+    """Turns dynamic layers back into static layers that compute the same.
 
-    They do at a temperature of 1, where every mixture is the one cell of the one-to-one start. At
-    others every image has its own kernel, and no static layer can stand for that.
+    This is possible at temperature 1 only. There every mixture is the one cell of the one-to-one
+    start. At other temperatures every image has its own kernel.
 
     Args:
-        network: A converted network, a model with some, or one with dynamic layers alone. Changed
-            in place: the names of its state dict become those of the static network.
+        network: A converted network, or a model that contains converted networks or dynamic layers.
+            It is changed in place: the names of its state dict become those of the static network.
 
     Returns:
-        The same network; of a dynamic layer alone its static twin.
+        The same network. If ``network`` is a dynamic layer, its static twin.
 
     Raises:
-        ValueError: If there is no dynamic layer, or if one has another temperature.
+        ValueError: If there is no dynamic layer, or if a layer has a temperature other than 1.
 
     Example:
         >>> network = mmkw.KWResNet(18, base_channels=8)
@@ -192,7 +196,7 @@ def to_static(network: nn.Module) -> nn.Module:
 
 
 def _initialise(network: nn.Module) -> None:
-    """The network's own ``init_weights``, which sees the static network."""
+    """Runs the network's own ``init_weights`` on the static twins."""
     with static_twins(network):
         type(network).init_weights(network)
 

@@ -1,4 +1,4 @@
-"""Which layers of any network share a warehouse: known families, and a general rule."""
+"""Decides which layers of a network share a warehouse: family rules, and a general rule."""
 
 import logging
 import math
@@ -15,23 +15,23 @@ from ..layers.static_layers import predictions, read_by_others
 from .rules import absent_kernels, convnext_rule, mobilenet_v2_rule, refuse_nothing, resnet_rule
 from .value_projection import fused_projections
 
-# Layers of fewer channels see the image, or make predictions.
+# Layers with fewer channels take the image as their input, or make predictions.
 MIN_CHANNELS = 16
-# Parameters of a layer's attention in a warehouse of its own, relative to its kernel, from which on
-# the general rule leaves it static.
+# The general rule leaves a layer static if its attention has more parameters than this part of its
+# kernel. The layer is counted as if it had its own warehouse.
 MAX_OWN_OVERHEAD = 0.25
-# Parameters of the attentions of a warehouse, relative to its cells at a budget of 1, from which on
-# its cells are too small to be worth them.
+# A warehouse is split if its attentions have more parameters than this multiple of its cells', at a
+# budget of 1.
 MAX_OVERHEAD = 1.0
-# Part of a network's kernels from which on a rule need not say how little it has found.
+# A rule that makes a smaller part of a network's kernels dynamic says so in the log.
 ENOUGH = 0.5
 
 
 def plannable_layers(network: nn.Module) -> dict[str, nn.Module]:
     """The layers of a network that can be dynamic, by name, in module order.
 
-    A value projection that is fused with others is among them, as ``NAME.value``. A layer whose
-    weight another module reads is not.
+    A value projection inside a fused projection ``NAME`` is included as ``NAME.value``. A layer
+    whose weight another module reads is not included.
 
     Args:
         network: A static network.
@@ -51,18 +51,22 @@ def plannable_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def family_rule(network: nn.Module) -> list[tuple[str, str]]:
-    """Shares the layers of a network by the rule of its family; of an unknown one, by the general.
+    """Finds the warehouse of every layer, by the rule of the network's family or a general rule.
 
-    ResNets (ResNeXt, Res2Net, RegNet and what else is derived), ConvNeXt and MobileNetV2 share as
-    in the paper. In transformers (ViT, BEiT, Swin, MiT) the value projections of a stage share a
-    warehouse, and its MLPs another; the layers of a ViT count as four stages. Elsewhere the
-    convolutions of a stage share, and its grouped and its linear layers among themselves; a stage
-    is what the name says up to its first number. Static there are the predictions of heads
-    (:func:`~mmkw.layers.static_layers.predictions`), layers of fewer than 16 channels, and kernels
-    too small to be worth an attention (most depthwise ones). Static everywhere are layers whose
-    weight another module reads, as BEiT's attention does. Groups whose common divisor makes cells
-    useless are split; see :func:`split_groups`. A rule that finds less than half of the kernels
-    says so in the log.
+    ResNets (also derived classes: ResNeXt, Res2Net, RegNet), ConvNeXt and MobileNetV2 share as in
+    the paper. In transformers (ViT, BEiT, Swin, MiT) the value projections of a stage share one
+    warehouse, and the MLPs of a stage share another. The layers of a ViT are divided into four
+    stages.
+
+    The general rule is for all other networks. There a stage is the part of a layer's name up to
+    the first number. A stage has one warehouse for convolutions, one for grouped convolutions and
+    one for linear layers. This rule leaves the predictions of heads static
+    (:func:`~mmkw.layers.static_layers.predictions`). It also leaves layers with fewer than 16
+    channels static, and layers whose kernel is too small for an attention (most depthwise ones).
+
+    All rules leave a layer static if another module reads its weight, as BEiT's attention does.
+    Warehouses whose cells would be too small are split; see :func:`split_groups`. A rule that makes
+    less than half of the kernels dynamic says so in the log.
 
     Args:
         network: A static network.
@@ -82,7 +86,7 @@ def family_rule(network: nn.Module) -> list[tuple[str, str]]:
         for kernel in absent_kernels(network)
     }
     pairs = split_groups(pairs, {**layers, **absent})
-    # Cells that no layer is left to mix.
+    # After the split, a warehouse may hold absent kernels alone. No layer would mix its cells.
     mixed = {warehouse for name, warehouse in pairs if name not in absent}
     return [(name, warehouse) for name, warehouse in pairs if warehouse in mixed]
 
@@ -90,7 +94,7 @@ def family_rule(network: nn.Module) -> list[tuple[str, str]]:
 def _tell_of_little(
     network: nn.Module, pairs: list[tuple[str, str]], layers: Mapping[str, nn.Module]
 ) -> None:
-    """Logs what a rule has left static, if that is most."""
+    """Writes a warning if a rule leaves most of the kernels static."""
     found = dict(pairs)
     values = {name: layer.weight.numel() for name, layer in layers.items()}
     part = sum(values[name] for name in found if name in values) / sum(values.values())
@@ -122,19 +126,20 @@ def _families_of(network: nn.Module) -> list[str]:
 def split_groups(
     pairs: Iterable[tuple[str, str]], layers: Mapping[str, nn.Module]
 ) -> list[tuple[str, str]]:
-    """Splits warehouses whose cells would be uselessly small.
+    """Splits warehouses whose cells would be too small.
 
-    Cells have the greatest common divisor of the layers' channels. Where it is small there are many
-    cells, and a mixture attends to all of them: a warehouse is useless when its attentions have
-    more parameters than its cells. It is split by the shapes of its kernels, those that fit
-    together joined again; then, if one shape has too many layers, into runs of layers.
+    The channels of a cell are the greatest common divisor of the layers' channels. If the divisor
+    is small, there are many cells, and every mixture attends to all of them. A warehouse is split
+    if its attentions have more parameters than its cells. First it is split by the shapes of its
+    kernels. Shapes that fit together are joined again. If one shape still has too many layers,
+    these are split into runs of layers.
 
     Args:
         pairs: Pairs of layer and warehouse in module order.
         layers: The static layers.
 
     Returns:
-        The pairs, in their order, with a number appended to the warehouses that were split.
+        The pairs in the same order. The names of split warehouses end with a number.
     """
     pairs = list(pairs)
     groups: dict[str, list[str]] = {}
@@ -208,7 +213,7 @@ def _general_rule(network: nn.Module) -> list[tuple[str, str]]:
 
 
 def _stage(name: str) -> str:
-    """The first parts of a name, up to the first with a number."""
+    """The first parts of a name, up to the first part with a number."""
     parts = name.split('.')
     for index, part in enumerate(parts[:-1]):
         if re.search(r'\d', part):
@@ -223,14 +228,14 @@ def _transformer_rule(network: nn.Module) -> list[tuple[str, str]]:
     found = []
     for name, layer in plannable_layers(network).items():
         match = _VALUE_OR_MLP.fullmatch(name)
-        # MiT's MLP has a depthwise convolution, which is no matrix.
+        # MiT's MLP has a depthwise convolution, which does not share with linear layers.
         if match is None or getattr(layer, 'groups', 1) > 1:
             continue
         found.append((name, match[1], 'value' if match[2] else 'mlp'))
     blocks = list(dict.fromkeys(block for _, block, _ in found))
     stages = {block: _stage(f'{block}.') for block in blocks}
     if len(set(stages.values())) == len(blocks):
-        # A row of blocks without stages: four of them, as feature pyramids take them.
+        # The network has blocks but no stages. It gets four, because feature pyramids take four.
         stages = {block: f'stage{4 * i // len(blocks) + 1}' for i, block in enumerate(blocks)}
     return [(name, f'{stages[block]}_{kind}') for name, block, kind in found]
 
@@ -239,7 +244,7 @@ def _mobilenet_v2_rule(network: nn.Module) -> list[tuple[str, str]]:
     return mobilenet_v2_rule(network, 'joint')
 
 
-# By the class, or the nearest class it is derived from.
+# The rule of a network's class, or of its nearest base class.
 _FAMILIES: dict[str, Callable[[nn.Module], list[tuple[str, str]]]] = {
     'ResNet': resnet_rule,
     'ConvNeXt': convnext_rule,

@@ -1,4 +1,4 @@
-"""Freezes a warehouse with its layers, whenever those are frozen."""
+"""Freezes a warehouse while all its layers are frozen."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,15 +10,15 @@ from ..layers import WarehouseManager
 
 
 class FreezeWithLayers:
-    """Freezes every warehouse none of whose layers learns; a forward hook of a converted network.
+    """A forward pre-hook of a converted network: freezes warehouses whose layers are all frozen.
 
-    Networks freeze their stages when they are built, or each time they are set to training, and
-    users freeze what they name: layers, not warehouses. A warehouse that was frozen so learns again
-    when one of its layers does. One that was frozen by itself is left alone.
+    Networks and users freeze layers, not warehouses, and they may do so at any time. A warehouse
+    that this hook has frozen learns again when one of its layers learns. This hook does not change
+    a warehouse that someone else has frozen.
 
     Args:
-        manager: The network's warehouses.
-        layers: Of each warehouse its dynamic layers.
+        manager: Owner of the network's warehouses.
+        layers: For each warehouse, its dynamic layers.
     """
 
     def __init__(self, manager: WarehouseManager, layers: Sequence[Sequence[nn.Module]]) -> None:
@@ -27,7 +27,7 @@ class FreezeWithLayers:
         self._frozen: set[int] = set()
 
     def __call__(self, network: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Looks at the layers before they compute, where gradients are wanted."""
+        """Freezes and unfreezes warehouses before the forward pass, if gradients are enabled."""
         if not torch.is_grad_enabled():
             return
         weights = self._manager.weights

@@ -1,8 +1,8 @@
-"""Checks a checkpoint for all converted parts of a model before any of it is loaded.
+"""Checks a checkpoint for all converted parts of a model before any part is loaded.
 
-A converted network checks what it is given, and refuses what does not fit. In a model with several
-parts others have been loaded by then. So the model looks first, with a hook that it gets when a
-converted network, or something that has one in it, is put into it.
+A converted network refuses a state dict that does not fit. In a model with several parts, earlier
+parts would already be loaded then. So the model itself checks all converted parts first, in a hook.
+A model gets the hook when a module that is or contains a converted network becomes its submodule.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ _watching = False
 
 
 def watch_parents() -> None:
-    """From now on models that converted networks are put into check all of them first."""
+    """Watches for new submodules from now on, and adds the hook to models that need it."""
     global _watching
     if not _watching:
         register_module_module_registration_hook(_notice)
@@ -37,23 +37,23 @@ def is_converted(module: nn.Module) -> bool:
     """Whether :func:`~mmkw.sharing.convert` has made a module dynamic.
 
     Args:
-        module: Any module. A detector whose backbone is converted is not itself, nor is a dynamic
-            layer.
+        module: Any module. The answer is no for a dynamic layer, and for a detector of which only
+            a part is converted.
 
     Example:
         >>> detector = torch.nn.ModuleDict(dict(backbone=mmkw.KWResNet(18, base_channels=8)))
         >>> [name for name, part in detector.named_modules() if mmkw.is_converted(part)]
         ['backbone']
     """
-    # A single layer has a manager, too.
+    # A dynamic layer with its own warehouse has a manager, too, and a static_class.
     manager = module._modules.get('warehouse_manager')
     return isinstance(manager, WarehouseManager) and not hasattr(module, 'static_class')
 
 
 def _check_parts(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *more: Any) -> None:
-    """A hook of ``load_state_dict``; changes nothing."""
+    """Checks all converted parts; a hook of ``load_state_dict`` that changes nothing."""
     for name, part in model.named_modules():
-        # One that reads state dicts in its own way knows alone what it makes of them.
+        # A part with its own _load_from_state_dict may translate names, so it is not checked here.
         reads_itself = type(part)._load_from_state_dict is not nn.Module._load_from_state_dict
         if part is model or not is_converted(part) or reads_itself:
             continue

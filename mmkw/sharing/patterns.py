@@ -1,4 +1,4 @@
-"""Plans that a user writes as a list of patterns of layer names."""
+"""Makes a plan from a list of patterns of layer names."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,18 +16,23 @@ from .rules import layers_with_kernels
 def pattern_plan(
     network: nn.Module, patterns: Sequence[Mapping[str, Any]], **options: Any
 ) -> SharingPlan:
-    r"""Makes a plan from patterns: the first that a name matches decides; the rest is static.
+    r"""Makes a plan from patterns.
+
+    The first pattern that matches a layer's name decides. A layer that no pattern matches is
+    static.
 
     Args:
         network: A static network.
-        patterns: Of each a regular expression ``match`` for whole names, ``warehouse``, a name that
-            may refer to groups of the expression (``r'stage\1'``; the expression itself if there
-            is none), and any options of :class:`~mmkw.layers.WarehouseOptions`.
-        **options: Options of the warehouses whose patterns do not give them.
+        patterns: A list of dicts. ``match`` is a regular expression for the whole name of a layer.
+            ``warehouse`` is the name of the warehouse, and may refer to groups of the expression
+            (``r'stage\1'``); by default it is the expression itself. The other keys are options of
+            :class:`~mmkw.layers.WarehouseOptions`.
+        **options: Options for all warehouses. The options of a pattern take precedence.
 
     Raises:
-        PlanError: If a pattern is malformed or matches no layer that an earlier one has left, if it
-            matches a layer that cannot be dynamic, or if two give one warehouse different options.
+        PlanError: If a pattern is malformed. If it matches no layer, or only layers that earlier
+            patterns match. If it matches a layer that cannot be dynamic. If two patterns give one
+            warehouse different options.
     """
     layers = plannable_layers(network)
     kernels = layers_with_kernels(network)

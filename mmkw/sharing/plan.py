@@ -1,4 +1,4 @@
-"""Which layer belongs to which warehouse: plain data, in order (paper, section 3.3)."""
+"""The plan: which layer belongs to which warehouse (paper, section 3.3)."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,9 +19,9 @@ class SharingPlan:
     """The layers of a network that become dynamic, and the warehouse of each.
 
     Args:
-        layers: Pairs of layer name and warehouse name, in module order. Warehouses are numbered in
-            the order in which they are first named here.
-        options: For every warehouse its options.
+        layers: Pairs of layer name and warehouse name, in module order. The index of a warehouse
+            follows the order in which the warehouses first appear here.
+        options: The options of every warehouse.
 
     Raises:
         PlanError: If a layer is named twice or the plan is empty.
@@ -79,7 +79,7 @@ class SharingPlan:
 
     @property
     def warehouses(self) -> dict[str, list[str]]:
-        """The layers of every warehouse, both in order."""
+        """The layers of every warehouse. Layers and warehouses are in the order of the plan."""
         members: dict[str, list[str]] = {}
         for layer, warehouse in self.layers:
             members.setdefault(warehouse, []).append(layer)
@@ -92,7 +92,7 @@ class SharingPlan:
             kernels: The kernel of every planned layer.
 
         Raises:
-            PlanError: If the cells of a warehouse do not come out.
+            PlanError: If the options of a warehouse do not fit its kernels.
         """
         return [
             partition_warehouse(name, [kernels[layer] for layer in layers], self.options[name])

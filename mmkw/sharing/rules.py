@@ -1,6 +1,6 @@
-"""The paper's rules: from the module names of a static network to pairs (layer, warehouse).
+"""The paper's rules: they make pairs of layer and warehouse from a static network's module names.
 
-Stages count from 1, as in the paper, whatever the network calls them.
+Stages count from 1, as in the paper, whatever the module names are.
 """
 
 import itertools
@@ -11,18 +11,19 @@ from torch import nn
 
 from ..layers import DYNAMIC_LAYERS, KernelShape, PlanError, kernel_shape
 
-# Res2Net has several 3x3 convolutions, ``convs``, in the place of conv2.
+# Res2Net has several 3x3 convolutions ``convs`` instead of conv2.
 _RESNET_LAYER = re.compile(r'layer(\d+)\.(\d+)\.(conv\d+|convs\.\d+|downsample\.\d+)')
 
 
 def resnet_rule(network: nn.Module) -> list[tuple[str, str]]:
     """One warehouse per stage of a ResNet; the stem is static (paper, section 4.1).
 
-    The first block of a later stage hands its conv1 and its downsample convolution to the warehouse
-    of the stage before. In the first stage these two are static where blocks are bottlenecks. Only
-    plain convolutions are named: one that ``dcn`` made deformable stays as it is. Where
-    ``num_stages`` leaves out later stages, the two of the next stage are named all the same, since
-    their cells are in the published warehouses: see :func:`absent_kernels`.
+    In the first block of a stage, conv1 and the downsample convolution belong to the warehouse of
+    the stage before. In stage 1 these two are static if the blocks are bottlenecks, and else belong
+    to stage 1. The rule names plain convolutions only, so convolutions that ``dcn`` makes
+    deformable do not change. If ``num_stages`` leaves out later stages, the rule also names these
+    two convolutions of the next stage, as absent kernels: their cells are in the published
+    warehouses. See :func:`absent_kernels`.
 
     Args:
         network: A ResNet with the module names that torchvision, mmdet and mmseg share.
@@ -50,16 +51,16 @@ def resnet_rule(network: nn.Module) -> list[tuple[str, str]]:
 def absent_kernels(network: nn.Module) -> list[KernelShape]:
     """Kernels of the paper's network that a variant lacks, and whose cells it keeps.
 
-    They are in a warehouse with layers that it has. So the warehouse has as many cells as that of
-    the whole network, and takes a checkpoint of it. See ``absent`` in
+    The variant has other layers of the same warehouse. So this warehouse has as many cells as in
+    the whole network, and loads checkpoints of the whole network. See ``absent`` in
     :func:`~mmkw.sharing.convert`.
 
     Args:
         network: A static network.
 
     Returns:
-        Of a ResNet or ResNeXt of fewer than four stages the first convolutions of the next stage;
-        of a MobileNetV2 as mmseg has it the last convolution; else none.
+        For a ResNet or ResNeXt with fewer than four stages: the conv1 and the downsample
+        convolution of the next stage. For mmseg's MobileNetV2: the last convolution. Else nothing.
     """
     name = type(network).__name__
     if name == 'MobileNetV2' and not hasattr(network, 'conv2'):
@@ -98,7 +99,7 @@ def _next_stage(network: nn.Module) -> list[KernelShape]:
 
 
 def layers_with_kernels(network: nn.Module) -> dict[str, nn.Module]:
-    """The layers that have a weight of two dimensions or more, of any kind, by name.
+    """All layers with a weight of two or more dimensions, by name.
 
     Args:
         network: A static network.
@@ -111,17 +112,17 @@ def layers_with_kernels(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def refuse_nothing(network: nn.Module, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Checks that a rule has found something.
+    """Checks that a rule has found at least one layer.
 
     Args:
         network: A static network.
-        pairs: What the rule has found.
+        pairs: The pairs that the rule has found.
 
     Returns:
-        The pairs.
+        The same pairs.
 
     Raises:
-        PlanError: If there are none, with the layers that the network has instead.
+        PlanError: If there are no pairs. The message names some layers of the network.
     """
     if pairs:
         return pairs
@@ -134,7 +135,7 @@ def refuse_nothing(network: nn.Module, pairs: list[tuple[str, str]]) -> list[tup
     )
 
 
-# As in the original release and as in mmpretrain, whose pointwise layers may be linear.
+# The names of the original release and of mmpretrain, whose pointwise layers may be linear.
 _CONVNEXT_BLOCK = re.compile(
     r'stages\.(\d+)\.\d+\.(dwconv|depthwise_conv|pwconv[12]|pointwise_conv[12])'
 )
@@ -144,8 +145,9 @@ _CONVNEXT_DOWNSAMPLE = re.compile(r'downsample_layers\.(\d+)\.\d+')
 def convnext_rule(network: nn.Module) -> list[tuple[str, str]]:
     """All convolutions of a ConvNeXt are dynamic (paper, section 4.1).
 
-    The stem and every downsampling convolution have a warehouse each; a stage has one for its
-    depthwise convolutions and one for its pointwise ones. ``downsample2`` leads to ``stage2``.
+    The stem has its own warehouse, and so has every downsampling convolution. A stage has one
+    warehouse for its depthwise convolutions and one for its pointwise convolutions. The convolution
+    of ``downsample2`` comes before ``stage2``.
 
     Args:
         network: A ConvNeXt with the module names of the original release or of mmpretrain.
@@ -168,25 +170,27 @@ def convnext_rule(network: nn.Module) -> list[tuple[str, str]]:
 
 # How the pointwise convolutions of a MobileNetV2 share: the paper's 1x, 4x and 1/2x.
 POINTWISE = ('joint', 'separate', 'last_stage')
-# The warehouse stages of the seven groups of blocks.
+# The stage of each of the seven groups of blocks.
 _MOBILENET_STAGES = (1, 2, 3, 4, 5, 6, 6)
 _MOBILENET_LAYER = re.compile(r'layer(\d+)\.(\d+)\.(?:conv\.\d+|\w+_conv)\.conv')
 
 
 def mobilenet_v2_rule(network: nn.Module, pointwise: str) -> list[tuple[str, str]]:
-    """The paper's sharing for a MobileNetV2 (paper, section 4.1).
+    """The sharing of a MobileNetV2 (paper, section 4.1).
 
-    The stem has a warehouse of its own. The groups of blocks belong to warehouse stages 1 to 6, the
-    last two to one; the first block of a new warehouse stage belongs to the stage before. A stage
-    has one warehouse for its depthwise convolutions. The last 1x1 convolution belongs to the
-    projections of the last stage. It is named also where the network lacks it (mmseg's), since its
-    cells are in the published warehouses: see :func:`absent_kernels`.
+    The stem has its own warehouse. The seven groups of blocks form stages 1 to 6: the last two
+    groups are both in stage 6. But the first block of every group belongs to the stage of the group
+    before. A stage has one warehouse for its depthwise convolutions. The last 1x1 convolution
+    belongs to the projections of the last stage. The rule names this convolution also if the
+    network lacks it (mmseg), because its cells are in the published warehouses; see
+    :func:`absent_kernels`.
 
     Args:
         network: The MobileNetV2 of mmdet or mmseg.
-        pointwise: How pointwise convolutions share: ``joint``, a stage's expansions and projections
-            in one warehouse (the paper's 1x); ``separate``, in a warehouse each (4x);
-            ``last_stage``, as separate but static before the last stage (1/2x).
+        pointwise: How pointwise convolutions share. ``joint``: the expansions and projections of a
+            stage share one warehouse (the paper's 1x). ``separate``: expansions share one warehouse
+            and projections another (4x). ``last_stage``: as ``separate``, but only the last stage
+            is dynamic (1/2x).
 
     Returns:
         Pairs of layer and warehouse in module order.
@@ -219,7 +223,7 @@ def mobilenet_v2_rule(network: nn.Module, pointwise: str) -> list[tuple[str, str
             if block == 0 and group > 0:
                 stage = _MOBILENET_STAGES[group - 1]
             kind = 'depthwise' if module.groups > 1 else 'expansion'
-            # A projection is linear: its ConvModule has no activation.
+            # The ConvModule of a projection has no activation.
             parent = network.get_submodule(name.rpartition('.')[0])
             if kind == 'expansion' and not parent.with_activation:
                 kind = 'projection'

@@ -1,8 +1,8 @@
-"""Makes the value projection of an attention, fused with others, a layer of its own.
+"""Splits the fused projection of a transformer, so that the value projection is its own layer.
 
-KernelWarehouse makes the value projection of a transformer dynamic, not query and key. Libraries
-keep the three in one matrix: ``nn.MultiheadAttention.in_proj_weight``, or the ``qkv`` of windowed
-attention. The modules here take their place and read their state dicts.
+KernelWarehouse makes the value projection of a transformer dynamic, but not query and key.
+Libraries keep all three in one matrix: ``nn.MultiheadAttention.in_proj_weight``, or the ``qkv`` of
+windowed attention. The modules here replace the fused modules and read their state dicts.
 """
 
 import math
@@ -17,12 +17,12 @@ from ..layers.tracing import recorded
 from ..layers.twins import Kernels, StandsForStatic
 from ..ops import modes
 
-# Windowed attentions of mmdet and mmseg, whose images reach ``qkv`` as windows.
+# The windowed attention of mmdet and mmseg. It cuts images into windows before ``qkv``.
 _WINDOWED = 'ShiftWindowMSA'
 
 
 class SplitProjection(StandsForStatic):
-    """A fused projection of queries, keys and values in two layers.
+    """A fused projection of queries, keys and values, split into two layers.
 
     Args:
         weight: Tensor[3 * channels, channels].
@@ -33,7 +33,7 @@ class SplitProjection(StandsForStatic):
         value: Linear layer to the values.
     """
 
-    # What the fused parameters are called, before ``weight`` and ``bias``.
+    # The fused parameters have this prefix before ``weight`` and ``bias``.
     fused_prefix = ''
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -52,7 +52,7 @@ class SplitProjection(StandsForStatic):
 
     @torch.no_grad()
     def static_twin(self) -> nn.Module:
-        """Makes the module with the fused projection, with the value of the one-to-one start."""
+        """Makes the fused module. Its value projection has the kernel of the one-to-one start."""
         value = self.value
         if isinstance(value, StandsForStatic):
             value = value.static_twin()
@@ -66,7 +66,7 @@ class SplitProjection(StandsForStatic):
         return twin.train(self.training)
 
     def _make_static(self) -> nn.Module:
-        """The fused module, its projection on the meta device."""
+        """Makes the fused module, with its projection on the meta device."""
         raise NotImplementedError
 
     def counterparts(self, twin: nn.Module) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
@@ -97,11 +97,11 @@ class SplitProjection(StandsForStatic):
                 own.requires_grad_(fused.requires_grad)
 
     def split_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Splits the fused parameters of a state dict, in place, if it has them.
+        """Splits the fused parameters of a state dict in place. Without them it does nothing.
 
         Args:
-            state_dict: Of a network with this module, or with the fused one in its place.
-            prefix: The module's place in it.
+            state_dict: The state dict of a network with this module or with the fused module.
+            prefix: The module's place in the state dict.
         """
         for name in ('weight', 'bias'):
             fused = state_dict.pop(f'{prefix}{self.fused_prefix}{name}', None)
@@ -112,9 +112,9 @@ class SplitProjection(StandsForStatic):
 
 
 class WindowProjection(SplitProjection):
-    """The ``qkv`` of windowed attention. All windows of an image share its value kernel.
+    """The ``qkv`` of windowed attention. All windows of an image share one value kernel.
 
-    The average that the kernel follows from is that of all tokens, those of padding among them.
+    The attention of the value projection averages over all tokens of an image, padding included.
     """
 
     def __init__(self, qkv: nn.Linear) -> None:
@@ -126,21 +126,21 @@ class WindowProjection(SplitProjection):
         return nn.Linear(channels, 3 * channels, self.query_key.bias is not None, device='meta')
 
     def count_images(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict) -> None:
-        """Notes how many images the windows come from; a hook before the windows are cut."""
+        """Notes the number of images; a hook that runs before images are cut into windows."""
         self._images = len(inputs[0] if inputs else named['query'])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tensor[images * windows, tokens, channels] to the same with 3 * channels."""
+        """Maps Tensor[images * windows, tokens, channels] to the same shape with 3 * channels."""
         images = x.reshape(self._images, -1, x.shape[-1])
         return torch.cat([self.query_key(x), self.value(images).view(x.shape)], -1)
 
 
 class SplitMultiheadAttention(SplitProjection):
-    """A ``torch.nn.MultiheadAttention`` with a value projection of its own.
+    """A ``torch.nn.MultiheadAttention`` with a separate value projection.
 
     Args:
-        attention: Of queries, keys and values with the same channels, without ``add_bias_kv`` and
-            ``add_zero_attn``.
+        attention: The fused module. Queries, keys and values must have the same channels.
+            ``add_bias_kv`` and ``add_zero_attn`` must be false.
 
     Raises:
         ValueError: If the attention is of another kind.
@@ -183,22 +183,24 @@ class SplitMultiheadAttention(SplitProjection):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As in ``torch.nn.MultiheadAttention``, for batches and single sequences.
+        """Computes the same as ``torch.nn.MultiheadAttention``, for batches and single sequences.
 
         Args:
-            query: Tensor[batch, queries, channels], or as ``batch_first`` says; a single sequence
-                without batch.
-            key: The same with keys.
-            value: As ``key``.
-            key_padding_mask: Tensor[batch, keys]: keys to be left out, or what is added.
-            need_weights: Whether the weights are returned. Without them it is faster.
-            attn_mask: Tensor[queries, keys] or Tensor[batch * heads, queries, keys], the same.
+            query: Tensor[batch, queries, channels], or Tensor[queries, batch, channels] if not
+                ``batch_first``. A single sequence has no batch dimension.
+            key: Tensor[batch, keys, channels], with the dimensions in the order of ``query``.
+            value: Tensor of the shape of ``key``.
+            key_padding_mask: Tensor[batch, keys]. If boolean, true keys are ignored. Else it is
+                added to the logits.
+            need_weights: Whether the weights are returned. Without them the call is faster.
+            attn_mask: Tensor[queries, keys] or Tensor[batch * heads, queries, keys]. If boolean,
+                true places are ignored. Else it is added to the logits.
             average_attn_weights: Whether the weights are averaged over the heads.
-            is_causal: A hint that ``attn_mask`` is causal; the mask is applied as it is.
+            is_causal: A hint that ``attn_mask`` is causal. The mask is applied in either case.
 
         Returns:
-            The result, shaped like ``query``, and Tensor[batch, heads, queries, keys], without the
-            heads if averaged, or None.
+            The result, of the shape of ``query``, and the weights or None. The weights are
+            Tensor[batch, heads, queries, keys], or Tensor[batch, queries, keys] if averaged.
 
         Raises:
             RuntimeError: If ``is_causal`` comes without ``attn_mask``, as in PyTorch.
@@ -250,7 +252,7 @@ class SplitMultiheadAttention(SplitProjection):
     def _mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor
     ) -> Tensor | None:
-        """What is added to the logits: Tensor[batch, heads or 1, queries or 1, keys]."""
+        """The sum of the masks: Tensor[batch or 1, heads or 1, queries or 1, keys], or None."""
         masks = []
         if attn_mask is not None:
             per_head = attn_mask.dim() == 3
@@ -277,14 +279,14 @@ def fused_projections(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def split_projections(network: nn.Module, names: list[str]) -> None:
-    """Splits fused projections of a network, in place; it goes on reading its state dicts.
+    """Splits fused projections of a network in place. The network still reads old state dicts.
 
     Args:
-        network: With :func:`fused_projections`.
-        names: Which of them.
+        network: A network with fused projections.
+        names: Names of the projections to split, from :func:`fused_projections`.
 
     Raises:
-        ValueError: If one is of a kind that cannot be split.
+        ValueError: If a projection is of a kind that cannot be split.
     """
     for name in names:
         parent_name, _, child = name.rpartition('.')

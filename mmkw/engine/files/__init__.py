@@ -1,5 +1,6 @@
 """MMEngine's checkpoint files: read as data, written whole, resumed after any interruption.
 
-Both modules here take the place of MMEngine's own as soon as that is imported (``mmkw.autoload``).
-They import of mmkw and of MMEngine only what is there at that moment.
+``schemes`` and ``hook`` replace parts of MMEngine as soon as these are imported
+(``mmkw.autoload``). At that moment other modules of MMEngine and mmkw may be incomplete. So
+functions here import such modules only when they are called.
 """

@@ -1,4 +1,4 @@
-"""Writes files beside their place and renames them: a file is whole, or not there."""
+"""Writes files under another name and then renames them: a file is whole or does not exist."""
 
 import os
 from contextlib import suppress
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmengine.fileio import LocalBackend, register_backend
 
-# What a file is called until it is whole.
+# The ending of a file's name until the file is whole.
 UNFINISHED = '.part'
 
 
@@ -16,24 +16,25 @@ NAME = 'mmkw_whole_files'
 
 @register_backend(NAME, force=True)
 class WholeFileBackend(LocalBackend):
-    """MMEngine's backend for local files, which an interruption cannot leave half written."""
+    """MMEngine's backend for local files, but an interruption cannot leave half a file."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Writes a file; what was there before stays until the new one is on the disk.
+        """Writes a file. An older file stays until the new file is on the disk.
 
         Args:
             obj: The content.
-            filepath: Its place; the folder is made if it is missing.
+            filepath: Path of the file. The folder is made if it is missing.
 
         Raises:
-            OSError: If there is no room, say; the unfinished file is removed.
+            OSError: If the file cannot be written, for example if the disk is full. The unfinished
+                file is removed.
         """
         folder = os.path.dirname(filepath)
         if folder:
             os.makedirs(folder, exist_ok=True)
         beside = f'{filepath}{UNFINISHED}'
         try:
-            # Anew: what lies there may be a link to something else.
+            # An old file of this name is removed, because it may be a link to another file.
             with suppress(FileNotFoundError):
                 os.remove(beside)
             with open(beside, 'xb') as file:

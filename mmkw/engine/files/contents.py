@@ -1,7 +1,7 @@
-"""What MMEngine takes from a checkpoint and acts on, checked where it is loaded.
+"""Checks the fields of a checkpoint that MMEngine acts on.
 
-The reader says that a file is data; here is what MMEngine would do with some of it: run the text of
-a config, remove files by their names, go on from an epoch that is a text.
+The reader makes sure that a file holds data only. But MMEngine acts on some of the data. It would
+run the text of a config, remove files that a checkpoint names, and use an epoch that is text.
 """
 
 import os.path as osp
@@ -11,10 +11,10 @@ from typing import Any
 
 from mmengine.logging import print_log
 
-# Where checkpoints hold the text of a config. A config is Python code: Runner.resume would run the
-# first, an inferencer without a model the others.
+# Fields that hold the text of a config. A config is Python code. Runner.resume would run the first
+# one, and an inferencer without a model would run the others.
 _CONFIG_TEXTS = (('meta', 'config'), ('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg'))
-# The best checkpoint of a metric, as MMEngine's hook names it.
+# The name that MMEngine's hook gives to the best checkpoint of a metric.
 _BEST = re.compile(r'best_[^/\\\0]+_[0-9]{1,12}\.pth')
 
 
@@ -33,7 +33,7 @@ def _are_settings(value: Any) -> bool:
 
 
 def _is_setting(value: Any) -> bool:
-    """Whether a value is the state of a scheduler; MMEngine makes attributes of it."""
+    """Whether a value is the state of a scheduler. MMEngine sets its items as attributes."""
     from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 
     return _is_dict(value) and not any(
@@ -43,7 +43,7 @@ def _is_setting(value: Any) -> bool:
 
 _COUNTER = (_is_number(0, 1 << 53), 'a whole number')
 _DICT = (_is_dict, 'a dict with texts as keys')
-# What a field has to be if it is there.
+# The check of every field, and words for the expected kind. A field may be missing.
 _FIELDS: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
     ('meta',): _DICT,
     ('meta', 'epoch'): _COUNTER,
@@ -63,23 +63,23 @@ _FIELDS: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
 
 
 def take(checkpoint: dict[str, Any], name: str, folder: str | None = None) -> dict[str, Any]:
-    """Checks what MMEngine acts on, and leaves aside what it should not act on.
+    """Checks the fields that MMEngine acts on, and removes those that it should not act on.
 
     Args:
-        checkpoint: As it was read; changed in place.
-        name: What messages call the file.
-        folder: Where it lies, if on this machine: only there the best checkpoints are that it
-            names.
+        checkpoint: A checkpoint from ``read_checkpoint``; changed in place.
+        name: Name of the file, for messages.
+        folder: Folder of the file, if it is on this machine. The best checkpoints that the file
+            names must be in this folder.
 
     Returns:
-        The same.
+        The same checkpoint.
 
     Raises:
         DamagedCheckpointError: If a field is of the wrong kind.
     """
     from ...checkpoints import DamagedCheckpointError
 
-    # A file of tensors alone has no fields, whatever its tensors are called.
+    # Without state_dict the file is a dict of tensors, whose names may look like fields.
     if 'state_dict' not in checkpoint:
         return checkpoint
     for field, (fits, kind) in _FIELDS.items():
@@ -107,7 +107,7 @@ def take(checkpoint: dict[str, Any], name: str, folder: str | None = None) -> di
 
 
 def _holder(checkpoint: dict[str, Any], field: tuple[str, ...]) -> dict[str, Any] | None:
-    """The dict that has a field, if there is one."""
+    """The dict that may have a field; None if there is no such dict."""
     holder: Any = checkpoint
     for parent in field[:-1]:
         holder = holder.get(parent) if isinstance(holder, dict) else None
@@ -115,7 +115,7 @@ def _holder(checkpoint: dict[str, Any], field: tuple[str, ...]) -> dict[str, Any
 
 
 def _take_kept(info: dict[str, Any], meta: dict[str, Any]) -> None:
-    """The steps of the checkpoints that are there: of this one, and of earlier ones."""
+    """Removes the list of kept checkpoints unless it has increasing steps up to this one's."""
     if 'keep_ckpt_ids' not in info:
         return
     kept = info['keep_ckpt_ids']
@@ -127,7 +127,10 @@ def _take_kept(info: dict[str, Any], meta: dict[str, Any]) -> None:
 
 
 def _take_best(info: dict[str, Any], folder: str | None) -> None:
-    """The best checkpoints, which the next best one replaces: those beside this one."""
+    """Moves the paths of the best checkpoints to this folder, and removes other entries.
+
+    MMEngine removes the best checkpoint when a better one is saved, so its path must be safe.
+    """
     for key in [key for key in info if key.startswith(('best_ckpt', 'best_score'))]:
         value = info[key]
         if key.startswith('best_score'):

@@ -1,4 +1,4 @@
-"""The hook that saves checkpoints, so that a run goes on from wherever it was interrupted."""
+"""The hook that saves checkpoints so that an interrupted run can always resume."""
 
 import os
 import os.path as osp
@@ -22,7 +22,7 @@ _POINTER = 'last_checkpoint'
 
 
 def take_place(theirs: ModuleType) -> None:
-    """Puts our hook in the place of MMEngine's, whether a config names or imports it.
+    """Replaces MMEngine's hook in its registry and in its modules.
 
     Args:
         theirs: The module ``mmengine.hooks.checkpoint_hook``.
@@ -35,24 +35,24 @@ def take_place(theirs: ModuleType) -> None:
 
 
 class CheckpointHook(checkpoint_hook.CheckpointHook):
-    """MMEngine's hook, under its name in configs and with its arguments; safe to interrupt.
+    """MMEngine's hook with the same name and arguments, but safe to interrupt.
 
-    Checkpoints and ``last_checkpoint`` are written beside their place and renamed. Older ones are
-    removed after that, so that at every moment one whole checkpoint is there that
-    ``last_checkpoint`` names. Where it is missing, empty, or names a file that is gone or not
-    whole, ``resume=True`` goes on from the newest whole checkpoint of the folder, and says so.
+    Checkpoints and ``last_checkpoint`` are written under another name and then renamed. Older
+    checkpoints are removed after that. So at every moment ``last_checkpoint`` names a whole
+    checkpoint. ``last_checkpoint`` may still be missing or empty, or name a file that is missing or
+    damaged. Then ``resume=True`` takes the newest whole checkpoint of the folder and warns.
     """
 
-    # Steps of checkpoints that go when the one being saved is there.
+    # Steps of the checkpoints that are removed after the current save.
     _outdated: Sequence[int] = ()
 
     def before_run(self, runner: Any) -> None:
-        """Finds the checkpoint to resume from, where MMEngine would look for it.
+        """Finds the checkpoint to resume from, if MMEngine would search for one.
 
         Raises:
             DamagedCheckpointError: If there are checkpoints, but none of them is whole.
         """
-        # MMEngine shares this default among runners, and writes resumed seeds to it.
+        # MMEngine shares this default dict among runners, and writes resumed seeds into it.
         runner._randomness_cfg = dict(runner._randomness_cfg)
         if not runner._resume or runner._load_from is not None:
             return
@@ -61,7 +61,7 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
             try:
                 found[0] = self._newest(runner)
             except Exception as error:
-                # The other processes wait for what is found.
+                # The error must not stop this process now: the other processes wait for a result.
                 found[1] = error
         broadcast_object_list(found)
         path, error = found
@@ -74,7 +74,7 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
             runner._load_from = path
 
     def before_train(self, runner: Any) -> None:
-        """Prepares the folder, and removes what an interrupted run left unfinished."""
+        """Prepares the folder, and removes unfinished files of an interrupted run."""
         folder = self.out_dir or runner.work_dir
         local = self.file_client_args is None and self.backend_args is None
         if local and type(get_file_backend(folder)) is LocalBackend:
@@ -88,7 +88,7 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
 
     @property
     def file_backend(self) -> Any:
-        """MMEngine's, but that it notes what to remove, and removes only files of this hook."""
+        """MMEngine's backend, but it notes removals. :meth:`_removing_later` removes the files."""
         return self._backend
 
     @file_backend.setter
@@ -96,7 +96,10 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
         self._backend = _RemovingLater(backend)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Lists the one that is to be removed next, too: a run that resumes here will remove it."""
+        """Also lists the checkpoint that is removed after this save.
+
+        If the run is interrupted before the removal, the resumed run removes it.
+        """
         info = checkpoint.get('message_hub', {}).get('runtime_info', {})
         if self._outdated and 'keep_ckpt_ids' in info:
             info['keep_ckpt_ids'] = [*self._outdated, *info['keep_ckpt_ids']]
@@ -106,7 +109,8 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
         full = 0 < self.max_keep_ckpts == len(kept) and kept[-1] != step
         with self._removing_later():
             self._outdated = [kept[0]] if full else []
-            # MMEngine writes its pointer in place; that one is thrown away.
+            # MMEngine does not write last_checkpoint safely. So it writes to a temporary folder,
+            # and the file is written again below.
             with TemporaryDirectory() as folder:
                 super()._save_checkpoint_with_step(_Elsewhere(runner, folder), step, meta)
             self._outdated = []
@@ -120,7 +124,7 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
 
     @contextmanager
     def _removing_later(self) -> Iterator[None]:
-        """Removes files when all is written that is to take their place."""
+        """Delays removals until the new files are written. Removes only files of this hook."""
         backend = self.file_backend
         backend.depth += 1
         try:
@@ -139,7 +143,7 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
             backend.removals.clear()
 
     def _is_own(self, path: str) -> bool:
-        """Whether this hook would write a file of this name in this place."""
+        """Whether this hook could have written a file of this name in this place."""
         before, _, after = self.filename_tmpl.partition('{}')
         pattern = rf'(best_.+_)?{re.escape(before)}\d+{re.escape(after)}'
         name = osp.basename(path)
@@ -148,7 +152,7 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
         )
 
     def _newest(self, runner: Any) -> str | None:
-        """The checkpoint to resume from; None if there is none at all."""
+        """The checkpoint to resume from; None if there is no checkpoint."""
         from ...checkpoints import DamagedCheckpointError, read_checkpoint
 
         folder = runner.work_dir
@@ -156,7 +160,7 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
             folder = osp.join(self.out_dir, osp.basename(runner.work_dir.rstrip(osp.sep)))
         named = _pointer(runner.work_dir)
         if named and ('://' in named or osp.isdir(named)):
-            # In a store, or a folder as DeepSpeed writes it: MMEngine knows how to read those.
+            # It is in a remote store, or a folder written by DeepSpeed. MMEngine can read both.
             return named
         reason = f'{osp.join(runner.work_dir, _POINTER)} is missing or empty'
         if named:
@@ -182,7 +186,7 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
         return None
 
     def _numbered(self, folder: str, named: str) -> list[str]:
-        """The checkpoints of a folder from the last one down, none later than a named one."""
+        """The checkpoints of a folder, the last one first, and none later than ``named``."""
         before, _, after = self.filename_tmpl.partition('{}')
         pattern = re.compile(f'{re.escape(before)}(\\d+){re.escape(after)}')
         numbers = {
@@ -196,7 +200,7 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
 
 
 class _Elsewhere:
-    """A runner whose work folder is another, for what is written there."""
+    """A runner with another work folder."""
 
     def __init__(self, runner: Any, work_dir: str) -> None:
         self._runner = runner
@@ -207,7 +211,7 @@ class _Elsewhere:
 
 
 class _RemovingLater:
-    """A file backend that notes what to remove while something is written."""
+    """A file backend that notes removals instead of removing."""
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
@@ -218,16 +222,16 @@ class _RemovingLater:
         return getattr(self._backend, name)
 
     def remove(self, path: str) -> None:
-        """Notes a file."""
+        """Notes the removal of a file."""
         self.removals.append((self._backend.remove, path))
 
     def rmtree(self, path: str) -> None:
-        """Notes a folder."""
+        """Notes the removal of a folder."""
         self.removals.append((self._backend.rmtree, path))
 
 
 def _pointer(work_dir: str) -> str:
-    """What ``last_checkpoint`` names; nothing if it is missing or no text."""
+    """The path in ``last_checkpoint``; empty if the file is missing or not text."""
     try:
         with open(osp.join(work_dir, _POINTER), encoding='utf-8') as file:
             return file.read().strip()

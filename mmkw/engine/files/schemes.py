@@ -1,6 +1,6 @@
-"""Every address that MMEngine loads checkpoints from, each read by :func:`read_checkpoint`.
+"""Loads checkpoints from all kinds of addresses that MMEngine knows, by :func:`read_checkpoint`.
 
-The files are found and downloaded as MMEngine does, in its order; only the reading differs.
+The files are found and downloaded as by MMEngine. Only the reading differs.
 """
 
 import io
@@ -28,13 +28,13 @@ def _scheme(*prefixes: str) -> Callable[[Callable], Callable]:
 
 
 def take_place(theirs: ModuleType) -> None:
-    """Puts our loaders in the place of MMEngine's.
+    """Replaces MMEngine's loaders.
 
     Args:
         theirs: The module ``mmengine.runner.checkpoint``.
     """
     for prefixes, loader in _loaders.items():
-        # Under its name in the module, too, for those who call it there.
+        # The function of the module is replaced, too, because other code calls it directly.
         setattr(theirs, loader.__name__, loader)
         theirs.CheckpointLoader.register_scheme(prefixes, loader, force=True)
 
@@ -42,7 +42,7 @@ def take_place(theirs: ModuleType) -> None:
 def _read(
     source: str | BinaryIO, map_location: Any, name: str, folder: str | None = None
 ) -> dict[str, Any]:
-    # Not at the top: while MMEngine is imported, what this needs of it is not there yet.
+    # Imported here, because MMEngine is incomplete when this module is imported.
     from ...checkpoints import read_checkpoint
 
     return take(read_checkpoint(source, map_location, name), name, folder)
@@ -50,10 +50,10 @@ def _read(
 
 @_scheme('')
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Loads a file of this machine.
+    """Loads a local file.
 
     Args:
-        filename: Its path.
+        filename: Path of the file.
         map_location: As in ``torch.load``.
     """
     return _read(filename, map_location, filename, osp.dirname(osp.expanduser(filename)))
@@ -61,7 +61,7 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 @_scheme('http://', 'https://')
 def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Loads an address of the web; a file that is in ``torch.hub``'s folder already from there.
+    """Downloads a file to the folder of ``torch.hub``, if it is not there yet, and loads it.
 
     Args:
         filename: The address.
@@ -81,17 +81,17 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
         fetch()
     if world_size > 1:
         torch.distributed.barrier()
-        # On other machines.
+        # Processes on other machines do not see the file of rank 0.
         fetch()
     return _read(path, map_location, f'{path} (of {filename})')
 
 
 @_scheme('modelzoo://', 'torchvision://')
 def load_from_torchvision(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Loads weights of torchvision, which has to be installed.
+    """Loads weights of torchvision, which must be installed.
 
     Args:
-        filename: Such as ``torchvision://resnet50``.
+        filename: An address such as ``torchvision://resnet50``.
         map_location: As in ``torch.load``.
     """
     urls = mmengine_checkpoint.get_torchvision_models()
@@ -100,10 +100,10 @@ def load_from_torchvision(filename: str, map_location: Any = None) -> dict[str, 
 
 @_scheme('open-mmlab://', 'openmmlab://')
 def load_from_openmmlab(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Loads weights of OpenMMLab, or those that a user listed in MMEngine's home folder.
+    """Loads weights of OpenMMLab, or weights that are listed in MMEngine's home folder.
 
     Args:
-        filename: Such as ``open-mmlab://resnet50_caffe``.
+        filename: An address such as ``open-mmlab://resnet50_caffe``.
         map_location: As in ``torch.load``.
     """
     urls = mmengine_checkpoint.get_external_models()
@@ -120,7 +120,7 @@ def load_from_mmcls(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Loads the backbone of a classifier of MMClassification.
 
     Args:
-        filename: Such as ``mmcls://resnet50``.
+        filename: An address such as ``mmcls://resnet50``.
         map_location: As in ``torch.load``.
     """
     urls = mmengine_checkpoint.get_mmcls_models()
@@ -133,7 +133,7 @@ def load_from_ceph(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Loads an object of a Ceph or S3 store, by MMEngine's Petrel backend.
 
     Args:
-        filename: Such as ``s3://bucket/epoch_12.pth``.
+        filename: An address such as ``s3://bucket/epoch_12.pth``.
         map_location: As in ``torch.load``.
     """
     backend = get_file_backend(filename, backend_args=dict(backend='petrel'))
@@ -142,10 +142,10 @@ def load_from_ceph(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 @_scheme('pavi://')
 def load_from_pavi(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Loads a model of Pavi's cloud, whose package has to be installed.
+    """Loads a model from Pavi's cloud. The package ``pavi`` must be installed.
 
     Args:
-        filename: Such as ``pavi://model/epoch_12.pth``.
+        filename: An address such as ``pavi://model/epoch_12.pth``.
         map_location: As in ``torch.load``.
     """
     try:
@@ -154,14 +154,15 @@ def load_from_pavi(filename: str, map_location: Any = None) -> dict[str, Any]:
         raise ImportError(f'{filename} needs the package pavi, which is not installed.') from error
     model = modelcloud.get(filename.removeprefix('pavi://'))
     with TemporaryDirectory() as folder:
-        # Only the last part of the name: the cloud says it.
+        # The cloud chooses the name, which could point out of the folder. So only its last part is
+        # used.
         path = osp.join(folder, osp.basename(model.name))
         model.download(path)
         return _read(path, map_location, filename)
 
 
 def _of(urls: dict[str, str], filename: str) -> str:
-    """The address of a model by its name."""
+    """The web address of a model."""
     name = filename.partition('://')[2]
     if name not in urls:
         raise KeyError(f'{filename}: MMEngine knows no such model, but {", ".join(sorted(urls))}.')

@@ -18,28 +18,30 @@ from ...registry import HOOKS
 class IterationSeedHook(Hook):
     """Seeds all random generators from the run's seed, the process and the iteration.
 
-    MMEngine's checkpoints hold no state of random generators, so dropped paths and sampled
-    proposals differ after a resume. With this hook they are a function of the iteration: a run
-    resumed from a checkpoint ends with the weights of the uninterrupted run, to the bit where the
-    device computes deterministically (the CPU does). The config needs a fixed
-    ``randomness=dict(seed=...)``; with an epoch-based loop, the train dataloader must not have
-    ``persistent_workers``, whose random streams go on from epoch to epoch.
+    MMEngine's checkpoints hold no state of random generators. So dropped paths and sampled
+    proposals differ after a resume. With this hook they depend on the iteration only: a resumed run
+    ends with the weights of the uninterrupted run. The weights are equal to the bit if the device
+    computes deterministically, as the CPU does.
+
+    The config needs a fixed ``randomness=dict(seed=...)``. With an epoch-based loop, the train
+    dataloader must not have ``persistent_workers``, whose random numbers continue from epoch to
+    epoch.
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Seeds what an iteration-based loop draws for every batch, those it skips included."""
+        """Makes an iteration-based loop seed before every batch, also before skipped batches."""
         loop = runner.train_loop
         if isinstance(loop, IterBasedTrainLoop):
             loop.dataloader_iterator = _seeded(loop.dataloader_iterator, runner.seed)
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Seeds what is drawn before the first iteration, such as its augmentation."""
+        """Seeds the random numbers that are drawn before the first iteration of an epoch."""
         _seed_everything(runner.seed, get_rank(), runner.iter, 0)
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: DATA_BATCH = None
     ) -> None:
-        """Seeds what the iteration draws."""
+        """Seeds the random numbers of the iteration."""
         _seed_everything(runner.seed, get_rank(), runner.iter, 1)
 
 

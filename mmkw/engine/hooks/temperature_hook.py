@@ -11,19 +11,19 @@ from ...registry import HOOKS
 
 @HOOKS.register_module()
 class TemperatureHook(Hook):
-    """Moves the temperature linearly from ``begin`` to ``end``, then leaves it there.
+    """Changes the temperature linearly from ``begin`` to ``end``, and then keeps it.
 
-    At iteration ``i``, counted from 0, of the ``T`` iterations of the schedule the temperature is
-    ``begin + (end - begin) * min(1, (i + 1) / T)`` (paper, section 3.4). It follows from the
-    iteration alone, so a resumed run goes on where it stopped, and a checkpoint that is tested with
-    the config it was trained by is tested at the temperature it was saved at. The value is logged
-    as ``temperature``, also to the visualizer backends.
+    The schedule has ``T`` iterations. At iteration ``i``, counted from 0, the temperature is
+    ``begin + (end - begin) * min(1, (i + 1) / T)`` (paper, section 3.4). It depends on the
+    iteration only, so a resumed run continues the schedule. Checkpoints store the temperature, and
+    a test with this hook uses the stored one. The value is logged as ``temperature``, also to the
+    visualizer backends.
 
     Args:
-        length: How long the annealing takes, in epochs or iterations; at least 1. The paper takes
-            20 of 300 epochs of ImageNet, 15 of 150 for MobileNetV2.
-        by_epoch: Whether ``length`` counts epochs; the temperature changes at every iteration in
-            either case.
+        length: Length of the schedule in epochs or iterations; at least 1. On ImageNet the paper
+            takes 20 of 300 epochs, and 15 of 150 epochs for MobileNetV2.
+        by_epoch: Whether ``length`` counts epochs. The temperature changes at every iteration in
+            both cases.
         begin: Temperature before the first iteration, in [0, 1].
         end: Temperature from the last iteration of the schedule on, in [0, 1].
 
@@ -51,14 +51,14 @@ class TemperatureHook(Hook):
         """The temperature of an iteration, in [0, 1].
 
         Args:
-            iteration: Counted from 0; -1 is the time before training.
-            epoch_length: Iterations of an epoch.
+            iteration: The iteration, counted from 0; -1 is before training.
+            epoch_length: Iterations per epoch.
         """
         total = self.length * (epoch_length if self.by_epoch else 1)
         return self.begin + (self.end - self.begin) * min(1.0, (iteration + 1) / total)
 
     def before_train(self, runner: Runner) -> None:
-        """Sets the temperature of the first iteration; fails early on a static model."""
+        """Sets the temperature of the first iteration. Raises an error for a static model."""
         self._set_temperature(runner)
 
     def before_train_iter(
@@ -68,11 +68,11 @@ class TemperatureHook(Hook):
         runner.message_hub.update_scalar('train/temperature', self._set_temperature(runner))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Notes the temperature in the checkpoint's meta data, for testing it."""
+        """Stores the temperature in the checkpoint's meta data, for tests."""
         checkpoint['meta']['temperature'] = self._current
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Tests a checkpoint at the temperature it was saved at; training sets its own."""
+        """Sets the stored temperature, for tests. Training sets its own temperature later."""
         meta = checkpoint.get('meta')
         tau = meta.get('temperature') if isinstance(meta, dict) else None
         if tau is not None:

@@ -1,4 +1,4 @@
-"""Learning rates that fall from the last layers of a ConvNeXt to the first."""
+"""Learning rates that decrease from the last layers of a ConvNeXt to the first ones."""
 
 import re
 from typing import Any
@@ -16,21 +16,27 @@ _BLOCK = re.compile(r'backbone\.stages\.(\d+)\.(\d+)\.')
 class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     """Layer-wise learning rate decay for ConvNeXt, static or with KernelWarehouse.
 
-    Layers are counted as in ConvNeXt's own detection recipe: the stem is 0, the first stage 1, the
-    second with its downsampling 2, the third 3 and on with three blocks each, the last one
-    ``num_layers``, everything after the backbone ``num_layers + 1``. A layer's rate is the base
-    rate times ``decay_rate ** (num_layers + 1 - layer)``. A warehouse that layers of different
-    depth share takes the largest rate among them, as with every constructor. Where
-    ``custom_keys`` gives an ``lr_mult``, the rate is the base rate times that, whatever the layer:
+    Layers have numbers, as in ConvNeXt's own detection recipe:
+
+    - 0: the stem;
+    - 1: stage 1;
+    - 2: stage 2 with its downsampling;
+    - 3 and more: stage 3 with its downsampling, three blocks per number;
+    - ``num_layers``: stage 4 with its downsampling;
+    - ``num_layers + 1``: everything after the backbone.
+
+    The rate of a layer is the base rate times ``decay_rate ** (num_layers + 1 - layer)``. A
+    warehouse takes the largest rate of its layers, as with every constructor. If ``custom_keys``
+    gives an ``lr_mult``, the rate is the base rate times ``lr_mult``, whatever the layer:
     ``custom_keys=dict(warehouse_manager=dict(lr_mult=1.0))`` lets all warehouses learn at the base
     rate.
 
-    ``paramwise_cfg`` takes ``num_layers`` (at least 4) and ``decay_rate`` (in (0, 1]) beside what
-    MMEngine's own constructor takes, such as ``norm_decay_mult``.
+    ``paramwise_cfg`` takes ``num_layers`` (at least 4) and ``decay_rate`` (in (0, 1]), and also the
+    keys of MMEngine's own constructor, such as ``norm_decay_mult``.
 
     Raises:
         ValueError: If ``num_layers`` or ``decay_rate`` is missing or out of range, or if the
-            model's ``backbone`` is no ConvNeXt.
+            model's ``backbone`` is not a ConvNeXt.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
@@ -52,7 +58,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         """Adds one group per parameter, as MMEngine does, and scales the rates."""
         super().add_params(params, module, prefix=prefix, **kwargs)
         if prefix:
-            return  # Only once, for the whole model.
+            return  # The call without a prefix covers the whole model.
         layers = {p: self._layer(name) for name, p in module.named_parameters()}
         if min(layers.values()) > self.num_layers:
             raise ValueError(
@@ -61,7 +67,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
             )
         for group in params:
             (parameter,) = group['params']
-            # MMEngine leaves the settings of custom_keys in the group.
+            # MMEngine keeps the settings of custom_keys in the group, so lr_mult shows a match.
             if parameter.requires_grad and 'lr_mult' not in group:
                 scale = self.decay_rate ** (self.num_layers + 1 - layers[parameter])
                 group['lr'] = group.get('lr', self.base_lr) * scale

@@ -1,4 +1,4 @@
-// Attentions for float32 on the CPU, where nothing learns.
+// Computes attentions in float32 on the CPU, where nothing learns.
 
 #include "blocks.h"
 #include "operators.h"
@@ -14,7 +14,7 @@
 namespace mmkw {
 namespace {
 
-// A tensor of this shape, its values side by side.
+// Checks the shape, and makes the tensor contiguous.
 at::Tensor dense(const at::Tensor& tensor, at::IntArrayRef shape) {
   TORCH_CHECK(tensor.sizes() == shape && tensor.scalar_type() == at::kFloat, "expected float32 of ",
               shape, ", got ", tensor.scalar_type(), " of ", tensor.sizes());
@@ -46,8 +46,8 @@ void linear(float* result, const float* values, int64_t rows, const at::Tensor& 
   });
 }
 
-// (hidden - mean) / sqrt(variance + eps) * weight + bias, then ReLU; the statistics are given or,
-// in a LayerNorm, each row's own.
+// (hidden - mean) / sqrt(variance + eps) * weight + bias, then ReLU. Without given statistics this
+// is a LayerNorm: every row has its own statistics.
 void normalize(float* hidden, int64_t rows, int64_t width, const std::optional<at::Tensor>& mean,
                const std::optional<at::Tensor>& variance, const at::Tensor& weight,
                const at::Tensor& bias, double eps) {
@@ -71,8 +71,8 @@ void normalize(float* hidden, int64_t rows, int64_t width, const std::optional<a
 
 }  // namespace
 
-// What mmkw/layers/attention.py computes at temperature 0, where nothing learns: alpha (batch,
-// mixtures, n) from pooled (batch, in), by fc1, a norm of given statistics or a LayerNorm, and fc2.
+// Computes the same as mmkw/layers/attention.py at temperature 0: alpha (batch, mixtures, n) from
+// pooled (batch, in). The steps are fc1, a norm of given statistics or a LayerNorm, ReLU, and fc2.
 at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
                   const std::optional<at::Tensor>& fc1_bias, const std::optional<at::Tensor>& mean,
                   const std::optional<at::Tensor>& variance, const at::Tensor& norm_weight,
@@ -86,7 +86,7 @@ at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
               mixtures, " mixtures");
   TORCH_CHECK(mean.has_value() == variance.has_value(), "mean and variance come together");
   const int64_t n = logits / mixtures - 1;
-  // Parameters may be slices of others, or expanded: they are read as they lie only if contiguous.
+  // Parameters may be slices or expanded, so dense() copies them where they are not contiguous.
   const at::Tensor values = dense(pooled, {batch, fc1_weight.size(1)});
   std::vector<float> hidden(batch * width), z(batch * logits);
   linear(hidden.data(), values.const_data_ptr<float>(), batch,

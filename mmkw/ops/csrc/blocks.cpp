@@ -51,7 +51,8 @@ namespace any_processor {
 
 }  // namespace
 
-// As PyTorch chooses its own, hence by the environment variable ATEN_CPU_CAPABILITY, too.
+// Follows PyTorch's choice for its own kernels, also if ATEN_CPU_CAPABILITY in the environment sets
+// it.
 const Blocks& blocks() {
 #if defined(__x86_64__) && defined(__GNUC__)
   static const std::string capability = at::get_cpu_capability();

@@ -1,4 +1,4 @@
-// Products of blocks that lie in the caches next to a core: what all the kernels are made of.
+// Products of matrices that lie in the caches of a core. All kernels consist of these products.
 
 #pragma once
 
@@ -8,7 +8,7 @@ namespace mmkw {
 
 inline int64_t num_parts(int64_t count, int64_t fitting) { return (count + fitting - 1) / fitting; }
 
-// Cuts a count into as few parts of at most `fitting` as there can be, as even as possible.
+// Cuts a count into the smallest number of parts of at most `fitting`, as even as possible.
 template <typename Work>
 void for_tiles(int64_t count, int64_t fitting, const Work& work) {
   const int64_t parts = num_parts(count, fitting);
@@ -18,13 +18,14 @@ void for_tiles(int64_t count, int64_t fitting, const Work& work) {
   }
 }
 
-// What tiles.h offers for a generation of processors.
+// The products of tiles.h for one generation of processors.
 struct Blocks {
-  // As PyTorch names it.
+  // PyTorch's name for the generation.
   const char* cpu_level;
-  // Of gemm_nt k comes in multiples of this.
+  // In gemm_nt, k must be a multiple of this number.
   int64_t lanes;
-  // Of a tile of gemm: the most rows, and the columns, of which n is a multiple.
+  // A tile of gemm has at most `rows` rows and exactly `width` columns. In gemm, n must be a
+  // multiple of `width`.
   int64_t rows, width;
   // C = beta * C + A * B, beta 0 or 1, A packed tile by tile.
   void (*gemm)(int64_t m, int64_t n, int64_t k, const float* a, const float* b, int64_t ldb,
@@ -34,7 +35,7 @@ struct Blocks {
                   int64_t ldb, float* c, int64_t ldc);
 };
 
-// The fastest for this processor.
+// The fastest products for this processor.
 const Blocks& blocks();
 
 }  // namespace mmkw

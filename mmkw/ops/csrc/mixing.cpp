@@ -1,11 +1,13 @@
 // Mixing and its backward pass for float32 on the CPU, behind mmkw/ops/compiled.py.
 //
-// A warehouse (n cells of `size` values each) is far larger than the caches next to a core, and its
-// rows lie a power of two apart, so that the same columns of all of them fall into few sets of a
-// cache. Columns are therefore worked on in blocks. Few mixtures use every value few times: the
-// machine waits for memory, and a few cells at a time are worked into the result as they arrive, in
-// long runs. For many mixtures arithmetic counts: the block of the warehouse is copied to where it
-// stays in the caches, and serves all of them from there. tiles.h has the arithmetic.
+// A warehouse is a matrix with n cells as rows of `size` values. It is far larger than the caches
+// of a core. Its rows often lie a power of two apart, so that one column of all rows falls into few
+// sets of a cache. Therefore the operators work on blocks of columns.
+//
+// With few mixtures every value is used few times, and the time goes to reading memory. Then a few
+// cells at a time are read in long runs, directly from the warehouse ("streamed"). With many
+// mixtures the time goes to arithmetic. Then a block of the warehouse is copied, stays in the
+// caches, and is used for all mixtures. tiles.h has the arithmetic.
 
 #include "blocks.h"
 #include "operators.h"
@@ -24,8 +26,8 @@ namespace {
 
 // --- weights of a product ------------------------------------------------------------------------
 
-// Weights (rows, terms) in the order in which `gemm` reads them: in parts of at most so many
-// terms, and of a part tile by tile.
+// Weights (rows, terms) in the order in which `gemm` reads them. They are cut into parts of at most
+// `part_terms` terms. Within a part they lie tile by tile.
 class Weights {
  public:
   Weights(const float* weights, int64_t rows, int64_t row_stride, int64_t terms,
@@ -47,8 +49,8 @@ class Weights {
     for_tiles(terms_, part_terms_, work);
   }
 
-  // result (rows, columns) (+)= weights of a part * values (terms of the part, columns), columns a
-  // multiple of the width.
+  // result (rows, columns) (+)= weights of a part * values (terms of the part, columns). columns
+  // must be a multiple of the width of a tile.
   void multiply(int64_t first, int64_t terms, float* result, int64_t result_stride,
                 const float* values, int64_t stride, int64_t columns, bool begin) const {
     blocks().gemm(rows_, columns, terms, packed_.data() + first * rows_, values, stride,
@@ -62,8 +64,9 @@ class Weights {
 
 // --- the place of a cell's values in a kernel --------------------------------------------------
 
-// A kernel is (out_blocks, cell_out, in_blocks, run, taps): cells of one place hold runs of input
-// channels, which lie `taps` apart; cells that cover the whole kernel size hold it in the run.
+// A kernel lies in memory as (out_blocks, cell_out, in_blocks, run, taps). If a cell covers one
+// place of the kernel, its run is its input channels, which lie `taps` apart in the kernel. If a
+// cell covers all places, its run is the input channels with all places, and taps is 1.
 struct Places {
   int64_t taps, out_blocks, in_blocks, cell_out, run;
   int64_t rows() const { return taps * out_blocks * in_blocks; }
@@ -99,8 +102,8 @@ inline void move_run(Kernel* kernel, Rows* rows, int64_t tap_stride, int64_t tap
         rows[tap * tap_stride + r] = kernel[r * step + tap];
 }
 
-// Moves columns [begin, end) of one image's rows, in a block that begins there, into its kernel or,
-// the other way, out of it.
+// Moves columns [begin, end) of one image's rows into its kernel, or out of the kernel. `rows` is a
+// block that starts at column `begin`.
 template <bool INTO_KERNEL, typename Kernel, typename Rows>
 void move_columns(Kernel* kernel, Rows* rows, int64_t stride, const Places& p, int64_t begin,
                   int64_t end) {
@@ -129,23 +132,24 @@ void move_columns(Kernel* kernel, Rows* rows, int64_t stride, const Places& p, i
 
 // --- blocks of columns -------------------------------------------------------------------------
 
-// Columns of blocks come in multiples of this, which is one of every `width`.
+// The columns of a block are a multiple of this number. It is itself a multiple of every `width`.
 constexpr int64_t COLUMNS_STEP = 64;
-// The most of them: long runs help where rows are read as they lie, and are needless for copies.
+// The most columns of a block. Long runs help if rows are read directly, but not for copies.
 constexpr int64_t STREAMED_COLUMNS = 2048;
 constexpr int64_t COPIED_COLUMNS = 256;
-// Terms that a product sums up at a time: of rows that are read as they lie; and of copied ones, as
-// many as the innermost cache holds of a tile's columns.
+// Terms that a product sums up at a time, for rows that are read directly and for copied rows. A
+// tile's columns of COPIED_TERMS rows fit into the innermost cache.
 constexpr int64_t STREAMED_TERMS = 8;
 constexpr int64_t COPIED_TERMS = 192;
-// Mixtures from which on arithmetic counts, not memory.
+// From this number of mixtures on, arithmetic takes longer than reading memory.
 constexpr int64_t MANY_ROWS = 40;
-// Values in the blocks of one thread: they should stay in the cache that a core has for itself.
+// Values in the blocks of one thread. They should stay in the private cache of a core.
 constexpr int64_t BLOCK_VALUES = 96 << 10;
-// Rows of a block are kept apart by one line more than a power of two.
+// Extra values between the rows of a block: one cache line, so that rows are not a power of two
+// apart.
 constexpr int64_t PADDING = 16;
 
-// Some columns of a matrix in memory of their own.
+// A copy of some columns of a matrix.
 struct Block {
   float* values;
   int64_t stride;
@@ -156,33 +160,34 @@ struct Span {
   int64_t begin, count;
 };
 
-// What is computed of so many columns, where the last tile is filled up.
+// The number of columns after the last tile is filled up.
 int64_t padded(int64_t count) { return num_parts(count, blocks().width) * blocks().width; }
 
-// How many columns of so many rows a block has.
+// The number of columns of a block with so many rows.
 int64_t block_columns(int64_t size, int64_t rows, int64_t most) {
   const int64_t shared = size / (4 * at::get_num_threads());
   return std::max<int64_t>(std::min({most, BLOCK_VALUES / (rows + 1), shared}) / COLUMNS_STEP, 1) *
          COLUMNS_STEP;
 }
 
-// Blocks are dealt out in shares, to whichever thread is free, since cores are not equally fast: so
-// many for each thread.
+// Blocks are grouped into shares. A free thread takes the next share, because cores are not equally
+// fast. This is the number of shares per thread.
 constexpr int64_t SHARES = 8;
 
-// Values of the sums that shares may have, all together, before there is one share a thread.
+// The most values that the sums of all shares have together. For larger sums there is one share per
+// thread.
 constexpr int64_t SUM_VALUES = 8 << 20;
 
-// How many shares the columns are dealt out in, where each sums up so many values.
+// The number of shares for these columns, if every share sums up so many values.
 int64_t num_shares(int64_t size, int64_t columns, int64_t sum_values) {
   const int64_t threads = at::get_num_threads();
   const int64_t fitting = std::max(SUM_VALUES / std::max<int64_t>(sum_values, 1), threads);
   return std::min({num_parts(size, columns), SHARES * threads, fitting});
 }
 
-// Runs work(span, memory, share) for blocks of all `size` columns, on all threads, with so many
-// values of memory; the blocks of a share one after the other. What is summed up by shares does not
-// depend on which thread had which.
+// Runs work(span, memory, share) for blocks of all `size` columns, on all threads. `values` is the
+// number of values of memory for a call. The blocks of a share run one after the other on one
+// thread. So the sum of a share does not depend on the thread.
 template <typename Work>
 void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work,
                 int64_t sum_values = 0) {
@@ -190,7 +195,7 @@ void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work,
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), shares);
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    // Kept: fresh pages for every call would cost more than it does.
+    // Kept from call to call, because fresh memory would take longer than the work itself.
     thread_local std::vector<float> memory;
     if (memory.size() < static_cast<size_t>(values)) memory.resize(values);
     for (int64_t share = next++; share < shares; share = next++)
@@ -199,7 +204,7 @@ void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work,
   });
 }
 
-// Zeros between the last column and the last that is computed with.
+// Writes zeros after the last column, up to the end of the last tile.
 void clear_rest(const Block& block, int64_t rows, int64_t count) {
   if (count < padded(count))
     for (int64_t row = 0; row < rows; row++)
@@ -220,9 +225,9 @@ void copy_columns(const Block& block, const float* matrix, int64_t rows, int64_t
   clear_rest(block, rows, span.count);
 }
 
-// --- what the operators have in common ---------------------------------------------------------
+// --- common parts of the operators ---------------------------------------------------------------
 
-// Whether a tensor is of this shape, of float32, its values side by side.
+// Whether a tensor is contiguous, of this shape, and of float32.
 bool is_dense(const at::Tensor& tensor, at::IntArrayRef shape) {
   return tensor.sizes() == shape && tensor.is_contiguous() && tensor.scalar_type() == at::kFloat;
 }
@@ -235,13 +240,13 @@ std::vector<int64_t> kernel_shape(int64_t batch, const at::Tensor& cells, at::In
   return shape;
 }
 
-// What mixing is given: the warehouse, and every mixture's weights on its cells.
+// The inputs of mixing: the warehouse, and the weights of its cells in every mixture.
 struct Mixing {
   Places p;
   int64_t batch, rows, num_cells, size, kernel_size;
-  // Whether products may read the warehouse as it lies: blocks of its columns fill their tiles.
+  // Whether products can read the warehouse directly: blocks of its columns fill whole tiles.
   bool aligned;
-  // Whether they should: there are few mixtures.
+  // Whether products do read the warehouse directly to mix: it is aligned, and mixtures are few.
   bool streamed;
   at::Tensor cells, attention;
   Weights weights;
@@ -275,7 +280,7 @@ struct Mixing {
 
   const float* warehouse() const { return cells.const_data_ptr<float>(); }
 
-  // mixed (+)= what a part of the cells, as they lie, contributes.
+  // mixed (+)= the contribution of a part of the cells, which are read directly.
   void mix_part(const Block& mixed, Span span, int64_t first, int64_t count) const {
     weights.multiply(first, count, mixed.values, mixed.stride,
                      warehouse() + first * size + span.begin, size, span.count, first == 0);
@@ -285,7 +290,7 @@ struct Mixing {
   void mix_copied(const Block& mixed, const Block& copy, int64_t count) const {
     const int64_t width = blocks().width;
     weights.for_parts([&](int64_t first, int64_t terms) {
-      // A tile's columns of the part serve all mixtures from the innermost cache.
+      // A tile's columns of the part stay in the innermost cache for all mixtures.
       for (int64_t c = 0; c < count; c += width)
         weights.multiply(first, terms, mixed.values + c, mixed.stride,
                          copy.values + first * copy.stride + c, copy.stride, width, first == 0);
@@ -304,8 +309,8 @@ struct Mixing {
 
 // --- the operators -----------------------------------------------------------------------------
 
-// attention (batch, mixtures, n), cells (n, cell_out, cell_in, ...); fills kernels
-// (batch, out, in, ...).
+// Fills kernels (batch, out, in, ...) from attention (batch, mixtures, n) and cells (n, cell_out,
+// cell_in, ...).
 void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid,
                     at::Tensor kernels) {
   const Mixing m(attention, cells, grid);
@@ -329,7 +334,7 @@ void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::In
   });
 }
 
-// The same into new memory.
+// The same, but returns kernels in new memory.
 at::Tensor mix_cells(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid) {
   places(grid, cells.sizes());
   TORCH_CHECK(attention.dim() == 3, "attention of ", attention.sizes());
@@ -358,7 +363,7 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
     copy_columns(copy, rows.const_data_ptr<float>(), terms, size, span);
     float* to = sum.mutable_data_ptr<float>() + span.begin;
     const int64_t whole = span.count / width * width, rest = span.count - whole;
-    // The last columns, where they are fewer than a tile has, get memory of their own.
+    // If the last columns do not fill a tile, their sums go to separate memory first.
     std::vector<float> last(rest ? num_cells * width : 0);
     transposed.for_parts([&](int64_t first, int64_t count) {
       const float* values = copy.values + first * stride;
@@ -375,10 +380,10 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
   });
 }
 
-// The backward pass in one pass over the warehouse, from the gradients of the kernels, a list of
-// (out, in, ...). Fills, where given, kernels (batch, out, in, ...) with the mixtures and rows
-// (batch, mixtures, cell_out, cell_in, ...) with the gradients cut into cells, for add_to_cells.
-// Returns the gradient of the attention.
+// The backward pass, in one pass over the warehouse. grad_kernels has the gradient (out, in, ...)
+// of every image's kernel. If given, kernels (batch, out, in, ...) is filled with the mixed
+// kernels. If given, rows (batch, mixtures, cell_out, cell_in, ...) is filled with the gradients,
+// cut into cells, for add_to_cells. Returns the gradient of the attention.
 at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention,
                         const at::Tensor& cells, at::IntArrayRef grid,
                         std::optional<at::Tensor> kernels, std::optional<at::Tensor> rows) {
@@ -398,12 +403,13 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
   }
   float* const to = kernels ? kernels->mutable_data_ptr<float>() : nullptr;
   float* const row = rows ? rows->mutable_data_ptr<float>() : nullptr;
-  // Many mixtures take the gradients' place, from copies of a few columns at a time.
+  // With few mixtures, the block has rows for the gradients and for the mixtures. With many, the
+  // mixtures overwrite the gradients, a few columns at a time.
   const int64_t num_rows = m.streamed ? 2 * m.rows : m.rows;
   const int64_t columns = block_columns(m.size, num_rows, STREAMED_COLUMNS / 2);
   const int64_t stride = columns + PADDING, copy_stride = COLUMNS_STEP + PADDING;
   const int64_t values = num_rows * stride + (m.streamed ? 0 : m.num_cells * copy_stride);
-  // A sum for every share: columns are not disjoint in the attention.
+  // Every share needs its own sum, because all columns add to the whole gradient of the attention.
   const at::Tensor parts =
       at::zeros({num_shares(m.size, columns, m.rows * m.num_cells), m.rows, m.num_cells},
                 cells.options());
@@ -419,7 +425,7 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
       std::memcpy(row + r * m.size + span.begin, gradient.values + r * stride,
                   span.count * sizeof(float));
 
-    // Of some of the cells and some of the columns.
+    // Adds the inner products of some columns of some cells.
     float* const grad_attention = part + share * m.rows * m.num_cells;
     const auto add_dots = [&](int64_t first, int64_t count, const float* from, int64_t from_stride,
                               int64_t column, int64_t width) {
@@ -436,7 +442,7 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
       if (to) m.into_kernels(to, mixed, span);
       return;
     }
-    // Inner products of long rows cost least.
+    // Inner products of long rows are the fastest, so all columns of the span go at once.
     if (m.aligned) add_dots(0, m.num_cells, from, m.size, 0, span.count);
     if (m.aligned && !to) return;
     const Block copy{memory + m.rows * stride, copy_stride};

@@ -1,5 +1,5 @@
-// Registers the operators with PyTorch. Shapes without values, gradients and counts of operations
-// are registered in mmkw/ops/compiled.py.
+// Registers the operators with PyTorch. mmkw/ops/compiled.py registers shapes without values,
+// gradients and counts of operations.
 
 #include "operators.h"
 
@@ -32,14 +32,14 @@ TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
   library.impl("attend", &mmkw::attend);
 }
 
-// These are constants to autograd: a backward pass through them is an error, not a wrong gradient.
-// That of mix_cells is registered in mmkw/ops/compiled.py.
+// These operators have no gradient: a backward pass through them is an error, not a wrong gradient.
+// mmkw/ops/compiled.py registers the gradient of mix_cells.
 TORCH_LIBRARY_IMPL(mmkw, Autograd, library) {
   for (const char* name : {"mix_cells_into", "mix_backward", "add_to_cells", "attend"})
     library.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 
-// Importing the module is what loads the library.
+// Python imports this module to load the library.
 PyMODINIT_FUNC PyInit__native() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr};
   PyObject* const made = PyModule_Create(&module);

@@ -1,13 +1,14 @@
-// Products of blocks that lie in the caches next to a core, for one generation of processors.
+// Products of matrices that lie in the caches of a core, for one generation of processors.
 //
-// blocks.cpp includes this file once for each of them, in a namespace of its own, with
-//   CPU_LEVEL  its name,
-//   TARGET  the attribute that lets the compiler use the generation's instructions,
-//   LANES   floats in a vector register,
-//   ROWS, VECTORS  of a tile of gemm, and NT_ROWS, NT_COLUMNS of one of gemm_nt: as many sums as
-//                  there are registers for beside the operands.
+// blocks.cpp includes this file once for each generation, in its own namespace. It defines before:
+//   CPU_LEVEL            the name of the generation,
+//   TARGET               the attribute that lets the compiler use the generation's instructions,
+//   LANES                floats in a vector register,
+//   ROWS, VECTORS        the size of a tile of gemm,
+//   NT_ROWS, NT_COLUMNS  the size of a tile of gemm_nt.
+// A tile has as many sums as fit into the registers beside the operands.
 //
-// Names are those of BLAS; matrices lie row by row, of B the rows ldb apart.
+// Names follow BLAS. Matrices lie row by row. The rows of B are ldb apart.
 
 #define INLINE TARGET inline __attribute__((always_inline))
 
@@ -17,7 +18,7 @@ constexpr int64_t WIDTH = LANES * VECTORS;
 
 INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 
-// C (M, WIDTH) = beta * C + A (M, k) * B (k, WIDTH), beta 0 or 1; A lies column by column.
+// C (M, WIDTH) = beta * C + A (M, k) * B (k, WIDTH). beta is 0 or 1. A lies column by column.
 template <int M>
 INLINE void gemm_tile(int64_t k, const float* a, const float* b, int64_t ldb, float beta, float* c,
                       int64_t ldc) {
@@ -39,7 +40,7 @@ INLINE void gemm_tile(int64_t k, const float* a, const float* b, int64_t ldb, fl
       *reinterpret_cast<Vec*>(c + i * ldc + v * LANES) = sum[i][v];
 }
 
-// The same for m <= M rows and n columns, a multiple of WIDTH.
+// The same for m <= M rows and n columns. n is a multiple of WIDTH.
 template <int M>
 TARGET void gemm_tiles(int64_t m, int64_t n, int64_t k, const float* a, const float* b,
                        int64_t ldb, float beta, float* c, int64_t ldc) {
@@ -48,8 +49,8 @@ TARGET void gemm_tiles(int64_t m, int64_t n, int64_t k, const float* a, const fl
   for (int64_t j = 0; j < n; j += WIDTH) gemm_tile<M>(k, a, b + j, ldb, beta, c + j, ldc);
 }
 
-// C (m, n) = beta * C + A (m, k) * B (k, n), beta 0 or 1, n a multiple of WIDTH; A lies tile by
-// tile, of each tile column by column.
+// C (m, n) = beta * C + A (m, k) * B (k, n). beta is 0 or 1. n is a multiple of WIDTH. A lies tile
+// by tile, and each tile lies column by column.
 TARGET void gemm(int64_t m, int64_t n, int64_t k, const float* a, const float* b, int64_t ldb,
                  float beta, float* c, int64_t ldc) {
   for_tiles(m, ROWS, [&](int64_t i, int64_t rows) {
@@ -72,7 +73,7 @@ INLINE Four sums_of(const Vec (&values)[4]) {
   return SHUFFLE(low, high, 0, 2, 4, 6) + SHUFFLE(low, high, 1, 3, 5, 7);
 }
 
-// C (M, N) += A (M, k) * B (N, k)^T, k a multiple of LANES.
+// C (M, N) += A (M, k) * B (N, k)^T. k is a multiple of LANES.
 template <int M, int N>
 INLINE void gemm_nt_tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
                          float* c, int64_t ldc) {
@@ -107,7 +108,7 @@ TARGET void gemm_nt_tiles(int64_t m, int64_t n, int64_t k, const float* a, int64
   gemm_nt_tile<M, N>(k, a, lda, b, ldb, c, ldc);
 }
 
-// C (m, n) += A (m, k) * B (n, k)^T, k a multiple of LANES.
+// C (m, n) += A (m, k) * B (n, k)^T. k is a multiple of LANES.
 TARGET void gemm_nt(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
                     int64_t ldb, float* c, int64_t ldc) {
   for_tiles(n, NT_COLUMNS, [&](int64_t j, int64_t columns) {
