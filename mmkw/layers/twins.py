@@ -64,7 +64,7 @@ class StandsForStatic(nn.Module):
                 is applied to the modules in here. Their parameters keep their values, because a
                 static network does not have them.
         """
-        if not _has_values(self):
+        if not has_values(self):
             return super().apply(fn)
         twin = self.static_twin()
         before = _copies(twin)
@@ -147,7 +147,7 @@ class StaticTwins:
         seen.add(module)
         for name, child in module._modules.items():
             if isinstance(child, StandsForStatic):
-                if _has_values(child):
+                if has_values(child):
                     self._places.append((module, name, child))
                     self.of.setdefault(child, child.static_twin())
             elif child is not None:
@@ -246,7 +246,7 @@ def _has_changed(twin: nn.Module, before: list[Tensor]) -> bool:
     )
 
 
-def _has_values(dynamic: StandsForStatic) -> bool:
+def has_values(dynamic: StandsForStatic) -> bool:
     """Whether this process has all values of a module: nothing is sharded or on ``meta``."""
     cells = [module.cells for module in dynamic.modules() if hasattr(module, 'cells')]
     if any(map(modes.is_sharded, cells)):

@@ -22,6 +22,7 @@ from ..layers import (
 from ..layers.attention import Attention
 from ..layers.dynamic_layers import DEFAULT_NORM_CFG
 from ..layers.static_layers import read_by_others
+from ..layers.twins import has_values
 from ..ops import modes
 from .families import is_of_the_paper
 from .freezing import FreezeWithLayers
@@ -105,8 +106,6 @@ def convert(
             'The network is a Sequential, which would run its warehouses as a layer. Convert a '
             'module that holds it.'
         )
-    watch_parents()
-    network._register_load_state_dict_pre_hook(leave_static_twins, with_module=True)
     planned = {layer for layer, _ in plan.layers}
     split_projections(
         network, [name for name in fused_projections(network) if f'{name}.value' in planned]
@@ -143,6 +142,8 @@ def convert(
             if child in twins:
                 parent._modules[name] = twins[child]
     network.warehouse_manager = manager.train(network.training)
+    watch_parents()
+    network._register_load_state_dict_pre_hook(leave_static_twins, with_module=True)
     network._register_load_state_dict_pre_hook(check_checkpoint, with_module=True)
     if freeze_warehouses:
         network.register_forward_pre_hook(FreezeWithLayers(manager, members))
@@ -165,7 +166,8 @@ def to_static(network: nn.Module) -> nn.Module:
         The same network. If ``network`` is a dynamic layer, its static twin.
 
     Raises:
-        ValueError: If there is no dynamic layer, or if a layer has a temperature other than 1.
+        ValueError: If there is no dynamic layer, or if a layer has a temperature other than 1, or
+            no values in this process.
 
     Example:
         >>> network = mmkw.KWResNet(18, base_channels=8)
@@ -183,6 +185,12 @@ def to_static(network: nn.Module) -> nn.Module:
                 'of its own, which no static layer has. Only at mmkw.set_temperature(network, 1) '
                 'is a network that was trained at 1 static; one that was trained at 0 stays '
                 'dynamic.'
+            )
+    for name, module in network.named_modules():
+        if isinstance(module, StandsForStatic) and not has_values(module):
+            raise ValueError(
+                f'{name or type(network).__name__} has no values in this process: it is on the '
+                'meta device, or its cells are sharded. Load or gather them first.'
             )
     if isinstance(network, StandsForStatic):
         return network.static_twin()

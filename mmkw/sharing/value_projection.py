@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.tracing import recorded
-from ..layers.twins import Kernels, StandsForStatic
+from ..layers.twins import Kernels, StandsForStatic, leave_static_twins
 from ..ops import modes
 
 # The windowed attention of mmdet and mmseg. It cuts images into windows before ``qkv``.
@@ -306,6 +306,7 @@ def split_projections(network: nn.Module, names: list[str]) -> None:
 def _split_state_dict(
     network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
+    leave_static_twins(network)
     for name, module in network.named_modules():
         if isinstance(module, SplitProjection):
             module.split_state_dict(state_dict, f'{prefix}{name}.')

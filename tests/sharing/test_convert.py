@@ -181,3 +181,18 @@ def test_an_absent_layer_keeps_its_cells():
 def test_a_sequential_is_refused():
     with pytest.raises(PlanError, match='is a Sequential, which would run its warehouses'):
         convert(nn.Sequential(nn.Conv2d(8, 8, 3)), SharingPlan.make([('0', 'all')]))
+
+
+def test_a_plan_that_is_refused_leaves_no_hooks():
+    """But that fused projections are split, which keeps what the network computes."""
+    network = nn.Module()
+    network.a = nn.Conv2d(8, 8, 3)
+    hooks = len(network._load_state_dict_pre_hooks), len(network._forward_pre_hooks)
+    for plan in (
+        SharingPlan.make([('a', 'one')], cell_num_ratio=1.5),
+        SharingPlan.make([('a', 'one'), ('b', 'one')]),
+    ):
+        with pytest.raises(PlanError):
+            convert(network, plan)
+    found = len(network._load_state_dict_pre_hooks), len(network._forward_pre_hooks)
+    assert found == hooks and type(network.a) is nn.Conv2d and 'init_weights' not in vars(network)

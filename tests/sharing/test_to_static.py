@@ -89,3 +89,12 @@ def test_it_can_be_converted_again():
     state = network.state_dict()
     network.load_state_dict(state)
     assert mmkw.is_converted(network) and isinstance(network.a, KWConv2d)
+
+
+def test_a_network_without_values_is_refused_whole():
+    with torch.device('meta'):
+        network = mmkw.KWResNet(18, base_channels=8)
+    mmkw.set_temperature(network, 1)
+    with pytest.raises(ValueError, match=r'layer1\.0\.conv1 has no values in this process'):
+        mmkw.to_static(network)
+    assert mmkw.is_converted(network)
