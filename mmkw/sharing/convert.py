@@ -129,7 +129,12 @@ def convert(
     network.warehouse_manager = manager.train(network.training)
     network._register_load_state_dict_pre_hook(check_checkpoint, with_module=True)
     if freeze_warehouses:
-        network.register_forward_pre_hook(FreezeWithLayers(manager, members))
+        freeze = FreezeWithLayers(manager, members)
+        network.register_forward_pre_hook(freeze)
+        if hasattr(network, 'loss'):
+            # MMSegmentation's heads compute their loss by `forward` itself, past their hooks.
+            for layer in twins.values():
+                layer.attention.register_forward_pre_hook(freeze)
     if hasattr(network, 'init_weights'):
         network.init_weights = partial(_initialise, network)
     return network

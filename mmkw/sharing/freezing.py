@@ -14,7 +14,8 @@ class FreezeWithLayers:
 
     Networks freeze their stages when they are built, or each time they are set to training, and
     users freeze what they name: layers, not warehouses. A warehouse that was frozen so learns again
-    when one of its layers does. One that was frozen by itself is left alone.
+    when one of its layers does. One that was frozen by itself is left alone. In a head it is a hook
+    of the attentions, too, which compute before cells are mixed.
 
     Args:
         manager: The network's warehouses.
