@@ -116,6 +116,9 @@ class Kernels:
 class StaticTwins:
     """The twins of all dynamic modules of a network, in their places until :meth:`leave`.
 
+    Meanwhile the network has no warehouses, as a static one: some initialisers take every
+    parameter for a kernel.
+
     Args:
         network: Any network. Its dynamic modules must have values, whole ones.
 
@@ -126,11 +129,15 @@ class StaticTwins:
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self._places: list[tuple[nn.Module, str, StandsForStatic]] = []
+        self._managers: list[tuple[nn.Module, str, WarehouseManager]] = []
         self.of: dict[StandsForStatic, nn.Module] = {}
         self._visit(network, set())
         self._before = {twin: _copies(twin) for twin in self.of.values()}
         for parent, name, dynamic in self._places:
             parent._modules[name] = self.of[dynamic]
+        for parent, name, _ in self._managers:
+            # Its place among the others stays: optimizers know parameters by their order.
+            parent._modules[name] = None
         if self._places:
             for module in network.modules():
                 module.__dict__[_ACTIVE] = self
@@ -145,6 +152,9 @@ class StaticTwins:
                 if _has_values(child):
                     self._places.append((module, name, child))
                     self.of.setdefault(child, child.static_twin())
+            elif isinstance(child, WarehouseManager):
+                if _are_whole(child.parameters()):
+                    self._managers.append((module, name, child))
             elif child is not None:
                 self._visit(child, seen)
 
@@ -166,6 +176,11 @@ class StaticTwins:
         self._places.clear()
         for module in self._network.modules():
             module.__dict__.pop(_ACTIVE, None)
+        self._put_managers_back()
+
+    def _put_managers_back(self) -> None:
+        for parent, name, manager in self._managers:
+            parent._modules[name] = manager
 
     def leave(self, taking_values: bool = True) -> None:
         """Puts the dynamic modules back. More than once does no harm.
@@ -180,7 +195,8 @@ class StaticTwins:
         for parent, name, dynamic in self._places:
             parent._modules[name] = dynamic
         self._places.clear()
-        self._note_parameters(self.of)
+        self._put_managers_back()
+        self._note_parameters([*self.of, *(manager for _, _, manager in self._managers)])
         if not taking_values:
             return
         kernels = Kernels()
@@ -241,6 +257,9 @@ def _has_changed(twin: nn.Module, before: list[Tensor]) -> bool:
 def _has_values(dynamic: StandsForStatic) -> bool:
     """Whether this process has all values of a module."""
     cells = [module.cells for module in dynamic.modules() if hasattr(module, 'cells')]
-    if any(map(modes.is_sharded, cells)):
-        return False
-    return not any(tensor.is_meta for tensor in (*dynamic.parameters(), *cells))
+    return _are_whole(cells) and not any(tensor.is_meta for tensor in dynamic.parameters())
+
+
+def _are_whole(cells: Iterable[Tensor]) -> bool:
+    """Whether this process has all values of some cells."""
+    return not any(modes.is_sharded(values) or values.is_meta for values in cells)

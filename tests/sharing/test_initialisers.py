@@ -193,6 +193,39 @@ def test_copies_have_their_own():
     assert network.inner.first.bias.requires_grad
 
 
+class TakesAll(BaseModule):
+    """Starts every matrix alike, as the heads of DETR and of Sparse R-CNN do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+        self.after = nn.Linear(8, 8)
+
+    def init_weights(self):
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_no_warehouse_is_taken_for_a_kernel():
+    static, network = TakesAll(), TakesAll()
+    convert(network, SharingPlan.make([('inner.first', 'one')], cell_num_ratio=2))
+    # After the warehouses: it is given the random numbers that come next.
+    static.last, network.last = nn.Linear(2, 2), nn.Linear(2, 2)
+    names = [name for name, _ in network.named_parameters()]
+    kept = attentions(network)
+    expected = changes(static, lambda network: network.init_weights())
+    found = changes(network, lambda network: network.init_weights())
+    assert set(found) == set(expected) and 'last.weight' in found
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in attentions(network).items())
+    # Optimizers know parameters by their order.
+    assert [name for name, _ in network.named_parameters()] == names
+
+
 def test_an_error_leaves_the_network_as_it_was():
     class Failing(Freezing):
         def init_weights(self):
