@@ -82,10 +82,16 @@ class StandsForStatic(nn.Module):
 
 
 class Kernels:
-    """Static kernels on their way into warehouses."""
+    """Static kernels on their way into warehouses.
+
+    Attributes:
+        loaded: Whether those that come are of a checkpoint. They give a warm start, also where
+            what an initialiser sets does not.
+    """
 
     def __init__(self) -> None:
-        self._found: dict[tuple[WarehouseManager, int], dict[int, tuple[Any, Tensor]]] = {}
+        self._found: dict[tuple[bool, WarehouseManager, int], dict[int, tuple[Any, Tensor]]] = {}
+        self.loaded = False
 
     def add(self, layer: Any, kernel: Tensor) -> None:
         """Adds a kernel of a :class:`~mmkw.layers.dynamic_layers.DynamicLayer`.
@@ -96,21 +102,31 @@ class Kernels:
         """
         manager, warehouse, position = layer.place
         # The networks of the paper start their cells as released, whatever sets static kernels.
-        if not manager.keeps_start and manager.weights.is_plain:
-            self._found.setdefault((manager, warehouse), {})[position] = (layer, kernel)
+        if (self.loaded or not manager.keeps_start) and manager.weights.is_plain:
+            key = (self.loaded, manager, warehouse)
+            self._found.setdefault(key, {})[position] = (layer, kernel)
 
     def lay_into_warehouses(self) -> None:
-        """Makes the cells the pieces of the kernels, by the one-to-one start."""
-        for (manager, warehouse), found in self._found.items():
+        """Makes the cells the pieces of the kernels, by the one-to-one start.
+
+        Those of a checkpoint come last, by the start that the network has for checkpoints.
+        """
+        for (loaded, manager, warehouse), found in sorted(
+            self._found.items(), key=lambda item: item[0][0]
+        ):
+            tau = manager.start_tau if loaded else _TAU
             partition, cells = manager.partitions[warehouse], manager.weights[warehouse]
             names = {position: partition.layers[position].kernel.layer for position in found}
             kernels = {names[position]: kernel for position, (_, kernel) in found.items()}
             attentions = {
                 names[position]: layer.attention for position, (layer, _) in found.items()
             }
-            started, _ = warm_start(partition, kernels, attentions, cells, _TAU)
+            started, _ = warm_start(partition, kernels, attentions, cells, tau)
             with torch.no_grad():
                 cells.copy_(started)
+            if loaded:
+                for attention in attentions.values():
+                    attention.temperature = tau
 
 
 class StaticTwins:
@@ -133,6 +149,11 @@ class StaticTwins:
         self.of: dict[StandsForStatic, nn.Module] = {}
         self._visit(network, set())
         self._before = {twin: _copies(twin) for twin in self.of.values()}
+        self._loaded: set[nn.Module] = set()
+        self._handles = [
+            twin._register_load_state_dict_pre_hook(self._note_loaded, with_module=True)
+            for twin in self.of.values()
+        ]
         for parent, name, dynamic in self._places:
             parent._modules[name] = self.of[dynamic]
         for parent, name, _ in self._managers:
@@ -158,6 +179,15 @@ class StaticTwins:
             elif child is not None:
                 self._visit(child, seen)
 
+    def _note_loaded(
+        self, twin: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
+    ) -> None:
+        """Notes a kernel that a part of the network loads; a hook of ``load_state_dict``."""
+        for name, parameter in twin.named_parameters(recurse=False):
+            kernel = state_dict.get(f'{prefix}{name}')
+            if parameter.dim() > 1 and getattr(kernel, 'shape', None) == parameter.shape:
+                self._loaded.add(twin)
+
     def _note_parameters(self, coming: Iterable[nn.Module]) -> None:
         """MMEngine notes what becomes of every parameter, and refuses new ones meanwhile."""
         notes = self._network.__dict__.get('_params_init_info')
@@ -174,6 +204,8 @@ class StaticTwins:
     def stay(self) -> None:
         """Leaves the twins in the places of the dynamic modules, for good."""
         self._places.clear()
+        for handle in self._handles:
+            handle.remove()
         for module in self._network.modules():
             module.__dict__.pop(_ACTIVE, None)
         self._put_managers_back()
@@ -203,7 +235,8 @@ class StaticTwins:
         for dynamic, twin in self.of.items():
             if dynamic.training != twin.training:
                 dynamic.train(twin.training)
-            if _has_changed(twin, self._before[twin]):
+            kernels.loaded = twin in self._loaded
+            if kernels.loaded or _has_changed(twin, self._before[twin]):
                 dynamic.take_values(twin, kernels)
         kernels.lay_into_warehouses()
 
