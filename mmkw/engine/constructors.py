@@ -9,8 +9,10 @@ This holds for MMEngine's own constructor and for every one derived from it, as 
 mmseg and mmpretrain are.
 """
 
+import io
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from functools import partial, wraps
 from typing import Any
 
@@ -59,7 +61,9 @@ def _add_params(
         disabled = logging.root.manager.disable
         logging.disable(logging.WARNING)
         try:
-            constructor.add_params(asked, model)
+            # Without a logger MMEngine prints.
+            with redirect_stdout(io.StringIO()):
+                constructor.add_params(asked, model)
         finally:
             logging.disable(disabled)
         settings = {parameter: _settings(g) for g in asked for parameter in g['params']}
@@ -113,6 +117,11 @@ def _regroup(params: list[dict], name: str, parameter: nn.Parameter, settings: d
     (group,) = _holding(params, parameter)
     if _settings(group) == settings:
         return
+    given = ', '.join(f'{key}={value}' for key, value in settings.items())
+    print_log(
+        f"paramwise_options -- {name}: its layers' {given or 'defaults'}, whatever is above",
+        logger='current',
+    )
     if len(group['params']) == 1:
         # One parameter a group: MMEngine's way.
         for key in _settings(group):

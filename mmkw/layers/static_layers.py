@@ -31,7 +31,7 @@ def predictions(network: nn.Module) -> set[str]:
     for name, module in network.named_modules():
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or hasattr(module, 'cells'):
             around = list(_around(network, name))
-            in_head = any(_is_named(other, 'Head') for other in around)
+            in_head = any(map(is_head, around))
             if in_head and not any(map(_is_hidden, around)) and not _in_list(name):
                 found.add(name)
     return found
@@ -43,6 +43,15 @@ def _around(network: nn.Module, name: str) -> Iterator[nn.Module]:
     for part in name.split('.'):
         yield module
         module = getattr(module, part)
+
+
+def is_head(module: nn.Module) -> bool:
+    """Whether a module is a head of a detector or segmentor, by the name of its class.
+
+    Args:
+        module: Any module.
+    """
+    return _is_named(module, 'Head')
 
 
 def _is_named(module: nn.Module, ending: str) -> bool:

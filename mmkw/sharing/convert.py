@@ -21,7 +21,7 @@ from ..layers import (
 )
 from ..layers.attention import Attention
 from ..layers.dynamic_layers import DEFAULT_NORM_CFG
-from ..layers.static_layers import read_by_others
+from ..layers.static_layers import is_head, read_by_others
 from ..ops import modes
 from .families import is_of_the_paper
 from .freezing import FreezeWithLayers
@@ -131,7 +131,7 @@ def convert(
     if freeze_warehouses:
         freeze = FreezeWithLayers(manager, members)
         network.register_forward_pre_hook(freeze)
-        if hasattr(network, 'loss'):
+        if is_head(network):
             # MMSegmentation's heads compute their loss by `forward` itself, past their hooks.
             for layer in twins.values():
                 layer.attention.register_forward_pre_hook(freeze)
