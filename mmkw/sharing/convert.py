@@ -25,7 +25,7 @@ from ..layers.static_layers import is_head, read_by_others
 from ..ops import modes
 from .families import is_of_the_paper
 from .freezing import FreezeWithLayers
-from .loading import is_converted, watch_parents
+from .loading import is_converted, run_hooks_always, watch_parents
 from .plan import SharingPlan
 from .value_projection import SplitProjection, fused_projections, split_projections
 
@@ -128,6 +128,7 @@ def convert(
                 parent._modules[name] = twins[child]
     network.warehouse_manager = manager.train(network.training)
     network._register_load_state_dict_pre_hook(check_checkpoint, with_module=True)
+    run_hooks_always(network)
     if freeze_warehouses:
         freeze = FreezeWithLayers(manager, members)
         network.register_forward_pre_hook(freeze)
@@ -176,7 +177,8 @@ def to_static(network: nn.Module) -> nn.Module:
     StaticTwins(network).stay()
     for part in filter(is_converted, list(network.modules())):
         del part.warehouse_manager
-        part.__dict__.pop('init_weights', None)
+        for method in ('init_weights', '_load_from_state_dict'):
+            part.__dict__.pop(method, None)
     for module in network.modules():
         modes.remove_pre_hooks(module, (FreezeWithLayers, SplitProjection))
     return network

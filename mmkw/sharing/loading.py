@@ -5,6 +5,7 @@ parts others have been loaded by then. So the model looks first, with a hook tha
 converted network, or something that has one in it, is put into it.
 """
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,3 +62,28 @@ def _check_parts(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *
         with only_checking():
             for hook in part._load_state_dict_pre_hooks.values():
                 hook(own, place, *more)
+
+
+def run_hooks_always(network: nn.Module) -> None:
+    """Has a network run its hooks of ``load_state_dict``, also where its class leaves them out.
+
+    The class does where it has a ``_load_from_state_dict`` that does nothing, as MMDetection's
+    VFNetHead: without its hooks such a network would not know static kernels.
+
+    Args:
+        network: Any network; one that reads state dicts in PyTorch's way stays as it is.
+    """
+    if type(network)._load_from_state_dict is not nn.Module._load_from_state_dict:
+        network._load_from_state_dict = partial(_load, network)
+
+
+def _load(network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *more: Any) -> None:
+    ran = []
+    handle = network._register_load_state_dict_pre_hook(lambda *_: ran.append(True))
+    try:
+        type(network)._load_from_state_dict(network, state_dict, prefix, *more)
+    finally:
+        handle.remove()
+    if not ran:
+        for hook in network._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, *more)
