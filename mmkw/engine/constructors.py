@@ -10,8 +10,10 @@ This works for MMEngine's own constructor and for all derived ones, such as thos
 and mmpretrain.
 """
 
+import io
 import logging
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -64,7 +66,9 @@ def _add_params(
         disabled = logging.root.manager.disable
         logging.disable(logging.WARNING)
         try:
-            constructor.add_params(asked, model)
+            # Without a logger MMEngine prints.
+            with redirect_stdout(io.StringIO()):
+                constructor.add_params(asked, model)
         finally:
             logging.disable(disabled)
         settings = {parameter: _settings(g) for g in asked for parameter in g['params']}
@@ -118,6 +122,11 @@ def _regroup(params: list[dict], name: str, parameter: nn.Parameter, settings: d
     (group,) = _holding(params, parameter)
     if _settings(group) == settings:
         return
+    given = ', '.join(f'{key}={value}' for key, value in settings.items())
+    print_log(
+        f"paramwise_options -- {name}: its layers' {given or 'defaults'}, whatever is above",
+        logger='current',
+    )
     if len(group['params']) == 1:
         # MMEngine makes one group per parameter. The settings of this group can simply change.
         for key in _settings(group):

@@ -211,11 +211,11 @@ class DynamicLayer(Weightless, StandsForStatic):
         Args:
             kernel: Tensor[out, in, *kernel_size].
             learns: Whether the kernel requires gradients. The attention then does the same.
-            kernels: Collects the kernel if it has changed.
+            kernels: Collects the kernel if it has changed or is loaded.
         """
         if learns != self._learns:
             self.attention.requires_grad_(learns)
-        if not torch.equal(kernel, self.static_kernel().view_as(kernel)):
+        if kernels.loaded or not torch.equal(kernel, self.static_kernel().view_as(kernel)):
             kernels.add(self, kernel)
 
     def _map(self, x: Tensor, pooled: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ def predictions(network: nn.Module) -> set[str]:
 
     A head is a module whose class name, or the name of a base class, ends with ``Head``. Its hidden
     layers are those of an ``FFN``, of a ``ConvModule`` with a norm or an activation, and of a list
-    named ``...fcs``. All other layers of a head predict. The channels of a prediction are classes,
+    named ``...fcs``; those with an activation or a norm after them in a ``Sequential``; and those
+    named ``..._conv``. All other layers of a head predict. The channels of a prediction are classes,
     anchors or coordinates. They are too few to share, and the next training may have others.
 
     Args:
@@ -32,8 +33,8 @@ def predictions(network: nn.Module) -> set[str]:
     for name, module in network.named_modules():
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or hasattr(module, 'cells'):
             around = list(_around(network, name))
-            in_head = any(_is_named(other, 'Head') for other in around)
-            if in_head and not any(map(_is_hidden, around)) and not _in_list(name):
+            in_head = any(map(is_head, around))
+            if in_head and not any(map(_is_hidden, around)) and not _goes_on(name, around[-1]):
                 found.add(name)
     return found
 
@@ -46,6 +47,15 @@ def _around(network: nn.Module, name: str) -> Iterator[nn.Module]:
         module = getattr(module, part)
 
 
+def is_head(module: nn.Module) -> bool:
+    """Whether a module is a head of a detector or segmentor, by the name of its class.
+
+    Args:
+        module: Any module.
+    """
+    return _is_named(module, 'Head')
+
+
 def _is_named(module: nn.Module, ending: str) -> bool:
     return any(parent.__name__.endswith(ending) for parent in type(module).__mro__)
 
@@ -55,8 +65,16 @@ def _is_hidden(module: nn.Module) -> bool:
     return _is_named(module, 'FFN') or (_is_named(module, 'ConvModule') and ends)
 
 
-def _in_list(name: str) -> bool:
-    return any(part.endswith('fcs') for part in name.split('.')[:-1])
+def _goes_on(name: str, parent: nn.Module) -> bool:
+    """Whether more layers follow, by the name of a layer or by what comes next in its parent."""
+    *before, last = name.split('.')
+    if last.endswith('_conv') or any(part.endswith('fcs') for part in before):
+        return True
+    if not isinstance(parent, nn.Sequential):
+        return False
+    follower = parent._modules.get(str(int(last) + 1)) if last.isdigit() else None
+    # Activations and norms have no parameters of two dimensions; other layers have.
+    return follower is not None and all(p.dim() < 2 for p in follower.parameters())
 
 
 def read_by_others(network: nn.Module) -> dict[str, str]:

@@ -85,10 +85,16 @@ class StandsForStatic(nn.Module):
 
 
 class Kernels:
-    """Collects static kernels, and then writes them into the warehouses."""
+    """Collects static kernels, and then writes them into the warehouses.
+
+    Attributes:
+        loaded: Whether the next kernels are from a checkpoint. These give a warm start. Kernels
+            from an initialiser do not.
+    """
 
     def __init__(self) -> None:
-        self._found: dict[tuple[WarehouseManager, int], dict[int, tuple[Any, Tensor]]] = {}
+        self._found: dict[tuple[bool, WarehouseManager, int], dict[int, tuple[Any, Tensor]]] = {}
+        self.loaded = False
 
     def add(self, layer: Any, kernel: Tensor) -> None:
         """Adds a kernel.
@@ -98,28 +104,41 @@ class Kernels:
             kernel: Tensor[out, in, *kernel_size].
         """
         manager, warehouse, position = layer.place
-        # In the paper's networks the cells keep the released start, whatever sets static kernels.
-        if not manager.keeps_start and manager.weights.is_plain:
-            self._found.setdefault((manager, warehouse), {})[position] = (layer, kernel)
+        # In the paper's networks an initialiser does not change the released start of the cells.
+        if (self.loaded or not manager.keeps_start) and manager.weights.is_plain:
+            key = (self.loaded, manager, warehouse)
+            self._found.setdefault(key, {})[position] = (layer, kernel)
 
     def lay_into_warehouses(self) -> None:
-        """Sets the cells to the pieces of the kernels, by the one-to-one start."""
-        for (manager, warehouse), found in self._found.items():
+        """Sets the cells to the pieces of the kernels, by the one-to-one start.
+
+        Kernels from a checkpoint come last. They start the network at its ``start_tau``.
+        """
+        for (loaded, manager, warehouse), found in sorted(
+            self._found.items(), key=lambda item: item[0][0]
+        ):
+            tau = manager.start_tau if loaded else _TAU
             partition, cells = manager.partitions[warehouse], manager.weights[warehouse]
             names = {position: partition.layers[position].kernel.layer for position in found}
             kernels = {names[position]: kernel for position, (_, kernel) in found.items()}
             attentions = {
                 names[position]: layer.attention for position, (layer, _) in found.items()
             }
-            started, _ = warm_start(partition, kernels, attentions, cells, _TAU)
+            started, _ = warm_start(partition, kernels, attentions, cells, tau)
             with torch.no_grad():
                 cells.copy_(started)
+            if loaded:
+                for attention in attentions.values():
+                    attention.temperature = tau
 
 
 class StaticTwins:
     """Replaces all dynamic modules of a network by their static twins, until :meth:`leave`.
 
     Modules whose tensors are sharded or on the meta device have no twins and stay in place.
+
+    Meanwhile the network has no warehouses, as a static one: some initialisers take every
+    parameter for a kernel.
 
     Args:
         network: Any network.
@@ -131,11 +150,20 @@ class StaticTwins:
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self._places: list[tuple[nn.Module, str, StandsForStatic]] = []
+        self._managers: list[tuple[nn.Module, str, WarehouseManager]] = []
         self.of: dict[StandsForStatic, nn.Module] = {}
         self._visit(network, set())
         self._before = {twin: _copies(twin) for twin in self.of.values()}
+        self._loaded: set[nn.Module] = set()
+        self._handles = [
+            twin._register_load_state_dict_pre_hook(self._note_loaded, with_module=True)
+            for twin in self.of.values()
+        ]
         for parent, name, dynamic in self._places:
             parent._modules[name] = self.of[dynamic]
+        for parent, name, _ in self._managers:
+            # Its place among the others stays: optimizers know parameters by their order.
+            parent._modules[name] = None
         if self._places:
             for module in network.modules():
                 module.__dict__[_ACTIVE] = self
@@ -150,8 +178,20 @@ class StaticTwins:
                 if has_values(child):
                     self._places.append((module, name, child))
                     self.of.setdefault(child, child.static_twin())
+            elif isinstance(child, WarehouseManager):
+                if _are_whole(child.parameters()):
+                    self._managers.append((module, name, child))
             elif child is not None:
                 self._visit(child, seen)
+
+    def _note_loaded(
+        self, twin: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
+    ) -> None:
+        """Notes a kernel that a part of the network loads; a hook of ``load_state_dict``."""
+        for name, parameter in twin.named_parameters(recurse=False):
+            kernel = state_dict.get(f'{prefix}{name}')
+            if parameter.dim() > 1 and getattr(kernel, 'shape', None) == parameter.shape:
+                self._loaded.add(twin)
 
     def _note_parameters(self, coming: Iterable[nn.Module]) -> None:
         """Adds new parameters to MMEngine's notes about initialisation.
@@ -172,8 +212,15 @@ class StaticTwins:
     def stay(self) -> None:
         """Lets the twins replace the dynamic modules for good."""
         self._places.clear()
+        for handle in self._handles:
+            handle.remove()
         for module in self._network.modules():
             module.__dict__.pop(_ACTIVE, None)
+        self._put_managers_back()
+
+    def _put_managers_back(self) -> None:
+        for parent, name, manager in self._managers:
+            parent._modules[name] = manager
 
     def leave(self, taking_values: bool = True) -> None:
         """Puts the dynamic modules back. A second call does nothing.
@@ -188,14 +235,16 @@ class StaticTwins:
         for parent, name, dynamic in self._places:
             parent._modules[name] = dynamic
         self._places.clear()
-        self._note_parameters(self.of)
+        self._put_managers_back()
+        self._note_parameters([*self.of, *(manager for _, _, manager in self._managers)])
         if not taking_values:
             return
         kernels = Kernels()
         for dynamic, twin in self.of.items():
             if dynamic.training != twin.training:
                 dynamic.train(twin.training)
-            if _has_changed(twin, self._before[twin]):
+            kernels.loaded = twin in self._loaded
+            if kernels.loaded or _has_changed(twin, self._before[twin]):
                 dynamic.take_values(twin, kernels)
         kernels.lay_into_warehouses()
 
@@ -249,6 +298,9 @@ def _has_changed(twin: nn.Module, before: list[Tensor]) -> bool:
 def has_values(dynamic: StandsForStatic) -> bool:
     """Whether this process has all values of a module: nothing is sharded or on ``meta``."""
     cells = [module.cells for module in dynamic.modules() if hasattr(module, 'cells')]
-    if any(map(modes.is_sharded, cells)):
-        return False
-    return not any(tensor.is_meta for tensor in (*dynamic.parameters(), *cells))
+    return _are_whole(cells) and not any(tensor.is_meta for tensor in dynamic.parameters())
+
+
+def _are_whole(cells: Iterable[Tensor]) -> bool:
+    """Whether this process has all values of some cells."""
+    return not any(modes.is_sharded(values) or values.is_meta for values in cells)

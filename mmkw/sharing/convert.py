@@ -21,12 +21,12 @@ from ..layers import (
 )
 from ..layers.attention import Attention
 from ..layers.dynamic_layers import DEFAULT_NORM_CFG
-from ..layers.static_layers import read_by_others
+from ..layers.static_layers import is_head, read_by_others
 from ..layers.twins import has_values
 from ..ops import modes
 from .families import is_of_the_paper
 from .freezing import FreezeWithLayers
-from .loading import is_converted, watch_parents
+from .loading import is_converted, run_hooks_always, watch_parents
 from .plan import SharingPlan
 from .value_projection import SplitProjection, fused_projections, split_projections
 
@@ -145,8 +145,14 @@ def convert(
     watch_parents()
     network._register_load_state_dict_pre_hook(leave_static_twins, with_module=True)
     network._register_load_state_dict_pre_hook(check_checkpoint, with_module=True)
+    run_hooks_always(network)
     if freeze_warehouses:
-        network.register_forward_pre_hook(FreezeWithLayers(manager, members))
+        freeze = FreezeWithLayers(manager, members)
+        network.register_forward_pre_hook(freeze)
+        if is_head(network):
+            # MMSegmentation's heads compute their loss by `forward` itself, past their hooks.
+            for layer in twins.values():
+                layer.attention.register_forward_pre_hook(freeze)
     if hasattr(network, 'init_weights'):
         network.init_weights = partial(_initialise, network)
     return network
@@ -197,7 +203,8 @@ def to_static(network: nn.Module) -> nn.Module:
     StaticTwins(network).stay()
     for part in filter(is_converted, list(network.modules())):
         del part.warehouse_manager
-        part.__dict__.pop('init_weights', None)
+        for method in ('init_weights', '_load_from_state_dict'):
+            part.__dict__.pop(method, None)
     for module in network.modules():
         modes.remove_pre_hooks(module, (FreezeWithLayers, SplitProjection))
     return network

@@ -14,7 +14,8 @@ class FreezeWithLayers:
 
     Networks and users freeze layers, not warehouses, and they may do so at any time. A warehouse
     that this hook has frozen learns again when one of its layers learns. This hook does not change
-    a warehouse that someone else has frozen.
+    a warehouse that someone else has frozen. In a head the attentions have this hook, too: they
+    compute before cells are mixed.
 
     Args:
         manager: Owner of the network's warehouses.

@@ -5,6 +5,7 @@ parts would already be loaded then. So the model itself checks all converted par
 A model gets the hook when a module that is or contains a converted network becomes its submodule.
 """
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,3 +63,28 @@ def _check_parts(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *
         with only_checking():
             for hook in part._load_state_dict_pre_hooks.values():
                 hook(own, place, *more)
+
+
+def run_hooks_always(network: nn.Module) -> None:
+    """Has a network run its hooks of ``load_state_dict``, also where its class leaves them out.
+
+    The class does where it has a ``_load_from_state_dict`` that does nothing, as MMDetection's
+    VFNetHead: without its hooks such a network would not know static kernels.
+
+    Args:
+        network: Any network; one that reads state dicts in PyTorch's way stays as it is.
+    """
+    if type(network)._load_from_state_dict is not nn.Module._load_from_state_dict:
+        network._load_from_state_dict = partial(_load, network)
+
+
+def _load(network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *more: Any) -> None:
+    ran = []
+    handle = network._register_load_state_dict_pre_hook(lambda *_: ran.append(True))
+    try:
+        type(network)._load_from_state_dict(network, state_dict, prefix, *more)
+    finally:
+        handle.remove()
+    if not ran:
+        for hook in network._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, *more)

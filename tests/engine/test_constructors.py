@@ -157,6 +157,46 @@ def test_where_layers_differ_it_is_logged(chain, caplog):
     assert logging.root.manager.disable == 0
 
 
+def test_a_rate_that_is_not_the_logged_one_is_logged(chain, caplog):
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    try:
+        settings_of(chain, dict(custom_keys={'c': dict(lr_mult=2.0)}))
+    finally:
+        logger.removeHandler(caplog.handler)
+    lines = [r.message for r in caplog.records if 'warehouse_manager' in r.message]
+    assert lines[-1].startswith(
+        "paramwise_options -- warehouse_manager.weights.1: its layers' lr=2.0, "
+    )
+
+
+@pytest.mark.skipif('mmseg' not in LIBRARIES, reason='the constructor is its')
+@pytest.mark.parametrize(
+    'kind, layers', [('mmseg.BEiT', 4), ('mmseg.MAE', 4), ('mmkw.ConvNeXt', 6)]
+)
+def test_mmsegs_decay_by_layers(kind, layers, capsys):
+    import mmseg.engine  # noqa: F401
+
+    found, printed = {}, {}
+    for dynamic in (False, True):
+        model = Model(kind, dynamic)
+        paramwise = dict(num_layers=layers, decay_rate=0.5, decay_type='layer_wise')
+        name = 'mmseg.LearningRateDecayOptimizerConstructor'
+        found[dynamic] = model, settings_of(model, paramwise, name)
+        printed[dynamic] = capsys.readouterr().out.count('Param groups')
+    (static, expected), (dynamic, given) = found[False], found[True]
+    of_static = {name: expected[parameter] for name, parameter in static.named_parameters()}
+    of_cells = {}
+    for name, module in dynamic.named_modules():
+        if hasattr(module, 'cells'):
+            fused = name.removesuffix('.value')
+            of_static.setdefault(f'{name}.weight', of_static.get(f'{fused}.in_proj_weight'))
+            of_cells.setdefault(module.cells, []).append(of_static[f'{name}.weight'])
+    assert of_cells and len({rate for rates in of_cells.values() for rate, _ in rates}) > 2
+    assert all(given[cells] == max(rates) for cells, rates in of_cells.items())
+    assert printed[True] == printed[False]
+
+
 def test_frozen_layers_say_nothing(chain):
     chain.a.requires_grad_(False)
     found = settings_of(chain, dict(custom_keys={'b.': dict(lr_mult=0.5), 'a.': dict(lr_mult=9.0)}))

@@ -193,6 +193,74 @@ def test_copies_have_their_own():
     assert network.inner.first.bias.requires_grad
 
 
+class TakesAll(BaseModule):
+    """Starts every matrix alike, as the heads of DETR and of Sparse R-CNN do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+        self.after = nn.Linear(8, 8)
+
+    def init_weights(self):
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_no_warehouse_is_taken_for_a_kernel():
+    static, network = TakesAll(), TakesAll()
+    convert(network, SharingPlan.make([('inner.first', 'one')], cell_num_ratio=2))
+    # After the warehouses: it is given the random numbers that come next.
+    static.last, network.last = nn.Linear(2, 2), nn.Linear(2, 2)
+    names = [name for name, _ in network.named_parameters()]
+    kept = attentions(network)
+    expected = changes(static, lambda network: network.init_weights())
+    found = changes(network, lambda network: network.init_weights())
+    assert set(found) == set(expected) and 'last.weight' in found
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in attentions(network).items())
+    # Optimizers know parameters by their order.
+    assert [name for name, _ in network.named_parameters()] == names
+
+
+class Pretrained(BaseModule):
+    """A part that starts from a file, as the backbone of a detector does."""
+
+    def __init__(self, path):
+        super().__init__(dict(type='Pretrained', checkpoint=str(path), prefix='backbone.'))
+        self.first = nn.Conv2d(4, 8, 3, padding=1)
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        y = self.first(x).flatten(2).transpose(1, 2)
+        return self.attend(y, y, y)[0].transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+@pytest.mark.parametrize('ratio', [1, 2])
+@pytest.mark.parametrize('tau', [0, 1])
+def test_the_file_of_a_part_gives_a_warm_start(tau, ratio, tmp_path):
+    """Also where a whole model is converted, of which the file is a part."""
+    path = tmp_path / 'backbone.pth'
+    static = Outer(Pretrained(path), dict(type='Normal', layer='Conv2d', std=0.1))
+    state = static.inner.state_dict()
+    torch.save({f'backbone.{name}': value for name, value in state.items()}, path)
+    model = Outer(Pretrained(path), dict(type='Normal', layer='Conv2d', std=0.1))
+    pairs = [('inner.first', 'one'), ('inner.attend.value', 'two'), ('last', 'three')]
+    convert(model, SharingPlan.make(pairs, cell_num_ratio=ratio), start_tau=tau)
+    kept = attentions(model)
+    model.init_weights()
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(model.inner(x), static.inner(x), rtol=1e-4, atol=1e-5)
+    assert model.inner.first.attention.temperature == tau
+    # What is not in the file is random, and stays so.
+    last = {name: tensor for name, tensor in attentions(model).items() if name.startswith('last')}
+    assert last and all(torch.equal(tensor, kept[name]) for name, tensor in last.items())
+    assert 0.05 < model.last.static_twin().weight.std() < 0.2
+
+
 def test_an_error_leaves_the_network_as_it_was():
     class Failing(Freezing):
         def init_weights(self):

@@ -106,6 +106,43 @@ def test_what_fits_is_loaded(source):
     torch.testing.assert_close(other(x), one(x), rtol=1e-4, atol=1e-5)
 
 
+class ReadsNothing(Part):
+    """As MMDetection's VFNetHead: the parameters are those of its parts."""
+
+    def _load_from_state_dict(self, *args):
+        pass
+
+
+class Renames(Part):
+    """As MMDetection's FCOSHead does with its older files."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in [name for name in state_dict if '.old_' in f'.{name}']:
+            state_dict[name.replace('old_', '')] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@pytest.mark.parametrize('load', ['torch', 'mmengine'])
+@pytest.mark.parametrize('kind', [ReadsNothing, Renames])
+@pytest.mark.parametrize('change', [lambda n: n, lambda n: pickle.loads(pickle.dumps(n))])
+def test_a_network_that_reads_state_dicts_in_its_own_way(kind, change, load):
+    static, network = kind(), kind()
+    convert(network, SharingPlan.make([('a', 'one'), ('b', 'two')]))
+    model, whole = nn.Module(), nn.Module()
+    model.head, whole.head = change(network), static
+    state = whole.state_dict()
+    if kind is Renames:
+        state = {name.replace('head.', 'head.old_'): value for name, value in state.items()}
+    read = model.load_state_dict if load == 'torch' else lambda state: load_state_dict(model, state)
+    read(state)
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(model.head(x), static(x), rtol=1e-4, atol=1e-5)
+    own = values(model)
+    with pytest.raises(CheckpointMismatchError):
+        read({name: value for name, value in own.items() if 'weights.1' not in name})
+    read(own)
+
+
 def test_is_converted():
     model = Model()
     parts = [name for name, module in model.named_modules() if is_converted(module)]

@@ -44,6 +44,21 @@ def test_predictions_stay_static(kind):
         assert not isinstance(dynamic.get_submodule(name), StandsForStatic)
 
 
+def test_hidden_layers_without_a_name_of_their_own():
+    """As in CenterNet's head, DETR's branches and the RPN's."""
+
+    class OtherHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heatmap = nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 1))
+            self.branch = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32))
+            self.rpn_conv = nn.Conv2d(32, 32, 3)
+            self.rpn_cls = nn.Conv2d(32, 32, 1)
+
+    assert predictions(OtherHead()) == {'heatmap.2', 'branch.2', 'rpn_cls'}
+    assert {name for name, _ in family_rule(OtherHead())} == {'heatmap.0', 'branch.0', 'rpn_conv'}
+
+
 @pytest.mark.parametrize('kind', BACKBONES)
 def test_backbones_predict_nothing(kind):
     assert not predictions(build(kind, False))
