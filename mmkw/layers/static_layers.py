@@ -13,10 +13,14 @@ def predictions(network: nn.Module) -> set[str]:
     """The layers that make the predictions of heads.
 
     A head is a module whose class name, or the name of a base class, ends with ``Head``. Its hidden
-    layers are those of an ``FFN``, of a ``ConvModule`` with a norm or an activation, and of a list
-    named ``...fcs``; those with an activation or a norm after them in a ``Sequential``; and those
-    named ``..._conv``. All other layers of a head predict. The channels of a prediction are classes,
-    anchors or coordinates. They are too few to share, and the next training may have others.
+    layers are:
+
+    - layers of an ``FFN``, or of a ``ConvModule`` with a norm or an activation;
+    - layers of a list named ``...fcs``, and layers named ``..._conv``;
+    - layers with an activation or a norm after them in a ``Sequential``.
+
+    All other layers of a head predict. The channels of a prediction are classes, anchors or
+    coordinates. They are too few to share, and the next training may have others.
 
     Args:
         network: Any network, static or dynamic.
