@@ -186,7 +186,9 @@ class DynamicLayer(Weightless, StandsForStatic):
     def static_twin(self) -> nn.Module:
         """Makes the static twin, which shares the bias with this layer."""
         twin = self._make_static()
-        kernel = self.static_kernel().reshape(twin.weight.shape)
+        kernel = twin.weight.detach()
+        if not modes.is_sharded(self.cells):
+            kernel = self.static_kernel().reshape(kernel.shape)
         twin.weight = nn.Parameter(kernel, self._learns)
         twin.bias = self.bias
         return twin.train(self.training)

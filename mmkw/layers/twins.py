@@ -30,7 +30,8 @@ class StandsForStatic(nn.Module):
 
         Returns:
             A module of ``torch.nn``. It may share parameters with this module. With a budget below
-            1, the kernel is zero where the one-to-one start assigns the zero cell.
+            1, the kernel is zero where the one-to-one start assigns the zero cell. Where this
+            process has only a part of the cells, the kernel is on the meta device.
         """
         raise NotImplementedError
 
@@ -135,20 +136,24 @@ class Kernels:
 class StaticTwins:
     """Replaces all dynamic modules of a network by their static twins, until :meth:`leave`.
 
-    Modules whose tensors are sharded or on the meta device have no twins and stay in place.
+    Modules whose tensors are sharded or on the meta device have no values to take. They stay in
+    place.
 
     Meanwhile the network has no warehouses, as a static one: some initialisers take every
     parameter for a kernel.
 
     Args:
         network: Any network.
+        taking_values: Whether the dynamic modules take over the values of their twins in the end.
+            If not, modules without values have twins, too.
 
     Attributes:
         of: The twin of every dynamic module that has one.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, taking_values: bool = True) -> None:
         self._network = network
+        self._taking_values = taking_values
         self._places: list[tuple[nn.Module, str, StandsForStatic]] = []
         self._managers: list[tuple[nn.Module, str, WarehouseManager]] = []
         self.of: dict[StandsForStatic, nn.Module] = {}
@@ -175,7 +180,7 @@ class StaticTwins:
         seen.add(module)
         for name, child in module._modules.items():
             if isinstance(child, StandsForStatic):
-                if has_values(child):
+                if not self._taking_values or has_values(child):
                     self._places.append((module, name, child))
                     self.of.setdefault(child, child.static_twin())
             elif isinstance(child, WarehouseManager):
@@ -222,11 +227,11 @@ class StaticTwins:
         for parent, name, manager in self._managers:
             parent._modules[name] = manager
 
-    def leave(self, taking_values: bool = True) -> None:
+    def leave(self, failed: bool = False) -> None:
         """Puts the dynamic modules back. A second call does nothing.
 
         Args:
-            taking_values: Whether the dynamic modules take over the values of their twins.
+            failed: Whether the dynamic modules keep their values all the same.
         """
         if not self._places:
             return
@@ -237,7 +242,7 @@ class StaticTwins:
         self._places.clear()
         self._put_managers_back()
         self._note_parameters([*self.of, *(manager for _, _, manager in self._managers)])
-        if not taking_values:
+        if failed or not self._taking_values:
             return
         kernels = Kernels()
         for dynamic, twin in self.of.items():
@@ -258,18 +263,18 @@ def static_twins(network: nn.Module, taking_values: bool = True) -> Iterator[Sta
 
     Args:
         network: Any network.
-        taking_values: As in :meth:`StaticTwins.leave`.
+        taking_values: As in :class:`StaticTwins`.
 
     Yields:
         The twins. If the block loads a state dict, the dynamic modules come back before that.
     """
-    twins = StaticTwins(network)
+    twins = StaticTwins(network, taking_values)
     try:
         yield twins
     except BaseException:
-        twins.leave(False)
+        twins.leave(failed=True)
         raise
-    twins.leave(taking_values)
+    twins.leave()
 
 
 def leave_static_twins(network: nn.Module, *_: Any) -> None:

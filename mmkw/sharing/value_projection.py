@@ -61,6 +61,9 @@ class SplitProjection(StandsForStatic):
             parts = [getattr(self.query_key, name), getattr(value, name)]
             if parts[0] is not None:
                 learns = any(part.requires_grad for part in parts)
+                if any(part.is_meta for part in parts):
+                    # The value projection is sharded. Its twin has no values.
+                    parts = [torch.empty(part.shape, device='meta') for part in parts]
                 fused = nn.Parameter(torch.cat(parts), learns)
                 twin.register_parameter(f'{self.fused_prefix}{name}', fused)
         return twin.train(self.training)

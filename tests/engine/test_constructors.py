@@ -251,3 +251,15 @@ def test_mmdets_decay_by_layers(decay_type):
     assert len(set(of_blocks)) == 4
     of_cells = [given[stage[0].pwconv1.cells] for stage in dynamic.backbone.stages]
     assert of_cells == of_blocks
+
+
+@pytest.mark.parametrize('kind', [k for k in BACKBONES if k.endswith(('.ResNet', 'Transformer'))])
+def test_networks_without_values(kind):
+    """They have names and shapes, which is what settings depend on."""
+    model = Model(kind, True)
+    paramwise = dict(PARAMWISE['names'], norm_decay_mult=0.0)
+    found = []
+    for device in ('cpu', 'meta'):
+        settings = settings_of(model.to(device), paramwise)
+        found.append({name: settings[p] for name, p in model.named_parameters()})
+    assert found[0] == found[1] and len(set(found[0].values())) > 2
