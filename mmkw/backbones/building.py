@@ -10,6 +10,9 @@ from ..sharing import SharingPlan, convert
 from ..sharing.rules import absent_kernels
 from .static import attention_norm
 
+# An option of warehouses: one value, or one per warehouse.
+Option = float | Sequence[float]
+
 
 def make_dynamic(
     network: nn.Module, plan: SharingPlan | Iterable[tuple[str, str]], arguments: dict[str, Any]
@@ -42,7 +45,3 @@ def make_dynamic(
         arguments['start_tau'],
         arguments['freeze_warehouses'],
     )
-
-
-# An option of warehouses: one value, or one per warehouse.
-Option = float | Sequence[float]

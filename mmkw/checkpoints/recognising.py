@@ -166,17 +166,20 @@ def _check_warehouses(
                 f'{tuple(found.shape[1:])}. '
                 + advice(manager.partitions, stored, nonlocal_basis_ratio_of(state_dict, prefix))
             )
-    own = modules_of(network)
-    names = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
-    # If the network lacks the last stages, the checkpoint may have their warehouses, too.
-    stages_left_out = any(
-        '.attention.' in name and stage_of(name) not in own for name in names if stage_of(name)
-    )
-    if len(stored) > len(manager.weights) and not stages_left_out:
+    more = len(stored) > len(manager.weights)
+    if more and not _has_stages_beyond(network, state_dict, prefix):
         raise CheckpointMismatchError(
             f'The checkpoint has {len(stored)} warehouses, this {kind} {len(manager.weights)}. It '
             'was made for another architecture or sharing plan.'
         )
+
+
+def _has_stages_beyond(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> bool:
+    """Whether a state dict has dynamic layers of whole stages that the network lacks."""
+    own = modules_of(network)
+    names = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
+    stages = {stage_of(name) for name in names if '.attention.' in name}
+    return any(stage and stage not in own for stage in stages)
 
 
 def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:

@@ -12,7 +12,6 @@ and mmpretrain.
 
 import io
 import logging
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from functools import partial
 from types import ModuleType
@@ -119,7 +118,7 @@ def _leading(
 
 def _regroup(params: list[dict], name: str, parameter: nn.Parameter, settings: dict) -> None:
     """Moves a parameter to a group with these settings. Makes the group if there is none."""
-    (group,) = _holding(params, parameter)
+    group = next(g for g in params if any(other is parameter for other in g['params']))
     if _settings(group) == settings:
         return
     given = ', '.join(f'{key}={value}' for key, value in settings.items())
@@ -147,7 +146,3 @@ def _regroup(params: list[dict], name: str, parameter: nn.Parameter, settings: d
     target['params'].append(parameter)
     if names is not None:
         target['param_names'].append(name)
-
-
-def _holding(params: list[dict], parameter: nn.Parameter) -> Iterator[dict]:
-    return (group for group in params if any(other is parameter for other in group['params']))

@@ -94,7 +94,7 @@ class Kernels:
     """
 
     def __init__(self) -> None:
-        self._found: dict[tuple[bool, WarehouseManager, int], dict[int, tuple[Any, Tensor]]] = {}
+        self._found: dict[tuple[bool, WarehouseManager, int], dict[str, tuple[Any, Tensor]]] = {}
         self.loaded = False
 
     def add(self, layer: Any, kernel: Tensor) -> None:
@@ -104,11 +104,11 @@ class Kernels:
             layer: The :class:`~mmkw.layers.dynamic_layers.DynamicLayer` that the kernel is for.
             kernel: Tensor[out, in, *kernel_size].
         """
-        manager, warehouse, position = layer.place
+        manager, warehouse, _ = layer.place
         # In the paper's networks an initialiser does not change the released start of the cells.
         if (self.loaded or not manager.keeps_start) and manager.weights.is_plain:
             key = (self.loaded, manager, warehouse)
-            self._found.setdefault(key, {})[position] = (layer, kernel)
+            self._found.setdefault(key, {})[layer.share.kernel.layer] = (layer, kernel)
 
     def lay_into_warehouses(self) -> None:
         """Sets the cells to the pieces of the kernels, by the one-to-one start.
@@ -120,11 +120,8 @@ class Kernels:
         ):
             tau = manager.start_tau if loaded else _TAU
             partition, cells = manager.partitions[warehouse], manager.weights[warehouse]
-            names = {position: partition.layers[position].kernel.layer for position in found}
-            kernels = {names[position]: kernel for position, (_, kernel) in found.items()}
-            attentions = {
-                names[position]: layer.attention for position, (layer, _) in found.items()
-            }
+            kernels = {name: kernel for name, (_, kernel) in found.items()}
+            attentions = {name: layer.attention for name, (layer, _) in found.items()}
             started, _ = warm_start(partition, kernels, attentions, cells, tau)
             with torch.no_grad():
                 cells.copy_(started)

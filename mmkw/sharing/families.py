@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from mmengine.logging import print_log
 from torch import nn
 
+from ..checkpoints.static_kernels import stage_of
 from ..layers import DYNAMIC_LAYERS, WarehouseOptions, kernel_shape
 from ..layers.attention import attention_width
 from ..layers.partition import partition_warehouse
@@ -214,11 +215,9 @@ def _general_rule(network: nn.Module) -> list[tuple[str, str]]:
 
 def _stage(name: str) -> str:
     """The first parts of a name, up to the first part with a number."""
-    parts = name.split('.')
-    for index, part in enumerate(parts[:-1]):
-        if re.search(r'\d', part):
-            return '_'.join(parts[: index + 1])
-    return parts[0] if len(parts) > 1 else 'network'
+    *parents, _ = name.split('.')
+    stage = stage_of('.'.join(parents)) or (parents[0] if parents else 'network')
+    return stage.replace('.', '_')
 
 
 _VALUE_OR_MLP = re.compile(r'(.+?)\.(?:(attn|ga)\b.*\.value|ffn\..+)')

@@ -55,14 +55,12 @@ def _check_parts(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *
     """Checks all converted parts; a hook of ``load_state_dict`` that changes nothing."""
     for name, part in model.named_modules():
         # A part with its own _load_from_state_dict may translate names, so it is not checked here.
-        reads_itself = type(part)._load_from_state_dict is not nn.Module._load_from_state_dict
-        if part is model or not is_converted(part) or reads_itself:
+        if part is model or not is_converted(part) or _reads_itself(part):
             continue
         place = f'{prefix}{name}.'
         own = {key: value for key, value in state_dict.items() if key.startswith(place)}
         with only_checking():
-            for hook in part._load_state_dict_pre_hooks.values():
-                hook(own, place, *more)
+            _run_hooks(part, own, place, *more)
 
 
 def run_hooks_always(network: nn.Module) -> None:
@@ -74,7 +72,7 @@ def run_hooks_always(network: nn.Module) -> None:
     Args:
         network: Any network; one that reads state dicts in PyTorch's way stays as it is.
     """
-    if type(network)._load_from_state_dict is not nn.Module._load_from_state_dict:
+    if _reads_itself(network):
         network._load_from_state_dict = partial(_load, network)
 
 
@@ -86,5 +84,14 @@ def _load(network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *more:
     finally:
         handle.remove()
     if not ran:
-        for hook in network._load_state_dict_pre_hooks.values():
-            hook(state_dict, prefix, *more)
+        _run_hooks(network, state_dict, prefix, *more)
+
+
+def _reads_itself(network: nn.Module) -> bool:
+    """Whether the class of a network has its own way to read a state dict."""
+    return type(network)._load_from_state_dict is not nn.Module._load_from_state_dict
+
+
+def _run_hooks(network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *more: Any) -> None:
+    for hook in network._load_state_dict_pre_hooks.values():
+        hook(state_dict, prefix, *more)
