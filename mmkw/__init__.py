@@ -1,4 +1,4 @@
-"""KernelWarehouse dynamic convolution for MMDetection and MMSegmentation."""
+"""KernelWarehouse dynamic convolution for PyTorch and OpenMMLab."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
         KWResNetV1c,
         KWResNetV1d,
     )
-    from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, set_temperature
+    from .checkpoints import read_checkpoint
+    from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, set_temperature, temperature_at
     from .sharing import SharingPlan, convert, is_converted, to_static
 
 _PLACES = {
@@ -27,7 +28,15 @@ _PLACES = {
         'KWResNetV1c',
         'KWResNetV1d',
     ),
-    'layers': ('KWConv1d', 'KWConv2d', 'KWConv3d', 'KWLinear', 'set_temperature'),
+    'checkpoints': ('read_checkpoint',),
+    'layers': (
+        'KWConv1d',
+        'KWConv2d',
+        'KWConv3d',
+        'KWLinear',
+        'set_temperature',
+        'temperature_at',
+    ),
     'sharing': ('SharingPlan', 'convert', 'is_converted', 'to_static'),
 }
 
@@ -46,7 +55,9 @@ __all__ = [
     '__version__',
     'convert',
     'is_converted',
+    'read_checkpoint',
     'set_temperature',
+    'temperature_at',
     'to_static',
 ]
 

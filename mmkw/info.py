@@ -1,7 +1,6 @@
 """``python -m mmkw.info`` prints the installed versions and which kernels compute."""
 
 import platform
-from importlib import metadata
 from pathlib import Path
 
 from . import requirements
@@ -22,18 +21,11 @@ def report() -> str:
         ('python', f'{platform.python_version()}, {platform.platform()}'),
     ]
     for name in requirements.SUPPORTED:
-        fault = requirements.fault_of(name)
-        lines.append((name, _installed(name) if fault is None else fault))
+        fault = requirements.fault_of(name, needed=False)
+        lines.append((name, fault or requirements.version_of(name) or 'not installed'))
     lines += _of_operators()
     width = max(len(name) for name, _ in lines)
     return '\n'.join(f'{name:{width}}  {text}' for name, text in lines)
-
-
-def _installed(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return 'not installed; one of mmdet and mmsegmentation is enough'
 
 
 def _of_operators() -> list[tuple[str, str]]:

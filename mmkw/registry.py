@@ -4,10 +4,13 @@ MMEngine imports ``<scope>.registry`` when a config has a type such as ``mmkw.KW
 first look-up it imports the ``locations`` below. So a config needs no ``custom_imports``.
 """
 
-from .requirements import check_versions
+import logging
 
-check_versions()
+from . import requirements
 
+requirements.check_versions(requirements.NEEDED, requirements.OPTIONAL)
+
+from mmengine.logging import print_log  # noqa: E402
 from mmengine.registry import HOOKS as MMENGINE_HOOKS  # noqa: E402
 from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402
 from mmengine.registry import (  # noqa: E402
@@ -15,9 +18,9 @@ from mmengine.registry import (  # noqa: E402
 )
 from mmengine.registry import Registry  # noqa: E402
 
-MODELS = Registry(
-    'model', parent=MMENGINE_MODELS, scope='mmkw', locations=['mmkw.layers', 'mmkw.backbones']
-)
+from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear  # noqa: E402
+
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmkw', locations=['mmkw.backbones'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmkw', locations=['mmkw.engine.hooks'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
@@ -25,3 +28,19 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     scope='mmkw',
     locations=['mmkw.engine.optimizers'],
 )
+
+for layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear):
+    MODELS.register_module(module=layer)
+
+
+class _ToMMEngine(logging.Handler):
+    """Passes what mmkw logs to MMEngine's log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_log(record.getMessage(), logger='current', level=record.levelno)
+
+
+LOGGER = logging.getLogger('mmkw')
+LOGGER.setLevel(logging.INFO)
+LOGGER.propagate = False
+LOGGER.addHandler(_ToMMEngine())

@@ -8,7 +8,6 @@ from torch import nn
 from ..layers import split_options
 from ..sharing import SharingPlan, convert
 from ..sharing.rules import absent_kernels
-from .static import attention_norm
 
 # An option of warehouses: one value, or one per warehouse.
 Option = float | Sequence[float]
@@ -40,8 +39,10 @@ def make_dynamic(
     return convert(
         network,
         plan,
-        arguments['attention_norm_cfg'] or attention_norm(network),
+        arguments['attention_norm_cfg'],
         absent,
         arguments['start_tau'],
         arguments['freeze_warehouses'],
+        # A config names the weights to start from; without them the paper's random start is meant.
+        keep_weights=False,
     )

@@ -68,18 +68,3 @@ def _check_size(
             f"at least {side}. Resize it, or pad it with the data preprocessor's "
             'size_divisor (MMSegmentation, in its test_cfg) or pad_size_divisor (MMDetection).'
         )
-
-
-def attention_norm(network: nn.Module) -> dict:
-    """Chooses the norm of the attentions by the norms of a network.
-
-    Args:
-        network: A static network.
-
-    Returns:
-        ``SyncBN`` if the network has it, else ``BN1d`` if it has any BatchNorm, else ``LN``.
-    """
-    norms = [module for module in network.modules() if isinstance(module, modes.BATCH_NORM)]
-    if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
-        return dict(type='SyncBN')
-    return dict(type='BN1d' if norms else 'LN')

@@ -4,6 +4,7 @@ Each reader returns the value in the file, with its tensors. Only the zip format
 these are compared.
 """
 
+import ctypes
 import io
 import re
 import struct
@@ -125,7 +126,8 @@ def _read_zip(file: BinaryIO, restore: Restore) -> Any:
     checked = any(info.CRC for info in records.values())
 
     def content(name: str) -> bytes:
-        return _content(file, records[name], checked).numpy().tobytes()
+        found = _content(file, records[name], checked)
+        return bytes(_memory(found))
 
     if f'{root}/byteorder' in records and content(f'{root}/byteorder') != b'little':
         raise DamagedCheckpointError('was written by a big-endian machine. Save it again elsewhere')
@@ -196,7 +198,7 @@ def _content(file: BinaryIO, info: zipfile.ZipInfo, checked: bool) -> torch.Tens
         raise DamagedCheckpointError(f'is damaged: the header of {name} in it is altered')
     file.seek(sum(struct.unpack('<HH', header[26:])), io.SEEK_CUR)
     content = torch.empty(info.file_size, dtype=torch.uint8)
-    memory = memoryview(content.numpy())
+    memory = _memory(content)
     read = 0
     while read < len(memory) and (count := file.readinto(memory[read:])):
         read += count
@@ -207,6 +209,15 @@ def _content(file: BinaryIO, info: zipfile.ZipInfo, checked: bool) -> torch.Tens
             f'is damaged: {name} in it does not have its checksum. Download or copy it again'
         )
     return content
+
+
+def _memory(content: torch.Tensor) -> memoryview:
+    """The memory of a tensor of bytes, which lives as long as the tensor.
+
+    Like ``memoryview(content.numpy())``, but without NumPy, which torch does not need.
+    """
+    bytes_of = ctypes.c_ubyte * content.numel()
+    return memoryview(bytes_of.from_address(content.data_ptr() or 1)).cast('B')
 
 
 # Several pickles in a row, up to torch 1.5
@@ -254,7 +265,7 @@ def _read_old(file: BinaryIO, restore: Restore) -> Any:
         if key not in places:
             raise DamagedCheckpointError(f'is damaged: it lacks storage {shown(key)}')
         content = torch.empty(size, dtype=torch.uint8)
-        memoryview(content.numpy())[:] = data[places[key] : places[key] + size]
+        _memory(content)[:] = data[places[key] : places[key] + size]
         return content.untyped_storage()
 
     return _build(tree, names, _Storages(load, restore), end)

@@ -27,8 +27,8 @@ def read_checkpoint(
     """Reads a checkpoint without running code from it.
 
     A checkpoint may hold tensors, plain containers, numbers, text, NumPy's arrays and numbers, and
-    MMEngine's ``HistoryBuffer``. A command line (``argparse.Namespace``) becomes a dict. The
-    formats are the old and the new one of ``torch.save``, and safetensors.
+    MMEngine's ``HistoryBuffer``. A command line (``argparse.Namespace``) becomes a dict, and so
+    does a history where MMEngine is not installed. The formats are the old and the new one of ``torch.save``, and safetensors.
 
     Args:
         source: A path, in which ``~`` is expanded, or a seekable binary file.
@@ -42,6 +42,7 @@ def read_checkpoint(
         FileNotFoundError: If there is no such file.
         DamagedCheckpointError: If the file is truncated, altered, or not a checkpoint.
         UnsafeCheckpointError: If the file names other objects than the above.
+        ImportError: If the file needs NumPy or safetensors, and that is not installed.
 
     Example:
         >>> path = f'{tempfile.mkdtemp()}/epoch_12.pth'

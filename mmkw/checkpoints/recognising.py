@@ -4,11 +4,11 @@ A static state dict is translated. A state dict of another network is refused be
 this network is loaded.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..layers import fault_of
@@ -17,6 +17,8 @@ from .beyond import PARTS, beyond_backbone
 from .errors import CheckpointMismatchError, DamagedCheckpointError, shown
 from .only_checking import is_only_checking
 from .static_kernels import load_static, modules_of, stage_of, static_kernels
+
+LOGGER = logging.getLogger('mmkw')
 
 
 def check_checkpoint(
@@ -73,12 +75,11 @@ def check_checkpoint(
         source = 'published KernelWarehouse' if unused else 'KernelWarehouse'
         cells = sum(len(weight) for weight in stored.values())
         found = f'{source} checkpoint, {cells} cells into {len(stored)} warehouses'
-    print_log(f'{type(network).__name__}: {found}', logger='current')
+    LOGGER.info(f'{type(network).__name__}: {found}')
     if unused:
-        print_log(
+        LOGGER.info(
             f'{type(network).__name__}: deliberately not loaded, beyond the backbone: '
-            f'{", ".join(unused)}',
-            logger='current',
+            f'{", ".join(unused)}'
         )
 
 

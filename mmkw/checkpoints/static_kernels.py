@@ -6,13 +6,14 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..layers import KernelShape, fault_of, warm_start
 from ..layers.static_layers import predictions
 from .errors import CheckpointMismatchError, DamagedCheckpointError
 from .only_checking import is_only_checking
+
+LOGGER = logging.getLogger('mmkw')
 
 
 def static_kernels(
@@ -100,11 +101,9 @@ def _leave_out_other_classes(
             del found[name], layers[name]
             if is_only_checking():
                 continue
-            print_log(
+            LOGGER.warning(
                 f'{type(network).__name__}: {name} predicts {own[0]} channels, the checkpoint '
-                f'{shape[0]}: other classes. It keeps its random start.',
-                logger='current',
-                level=logging.WARNING,
+                f'{shape[0]}: other classes. It keeps its random start.'
             )
 
 
@@ -170,6 +169,17 @@ def load_static(
         if layer in layers.values():
             state_dict.pop(f'{prefix}{name}.weight', None)
             layer.attention.take_start(manager.start_tau, state_dict, f'{prefix}{name}.attention.')
+    return f'static checkpoint, {told(len(kernels), errors, manager.start_tau)}'
+
+
+def told(kernels: int, errors: dict[str, float], start_tau: float) -> str:
+    """Describes a warm start for the log.
+
+    Args:
+        kernels: Number of static kernels.
+        errors: The errors of :func:`~mmkw.layers.warm_start` by the warehouses' names.
+        start_tau: The temperature of the start.
+    """
     worst = max(errors, key=errors.get)
     exact = 'exactly'
     if errors[worst] > 0:
@@ -178,7 +188,4 @@ def load_static(
             f'Relative error of the kernels {errors[worst]:.2f} in warehouse {worst!r}, '
             f'{sum(errors.values()) / len(errors):.2f} on average'
         )
-    return (
-        f'static checkpoint, {len(kernels)} kernels into {len(errors)} warehouses for temperature '
-        f'{manager.start_tau:g}, {exact}'
-    )
+    return f'{kernels} kernels into {len(errors)} warehouses for temperature {start_tau:g}, {exact}'

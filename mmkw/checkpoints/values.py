@@ -4,18 +4,22 @@ This module lists every name that a checkpoint may use. Each name has a method t
 kinds, shapes and sizes of its arguments. No argument from a file reaches a function unchecked.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .errors import DamagedCheckpointError, UnsafeCheckpointError, shown
 from .pickles import Call, External, Mapping, Name, Unordered
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
 _STATISTICS = ('min', 'max', 'current', 'mean')
@@ -374,7 +378,7 @@ class Values:
             raise _damaged(place, f'is an array of {shown(code)}, and only numbers are read')
         if type(order) is not str or order not in ('<', '>', '|', '='):
             raise _damaged(place, 'is an array without a byte order')
-        return np.dtype(order + code)
+        return _numpy().dtype(order + code)
 
     def _array(self, call: Call, arguments: tuple, place: tuple[Any, ...]) -> np.ndarray:
         """``_reconstruct(...)`` with the state ``(version, shape, dtype, fortran, bytes)``."""
@@ -406,7 +410,7 @@ class Values:
             raise _damaged(
                 place, f'is an array of shape {shape} with {len(content)} bytes of {dtype}'
             )
-        return np.frombuffer(bytes(content), dtype).reshape(shape, order=order).copy(order)
+        return _numpy().frombuffer(bytes(content), dtype).reshape(shape, order=order).copy(order)
 
     def _scalar(self, call: Call, arguments: tuple, place: tuple[Any, ...]) -> np.generic:
         """``scalar(dtype, bytes)``."""
@@ -430,17 +434,19 @@ class Values:
                 )
         logs = self.build(fields.get('_log_history'), place)
         counts = self.build(fields.get('_count_history'), place)
-        longest = fields.get('max_length')
+        longest, array = fields.get('max_length'), _numpy().ndarray
         if (
-            not all(type(part) is np.ndarray and part.ndim == 1 for part in (logs, counts))
+            not all(type(part) is array and part.ndim == 1 for part in (logs, counts))
             or type(longest) is not int
             or not len(logs) == len(counts) <= longest < _LARGEST
             or not all(part.dtype.kind in 'biuf' for part in (logs, counts))
         ):
             raise _damaged(place, 'is a history whose lengths do not fit, or of no real numbers')
         self._spend(logs.nbytes + counts.nbytes, place)
-        from mmengine.logging import HistoryBuffer
-
+        try:
+            from mmengine.logging import HistoryBuffer
+        except ModuleNotFoundError:
+            return dict(log_history=logs, count_history=counts, max_length=longest)
         return HistoryBuffer(logs, counts, longest)
 
 
@@ -480,6 +486,17 @@ KNOWN = {
     'builtins.getattr', 'numpy.ndarray', 'numpy.dtype', 'torch.Tensor', 'torch._tensor.Tensor',
     *(f'{_HISTORY}.{name}' for name in _STATISTICS),
 }  # fmt: skip
+
+
+def _numpy() -> Any:
+    """The module, which PyTorch does not need."""
+    try:
+        import numpy
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            'The checkpoint holds arrays of NumPy. To read it: pip install numpy'
+        ) from error
+    return numpy
 
 
 def _is_statistic(name: str, method: Any) -> bool:

@@ -1,7 +1,14 @@
 """Dynamic layers, their attention and the warehouses that hold their cells."""
 
-from .attention import Attention, set_temperature
-from .dynamic_layers import DYNAMIC_LAYERS, KWConv1d, KWConv2d, KWConv3d, KWLinear, kernel_shape
+from .attention import Attention, set_temperature, temperature_at
+from .dynamic_layers import (
+    KWConv1d,
+    KWConv2d,
+    KWConv3d,
+    KWLinear,
+    dynamic_class,
+    kernel_shape,
+)
 from .partition import (
     KernelShape,
     LayerShare,
@@ -16,7 +23,6 @@ from .warehouse import WarehouseManager, fault_of
 from .warm_start import check_start_tau, warm_start
 
 __all__ = [
-    'DYNAMIC_LAYERS',
     'Attention',
     'KWConv1d',
     'KWConv2d',
@@ -31,6 +37,7 @@ __all__ = [
     'WarehouseOptions',
     'WarehousePartition',
     'check_start_tau',
+    'dynamic_class',
     'fault_of',
     'kernel_shape',
     'leave_static_twins',
@@ -38,5 +45,6 @@ __all__ = [
     'set_temperature',
     'split_options',
     'static_twins',
+    'temperature_at',
     'warm_start',
 ]

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
 from ..ops import backend, modes
@@ -34,8 +33,8 @@ class Attention(nn.Module):
         share: The layer's share in the warehouse.
         num_cells: Cells of the warehouse.
         options: Options of the warehouse.
-        norm_cfg: Config of the norm over the hidden units, for ``mmcv.cnn.build_norm_layer``:
-            ``BN1d`` or ``SyncBN`` (then fc1 has no bias), or ``LN``.
+        norm_cfg: Config of the norm over the hidden units, in the words of mmcv: its ``type``,
+            ``BN1d`` or ``SyncBN`` (then fc1 has no bias), ``LN`` or ``GN``, and its arguments.
 
     Raises:
         PlanError: If the attention would have too many parameters.
@@ -258,16 +257,28 @@ def attention_width(in_channels: int, options: WarehouseOptions) -> int:
     return max(int(in_channels * options.reduction), MIN_WIDTH)
 
 
+# The norms for vectors by the names of mmcv, each with its argument for the length of a vector.
+_NORMS = dict(
+    BN1d=(nn.BatchNorm1d, 'num_features'),
+    SyncBN=(nn.SyncBatchNorm, 'num_features'),
+    LN=(nn.LayerNorm, 'normalized_shape'),
+    GN=(nn.GroupNorm, 'num_channels'),
+)
+
+
 def _norm_of(norm_cfg: dict, width: int) -> nn.Module:
     """Builds the norm of the hidden units."""
     expected = "attention_norm_cfg must be such as dict(type='BN1d'), 'SyncBN' or 'LN'"
+    if not isinstance(norm_cfg, dict) or norm_cfg.get('type') not in _NORMS:
+        raise ValueError(f'{expected}, got {norm_cfg!r}; known are {", ".join(_NORMS)}.')
+    arguments = {name: value for name, value in norm_cfg.items() if name != 'type'}
+    learns = arguments.pop('requires_grad', True)
+    make, features = _NORMS[norm_cfg['type']]
     try:
-        _, norm = build_norm_layer(norm_cfg, width)
+        norm = make(**{features: width}, **arguments)
     except Exception as error:
         raise ValueError(f'{expected}, got {norm_cfg!r}: {error}') from error
-    for_maps = (nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d)
-    if isinstance(norm, (*for_maps, nn.InstanceNorm3d)):
-        raise ValueError(f'{expected}, got {norm_cfg!r}, which normalises maps, not vectors.')
+    norm.requires_grad_(learns)
     if isinstance(norm, modes.BATCH_NORM) and norm.running_mean is None:
         raise ValueError(
             f'{expected}, got {norm_cfg!r}: without running statistics there is nothing to '
@@ -304,6 +315,34 @@ def check_temperature(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f'{name} must be a number in [0, 1], got {value!r}.')
+
+
+def temperature_at(iteration: int, length: int, begin: float = 1.0, end: float = 0.0) -> float:
+    """The temperature of an iteration, by the linear schedule of the paper (section 3.4).
+
+    Args:
+        iteration: The iteration of the training, counted from 0; -1 is before training.
+        length: Length of the schedule in iterations; at least 1.
+        begin: Temperature before the first iteration, in [0, 1].
+        end: Temperature from the last iteration of the schedule on, in [0, 1].
+
+    Raises:
+        ValueError: If a temperature is out of range, or if ``length`` is less than 1.
+
+    Example:
+        >>> model = mmkw.KWConv2d(8, 8, 3)
+        >>> for iteration in range(3):
+        ...     mmkw.set_temperature(model, mmkw.temperature_at(iteration, length=2))
+        ...     model.attention.temperature
+        0.5
+        0.0
+        0.0
+    """
+    for name, value in (('begin', begin), ('end', end)):
+        check_temperature(name, value)
+    if length < 1:
+        raise ValueError(f'length must be at least 1, got {length!r}.')
+    return begin + (end - begin) * min(1.0, (iteration + 1) / length)
 
 
 def set_temperature(model: nn.Module, tau: float) -> None:

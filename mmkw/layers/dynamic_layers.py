@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn.bricks import wrappers
 from torch import Tensor, nn
 
 from ..ops import SampleConv, SampleLinear, apply_mixed, modes
 from ..ops.kernels import assemble
-from ..registry import MODELS
 from .arguments import check_arguments, signature_of
 from .attention import Attention
 from .partition import (
@@ -21,6 +19,7 @@ from .partition import (
     partition_warehouse,
     split_options,
 )
+from .static_classes import Kind, base_class, kind_of, padding_by_size
 from .tracing import Weightless, recorded
 from .twins import Kernels, StandsForStatic
 from .warehouse import WarehouseManager, fault_of
@@ -40,8 +39,7 @@ class DynamicLayer(Weightless, StandsForStatic):
 
     Args:
         *args: The arguments of the static layer in ``torch.nn``, in the same order.
-        attention_norm_cfg: Norm of the attention, for ``mmcv.cnn.build_norm_layer``: ``BN1d``,
-            ``SyncBN`` or ``LN``.
+        attention_norm_cfg: Norm of the attention: ``BN1d``, ``SyncBN`` or ``LN``.
         device: As in the static layer.
         **kwargs: More arguments of the static layer, and the warehouse options ``cell_num_ratio``,
             ``cell_inplane_ratio``, ``cell_outplane_ratio``, ``reduction``, ``nonlocal_basis_ratio``
@@ -101,7 +99,8 @@ class DynamicLayer(Weightless, StandsForStatic):
         is frozen if the static kernel is frozen. The values of the static kernel are not used.
 
         Args:
-            static: A layer of ``static_class``.
+            static: A layer of ``static_class``, or of a class derived from it that
+                :func:`~mmkw.layers.static_classes.base_class` recognises.
             manager: Owner of the network's warehouses.
             warehouse: Index of the layer's warehouse.
             position: Index of the layer among the layers of the warehouse.
@@ -124,6 +123,7 @@ class DynamicLayer(Weightless, StandsForStatic):
         attention_norm_cfg: dict,
     ) -> None:
         self._take_settings(static)
+        self._static_type = type(static)
         self._warehouses = (manager,)
         self._warehouse_index = warehouse
         self._position = position
@@ -186,6 +186,8 @@ class DynamicLayer(Weightless, StandsForStatic):
     def static_twin(self) -> nn.Module:
         """Makes the static twin, which shares the bias with this layer."""
         twin = self._make_static()
+        # A class derived from that of torch.nn adds no state; see kind_of.
+        twin.__class__ = self._static_type
         kernel = twin.weight.detach()
         if not modes.is_sharded(self.cells):
             kernel = self.static_kernel().reshape(kernel.shape)
@@ -287,9 +289,11 @@ class _KWConvNd(DynamicLayer):
         self.padding_mode = static.padding_mode
         # F.pad pads before the convolution where the convolution itself cannot. The last dimension
         # comes first.
+        self._pads_by_size = kind_of(type(static)) is Kind.PADS_BY_SIZE
         self._explicit_padding = modes.padding_of(static)
         begins, ends = self._explicit_padding[::2], self._explicit_padding[1::2]
-        self._pads_first = self.padding_mode != 'zeros' or begins != ends
+        uneven = self._pads_by_size or begins != ends
+        self._pads_first = self.padding_mode != 'zeros' or uneven
         padding = (0,) * len(begins) if self._pads_first else tuple(reversed(begins))
         self._sample_map = SampleConv(self.stride, padding, self.dilation, self.groups)
 
@@ -329,11 +333,15 @@ class _KWConvNd(DynamicLayer):
         pooled = _average(x, 2, x.dim())
         if self._pads_first:
             mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
-            x = F.pad(x, self._explicit_padding, mode=mode)
+            x = F.pad(x, self._padding_for(x), mode=mode)
         return self._map(x, pooled)
 
+    def _padding_for(self, x: Tensor) -> list[int]:
+        if not self._pads_by_size:
+            return self._explicit_padding
+        return padding_by_size(x.shape[2:], self.kernel_size, self.stride, self.dilation)
 
-@MODELS.register_module()
+
 class KWConv1d(_KWConvNd):
     """Dynamic ``torch.nn.Conv1d``: Tensor[batch, channels, length]; see :class:`DynamicLayer`.
 
@@ -346,7 +354,6 @@ class KWConv1d(_KWConvNd):
     static_class = nn.Conv1d
 
 
-@MODELS.register_module()
 class KWConv2d(_KWConvNd):
     """Dynamic ``torch.nn.Conv2d``: Tensor[batch, channels, height, width].
 
@@ -363,7 +370,6 @@ class KWConv2d(_KWConvNd):
     static_class = nn.Conv2d
 
 
-@MODELS.register_module()
 class KWConv3d(_KWConvNd):
     """Dynamic ``torch.nn.Conv3d``: Tensor[batch, channels, *size]; see :class:`DynamicLayer`.
 
@@ -376,7 +382,6 @@ class KWConv3d(_KWConvNd):
     static_class = nn.Conv3d
 
 
-@MODELS.register_module()
 class KWLinear(DynamicLayer):
     """Dynamic ``torch.nn.Linear``: Tensor[batch, ..., in_features]; see :class:`DynamicLayer`.
 
@@ -422,10 +427,19 @@ class KWLinear(DynamicLayer):
         return self._map(x, pooled)
 
 
-# The dynamic class of every static class that has one.
-DYNAMIC_LAYERS = {layer.static_class: layer for layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear)}
-# mmcv's classes differ from torch's only for empty batches in torch before 1.5.
-DYNAMIC_LAYERS |= {wrappers.Conv2d: KWConv2d, wrappers.Conv3d: KWConv3d, wrappers.Linear: KWLinear}
+_DYNAMIC = {layer.static_class: layer for layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear)}
+
+
+def dynamic_class(layer: nn.Module) -> type[DynamicLayer] | None:
+    """The class of the dynamic layer that can replace a static layer.
+
+    Args:
+        layer: Any module.
+
+    Returns:
+        None if no dynamic layer can; see :func:`~mmkw.layers.static_classes.base_class`.
+    """
+    return _DYNAMIC.get(base_class(layer))
 
 
 def kernel_shape(name: str, static: nn.Module) -> KernelShape:

@@ -12,14 +12,16 @@ from torch import nn
 def predictions(network: nn.Module) -> set[str]:
     """The layers that make the predictions of heads.
 
-    A head is a module whose class name, or the name of a base class, ends with ``Head``. Its hidden
-    layers are:
+    A head is a module whose class name, or the name of a base class, ends with ``Head``, or is one
+    of those in torchvision and Ultralytics. Its hidden layers are:
 
     - layers of an ``FFN``, or of a ``ConvModule`` with a norm or an activation;
     - layers of a list named ``...fcs``, and layers named ``..._conv``;
-    - layers with an activation or a norm after them in a ``Sequential``.
+    - layers with an activation or a norm after them in a ``Sequential``, or with a ``bn`` beside
+      them.
 
-    All other layers of a head predict. The channels of a prediction are classes, anchors or
+    All other layers of a head predict. Elsewhere the last layer of a classifier predicts: a module
+    of the network itself that is called ``fc``, ``head`` or the like. The channels of a prediction are classes, anchors or
     coordinates. They are too few to share, and the next training may have others.
 
     Args:
@@ -35,12 +37,29 @@ def predictions(network: nn.Module) -> set[str]:
     """
     found: set[str] = set()
     for name, module in network.named_modules():
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or hasattr(module, 'cells'):
+        if _has_kernel(module):
             around = list(_around(network, name))
             in_head = any(map(is_head, around))
             if in_head and not any(map(_is_hidden, around)) and not _goes_on(name, around[-1]):
                 found.add(name)
-    return found
+    return found | _of_classifier(network)
+
+
+# What torchvision, timm and Ultralytics call the modules at the end of a classifier.
+_CLASSIFIERS = ('fc', 'classifier', 'head', 'heads', 'head_dist', 'last_linear', 'linear')
+
+
+def _of_classifier(network: nn.Module) -> set[str]:
+    """The last layer of every module of a network that is named as a classifier."""
+    found = {}
+    for name, module in network.named_modules():
+        if name.split('.')[0] in _CLASSIFIERS and _has_kernel(module):
+            found[name.split('.')[0]] = name
+    return set(found.values())
+
+
+def _has_kernel(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or hasattr(module, 'cells')
 
 
 def _around(network: nn.Module, name: str) -> Iterator[nn.Module]:
@@ -57,11 +76,12 @@ def is_head(module: nn.Module) -> bool:
     Args:
         module: Any module.
     """
-    return _is_named(module, 'Head')
+    # The last three are of torchvision's detectors and of Ultralytics.
+    return _is_named(module, 'Head', 'Predictor', 'Detect', 'Classify')
 
 
-def _is_named(module: nn.Module, ending: str) -> bool:
-    return any(parent.__name__.endswith(ending) for parent in type(module).__mro__)
+def _is_named(module: nn.Module, *endings: str) -> bool:
+    return any(parent.__name__.endswith(endings) for parent in type(module).__mro__)
 
 
 def _is_hidden(module: nn.Module) -> bool:
@@ -73,6 +93,8 @@ def _goes_on(name: str, parent: nn.Module) -> bool:
     """Whether more layers follow, by the name of a layer or by what comes next in its parent."""
     *before, last = name.split('.')
     if last.endswith('_conv') or any(part.endswith('fcs') for part in before):
+        return True
+    if last == 'conv' and 'bn' in parent._modules:
         return True
     if not isinstance(parent, nn.Sequential):
         return False

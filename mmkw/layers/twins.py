@@ -89,13 +89,13 @@ class Kernels:
     """Collects static kernels, and then writes them into the warehouses.
 
     Attributes:
-        loaded: Whether the next kernels are from a checkpoint. These give a warm start. Kernels
+        loaded: Whether the next kernels are of a trained network. These give a warm start. Kernels
             from an initialiser do not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loaded: bool = False) -> None:
         self._found: dict[tuple[bool, WarehouseManager, int], dict[str, tuple[Any, Tensor]]] = {}
-        self.loaded = False
+        self.loaded = loaded
 
     def add(self, layer: Any, kernel: Tensor) -> None:
         """Adds a kernel.
@@ -110,11 +110,15 @@ class Kernels:
             key = (self.loaded, manager, warehouse)
             self._found.setdefault(key, {})[layer.share.kernel.layer] = (layer, kernel)
 
-    def lay_into_warehouses(self) -> None:
+    def lay_into_warehouses(self) -> dict[str, float]:
         """Sets the cells to the pieces of the kernels, by the one-to-one start.
 
         Kernels from a checkpoint come last. They start the network at its ``start_tau``.
+
+        Returns:
+            The error of :func:`~mmkw.layers.warm_start`, by the name of the warehouse.
         """
+        errors = {}
         for (loaded, manager, warehouse), found in sorted(
             self._found.items(), key=lambda item: item[0][0]
         ):
@@ -122,12 +126,13 @@ class Kernels:
             partition, cells = manager.partitions[warehouse], manager.weights[warehouse]
             kernels = {name: kernel for name, (_, kernel) in found.items()}
             attentions = {name: layer.attention for name, (layer, _) in found.items()}
-            started, _ = warm_start(partition, kernels, attentions, cells, tau)
+            started, errors[partition.name] = warm_start(partition, kernels, attentions, cells, tau)
             with torch.no_grad():
                 cells.copy_(started)
             if loaded:
                 for attention in attentions.values():
                     attention.temperature = tau
+        return errors
 
 
 class StaticTwins:

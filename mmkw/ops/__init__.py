@@ -8,10 +8,14 @@
 - ``modes`` and ``memory`` are about PyTorch.
 """
 
-from .backend import use_compiled, why_not_compiled
-from .dynamic import apply_mixed
-from .kernels import mix_cells
-from .sample_conv import SampleConv, SampleLinear
+from ..requirements import check_versions
+
+check_versions(['torch'])
+
+from .backend import use_compiled, why_not_compiled  # noqa: E402
+from .dynamic import apply_mixed  # noqa: E402
+from .kernels import mix_cells  # noqa: E402
+from .sample_conv import SampleConv, SampleLinear  # noqa: E402
 
 __all__ = [
     'SampleConv',

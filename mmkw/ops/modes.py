@@ -69,11 +69,10 @@ def is_seen_through(*tensors: Tensor) -> bool:
 
 def _is_no_plain_tensor(tensor: Tensor) -> bool:
     """Whether a tensor is of a subclass, has no values, or stands for a batch of gradients."""
-    return (
-        type(tensor) not in (Tensor, nn.Parameter)
-        or tensor.is_meta
-        or torch._C._functorch.is_legacy_batchedtensor(tensor)
-    )
+    # Older releases of torch have no such question.
+    is_batched = getattr(torch._C._functorch, 'is_legacy_batchedtensor', bool)
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return not plain or tensor.is_meta or is_batched is not bool and is_batched(tensor)
 
 
 def is_hooked(module: nn.Module) -> bool:

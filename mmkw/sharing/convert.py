@@ -1,34 +1,40 @@
 """Converts a static network into a KernelWarehouse network, in place, by a plan."""
 
-from collections.abc import Collection, Iterator, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from ..checkpoints import check_checkpoint
+from ..checkpoints.static_kernels import told
 from ..layers import (
-    DYNAMIC_LAYERS,
     KernelShape,
     PlanError,
     StandsForStatic,
     StaticTwins,
     WarehouseManager,
+    dynamic_class,
     kernel_shape,
     leave_static_twins,
     static_twins,
 )
 from ..layers.attention import Attention
-from ..layers.dynamic_layers import DEFAULT_NORM_CFG
 from ..layers.static_layers import is_head, read_by_others
-from ..layers.twins import has_values
+from ..layers.static_classes import STATIC_CLASSES
+from ..layers.twins import Kernels, has_values
 from ..ops import modes
-from .families import is_of_the_paper
+from .families import family_rule, is_of_the_paper
 from .freezing import FreezeWithLayers
 from .loading import is_converted, run_hooks_always, watch_parents
 from .plan import SharingPlan
+from .rules import absent_kernels
 from .value_projection import SplitProjection, fused_projections, split_projections
+
+LOGGER = logging.getLogger('mmkw')
 
 _building_static: ContextVar[bool] = ContextVar('building static networks', default=False)
 
@@ -45,17 +51,20 @@ def static_networks() -> Iterator[None]:
 
 def convert(
     network: nn.Module,
-    plan: SharingPlan,
-    attention_norm_cfg: dict = DEFAULT_NORM_CFG,
+    plan: SharingPlan | None = None,
+    attention_norm_cfg: dict | None = None,
     absent: Sequence[KernelShape] = (),
     start_tau: float = 0.0,
     freeze_warehouses: bool = True,
+    keep_weights: bool = True,
+    **options: Any,
 ) -> nn.Module:
-    """Replaces the planned layers of a network by dynamic ones with shared warehouses.
+    """Replaces layers of a network by dynamic ones with shared warehouses.
 
     The network gains a submodule ``warehouse_manager``; all other modules keep their names. The
-    network loads its own state dicts and those of the static network (a warm start), and refuses
-    others. The static kernels are dropped, and the biases are kept.
+    network computes what it computed before: exactly if the budget is 1 or more, else as nearly as
+    its cells can. It loads its own state dicts and those of the static network (a warm start), and
+    refuses others.
 
     A layer that does not require gradients (in a frozen stage, for example) gets a frozen
     attention. A warehouse is frozen while all its layers are frozen, unless ``freeze_warehouses``
@@ -65,21 +74,33 @@ def convert(
     if the plan names their value projection.
 
     Args:
-        network: The static network. Its planned layers must be plain ``torch.nn`` convolutions or
-            linear layers, with their own weight.
-        plan: Which layer belongs to which warehouse.
-        attention_norm_cfg: Norm of the attentions, for ``mmcv.cnn.build_norm_layer``.
+        network: The static network, of any library. Its planned layers must be convolutions or
+            linear layers of ``torch.nn``, or compute the same, with their own weight.
+        plan: Which layer belongs to which warehouse. By default the rule of the network's family
+            decides; see :func:`~mmkw.sharing.family_rule`.
+        attention_norm_cfg: Norm of the attentions: ``BN1d``, ``SyncBN``, ``LN`` or ``GN``. By
+            default SyncBN or BatchNorm if the network has it, else LayerNorm.
         absent: Kernels of planned layers that the network lacks. Their cells stay in the
             warehouses, and the other layers mix them. So checkpoints of the whole network fit.
         start_tau: The temperature at which a static checkpoint starts the network: 0, or 1 with a
             :class:`~mmkw.engine.hooks.TemperatureHook`. See :func:`~mmkw.layers.warm_start`.
         freeze_warehouses: Whether a warehouse is frozen while all its layers are frozen. If not,
             every warehouse learns, even if all its layers are frozen.
+        keep_weights: Whether the kernels of the network start the dynamic layers. If not, cells and
+            attentions have the random start of the paper, for training from scratch.
+        **options: Without ``plan``: the fields of :class:`~mmkw.layers.WarehouseOptions`, such as
+            ``cell_num_ratio``, each one value or a sequence with one value per warehouse.
 
     Returns:
         The same network. Inside :func:`static_networks` it is unchanged.
 
     Example:
+        >>> network = mmkw.convert(torchvision.models.resnet18(), cell_num_ratio=2)
+        >>> tuple(network(torch.rand(2, 3, 64, 64)).shape)
+        (2, 1000)
+
+        With a plan:
+
         >>> class Network(torch.nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -93,18 +114,32 @@ def convert(
 
     Raises:
         ValueError: If ``start_tau`` is neither 0 nor 1.
-        PlanError: If the network is a Sequential or is converted already, if a planned layer is
-            missing or cannot be dynamic, if two names are one layer, or if the options of a
+        TypeError: If ``plan`` is of another type, or if there are options beside a plan.
+        PlanError: If the network is a layer, a Sequential, or converted already, if a planned layer
+            is missing or cannot be dynamic, if two names are one layer, or if the options of a
             warehouse do not fit its kernels.
     """
     if _building_static.get():
         return network
     if is_converted(network):
         raise PlanError(f'{type(network).__name__} has a warehouse_manager: it is converted.')
+    if isinstance(network, STATIC_CLASSES):
+        raise PlanError(
+            f'The network is itself a layer, a {type(network).__name__}. Make a dynamic layer, such '
+            'as mmkw.KWConv2d, or convert a module that holds it.'
+        )
     if isinstance(network, nn.Sequential):
         raise PlanError(
             'The network is a Sequential, which would run its warehouses as a layer. Convert a '
             'module that holds it.'
+        )
+    if plan is None:
+        plan = SharingPlan.make(family_rule(network), **options)
+        absent = absent_kernels(network)
+    elif not isinstance(plan, SharingPlan) or options:
+        raise TypeError(
+            f'convert takes a SharingPlan or warehouse options, not both, got plan={plan!r} and '
+            f'options {sorted(options)}. Give the options to SharingPlan.make.'
         )
     planned = {layer for layer, _ in plan.layers}
     split_projections(
@@ -117,6 +152,7 @@ def convert(
 
     manager = WarehouseManager(partitions, start_tau)
     manager.keeps_start = is_of_the_paper(network)
+    norm_cfg = attention_norm_cfg or attention_norm(network)
     twins: dict[nn.Module, nn.Module] = {}
     members: list[list[nn.Module]] = []
     for index, partition in enumerate(partitions):
@@ -132,8 +168,8 @@ def convert(
         if freeze_warehouses:
             manager.weights[index].requires_grad_(any(weight.requires_grad for weight in weights))
         for position, layer in layers.items():
-            twins[layer] = DYNAMIC_LAYERS[type(layer)].from_static(
-                layer, manager, index, position, attention_norm_cfg
+            twins[layer] = dynamic_class(layer).from_static(
+                layer, manager, index, position, norm_cfg
             )
         members.append([twins[layer] for layer in layers.values()])
     # Layers are found by identity: a layer that a head uses at several places stays one layer.
@@ -155,7 +191,37 @@ def convert(
                 layer.attention.register_forward_pre_hook(freeze)
     if hasattr(network, 'init_weights'):
         network.init_weights = partial(_initialise, network)
+    if keep_weights:
+        _keep_weights(network, twins, manager)
     return network
+
+
+def _keep_weights(
+    network: nn.Module, twins: Mapping[nn.Module, Any], manager: WarehouseManager
+) -> None:
+    """Starts dynamic layers with the kernels of the static layers that they replace."""
+    kernels = Kernels(loaded=True)
+    for static, dynamic in twins.items():
+        if not static.weight.is_meta:
+            kernels.add(dynamic, static.weight)
+    if errors := kernels.lay_into_warehouses():
+        text = told(len(twins), errors, manager.start_tau)
+        LOGGER.info(f'{type(network).__name__}: its own weights, {text}')
+
+
+def attention_norm(network: nn.Module) -> dict:
+    """Chooses the norm of the attentions by the norms of a network.
+
+    Args:
+        network: A static network.
+
+    Returns:
+        ``SyncBN`` if the network has it, else ``BN1d`` if it has any BatchNorm, else ``LN``.
+    """
+    norms = [module for module in network.modules() if isinstance(module, modes.BATCH_NORM)]
+    if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
+        return dict(type='SyncBN')
+    return dict(type='BN1d' if norms else 'LN')
 
 
 def to_static(network: nn.Module) -> nn.Module:
@@ -230,8 +296,8 @@ def _find_layers(
             layer = network.get_submodule(name)
         except AttributeError:
             raise PlanError(f'{where}: {type(network).__name__} has no such layer.') from None
-        if type(layer) not in DYNAMIC_LAYERS or layer._parameters.get('weight') is None:
-            kinds = ', '.join(static.__name__ for static in DYNAMIC_LAYERS)
+        if dynamic_class(layer) is None:
+            kinds = ', '.join(static.__name__ for static in STATIC_CLASSES)
             raise PlanError(
                 f'{where} is a {type(layer).__name__}, which has no dynamic twin. Only plain '
                 f'{kinds} layers can be planned; leave this one static.'

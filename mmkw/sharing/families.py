@@ -5,16 +5,17 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from mmengine.logging import print_log
 from torch import nn
 
 from ..checkpoints.static_kernels import stage_of
-from ..layers import DYNAMIC_LAYERS, WarehouseOptions, kernel_shape
+from ..layers import WarehouseOptions, dynamic_class, kernel_shape
 from ..layers.attention import attention_width
 from ..layers.partition import partition_warehouse
 from ..layers.static_layers import predictions, read_by_others
 from .rules import absent_kernels, convnext_rule, mobilenet_v2_rule, refuse_nothing, resnet_rule
 from .value_projection import fused_projections
+
+LOGGER = logging.getLogger('mmkw')
 
 # Layers with fewer channels take the image as their input, or make predictions.
 MIN_CHANNELS = 16
@@ -46,7 +47,7 @@ def plannable_layers(network: nn.Module) -> dict[str, nn.Module]:
         if name in fused:
             channels = module.embed_dim if hasattr(module, 'embed_dim') else module.in_features
             layers[f'{name}.value'] = nn.Linear(channels, channels, device='meta')
-        elif type(module) in DYNAMIC_LAYERS and module._parameters.get('weight') is not None:
+        elif dynamic_class(module):
             layers[name] = module
     return layers
 
@@ -78,7 +79,8 @@ def family_rule(network: nn.Module) -> list[tuple[str, str]]:
     layers = plannable_layers(network)
     families = _families_of(network)
     rule = _FAMILIES[families[0]] if families else _general_rule
-    pairs = refuse_nothing(network, rule(network))
+    # A network may have only its class's name in common with its family.
+    pairs = refuse_nothing(network, rule(network) or _general_rule(network))
     _tell_of_little(network, pairs, layers)
     absent = {
         kernel.layer: nn.Conv2d(
@@ -101,12 +103,10 @@ def _tell_of_little(
     part = sum(values[name] for name in found if name in values) / sum(values.values())
     if part < ENOUGH:
         largest = max((name for name in values if name not in found), key=values.get)
-        print_log(
+        LOGGER.warning(
             f'{type(network).__name__}: the rule makes {len(found)} of {len(layers)} layers '
             f'dynamic, {part:.0%} of the kernels. The largest that it leaves static is {largest}. '
-            'Name others by patterns.',
-            logger='current',
-            level=logging.WARNING,
+            'Name others by patterns.'
         )
 
 
@@ -220,7 +220,9 @@ def _stage(name: str) -> str:
     return stage.replace('.', '_')
 
 
-_VALUE_OR_MLP = re.compile(r'(.+?)\.(?:(attn|ga)\b.*\.value|ffn\..+)')
+_VALUE_OR_MLP = re.compile(
+    r'(.+?)\.(?:(attn|ga|self_attention)\b.*\.value|ffn\..+|mlp\.(?:fc\d|\d))'
+)
 
 
 def _transformer_rule(network: nn.Module) -> list[tuple[str, str]]:

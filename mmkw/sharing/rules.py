@@ -9,7 +9,7 @@ import re
 import torch
 from torch import nn
 
-from ..layers import DYNAMIC_LAYERS, KernelShape, PlanError, kernel_shape
+from ..layers import KernelShape, PlanError, dynamic_class, kernel_shape
 
 # Res2Net has several 3x3 convolutions ``convs`` instead of conv2.
 _RESNET_LAYER = re.compile(r'layer(\d+)\.(\d+)\.(conv\d+|convs\.\d+|downsample\.\d+)')
@@ -34,7 +34,7 @@ def resnet_rule(network: nn.Module) -> list[tuple[str, str]]:
     pairs = []
     for name, module in network.named_modules():
         match = _RESNET_LAYER.fullmatch(name)
-        if match is None or type(module) not in DYNAMIC_LAYERS:
+        if match is None or dynamic_class(module) is None:
             continue
         stage, block, part = int(match[1]), int(match[2]), match[3]
         if block == 0 and (part == 'conv1' or part.startswith('downsample')):
@@ -63,7 +63,7 @@ def absent_kernels(network: nn.Module) -> list[KernelShape]:
         convolution of the next stage. For mmseg's MobileNetV2: the last convolution. Else nothing.
     """
     name = type(network).__name__
-    if name == 'MobileNetV2' and not hasattr(network, 'conv2'):
+    if name == 'MobileNetV2' and hasattr(network, 'layer7') and not hasattr(network, 'conv2'):
         convolutions = [m for m in network.layer7.modules() if isinstance(m, nn.Conv2d)]
         out_channels = int(1280 * max(1.0, network.widen_factor))
         return [KernelShape('conv2.conv', out_channels, convolutions[-1].out_channels, (1, 1))]
@@ -94,7 +94,7 @@ def _next_stage(network: nn.Module) -> list[KernelShape]:
     return [
         kernel_shape(f'layer{number}.0.{name}', layer)
         for name, layer in stage[0].named_modules()
-        if layer in convolutions and type(layer) in DYNAMIC_LAYERS
+        if layer in convolutions and dynamic_class(layer)
     ]
 
 
@@ -135,11 +135,24 @@ def refuse_nothing(network: nn.Module, pairs: list[tuple[str, str]]) -> list[tup
     )
 
 
-# The names of the original release and of mmpretrain, whose pointwise layers may be linear.
-_CONVNEXT_BLOCK = re.compile(
-    r'stages\.(\d+)\.\d+\.(dwconv|depthwise_conv|pwconv[12]|pointwise_conv[12])'
+# The names of the original release and of mmpretrain, of timm, and of torchvision, each with the
+# stage. Pointwise layers may be linear.
+_CONVNEXT_STEM = re.compile(r'downsample_layers\.0\.0|stem\.0|features\.0\.0')
+_CONVNEXT_DOWNSAMPLE = re.compile(
+    r'downsample_layers\.(?P<original>[1-9])\.\d+'
+    r'|stages\.(?P<timm>\d+)\.downsample\.\d+'
+    r'|features\.(?P<torchvision>[246])\.\d+'
 )
-_CONVNEXT_DOWNSAMPLE = re.compile(r'downsample_layers\.(\d+)\.\d+')
+_CONVNEXT_DEPTHWISE = re.compile(
+    r'stages\.(?P<original>\d+)\.\d+\.(?:dwconv|depthwise_conv)'
+    r'|stages\.(?P<timm>\d+)\.blocks\.\d+\.conv_dw'
+    r'|features\.(?P<torchvision>[1357])\.\d+\.block\.0'
+)
+_CONVNEXT_POINTWISE = re.compile(
+    r'stages\.(?P<original>\d+)\.\d+\.(?:pwconv|pointwise_conv)[12]'
+    r'|stages\.(?P<timm>\d+)\.blocks\.\d+\.mlp\.fc[12]'
+    r'|features\.(?P<torchvision>[1357])\.\d+\.block\.[35]'
+)
 
 
 def convnext_rule(network: nn.Module) -> list[tuple[str, str]]:
@@ -150,29 +163,46 @@ def convnext_rule(network: nn.Module) -> list[tuple[str, str]]:
     of ``downsample2`` comes before ``stage2``.
 
     Args:
-        network: A ConvNeXt with the module names of the original release or of mmpretrain.
+        network: A ConvNeXt with the module names of the original release, mmpretrain, timm or
+            torchvision.
 
     Returns:
         Pairs of layer and warehouse in module order.
     """
     pairs = []
     for name, module in network.named_modules():
-        if type(module) not in DYNAMIC_LAYERS:
+        if dynamic_class(module) is None:
             continue
-        if match := _CONVNEXT_DOWNSAMPLE.fullmatch(name):
-            stage = int(match[1]) + 1
-            pairs.append((name, 'stem' if stage == 1 else f'downsample{stage}'))
-        elif match := _CONVNEXT_BLOCK.fullmatch(name):
-            kind = 'depthwise' if match[2].startswith('d') else 'pointwise'
-            pairs.append((name, f'stage{int(match[1]) + 1}_{kind}'))
+        if _CONVNEXT_STEM.fullmatch(name):
+            pairs.append((name, 'stem'))
+        elif match := _CONVNEXT_DOWNSAMPLE.fullmatch(name):
+            pairs.append((name, f'downsample{_convnext_stage(match)}'))
+        elif match := _CONVNEXT_DEPTHWISE.fullmatch(name):
+            pairs.append((name, f'stage{_convnext_stage(match)}_depthwise'))
+        elif match := _CONVNEXT_POINTWISE.fullmatch(name):
+            pairs.append((name, f'stage{_convnext_stage(match)}_pointwise'))
     return pairs
+
+
+def _convnext_stage(match: re.Match) -> int:
+    """The stage, from 1. In torchvision's names the stages are every other part of ``features``."""
+    number = int(match[match.lastgroup])
+    return number // 2 + 1 if match.lastgroup == 'torchvision' else number + 1
 
 
 # How the pointwise convolutions of a MobileNetV2 share: the paper's 1x, 4x and 1/2x.
 POINTWISE = ('joint', 'separate', 'last_stage')
 # The stage of each of the seven groups of blocks.
 _MOBILENET_STAGES = (1, 2, 3, 4, 5, 6, 6)
-_MOBILENET_LAYER = re.compile(r'layer(\d+)\.(\d+)\.(?:conv\.\d+|\w+_conv)\.conv')
+# The names of mmdet, mmseg and mmpretrain, and those of torchvision, which counts the blocks.
+_MOBILENET_LAYER = re.compile(
+    r'layer(?P<group>\d+)\.(?P<block>\d+)\.(?:conv\.\d+|\w+_conv)\.conv'
+    r'|features\.(?P<number>\d+)\.conv\.\d+(?P<inner>\.0)?'
+)
+_MOBILENET_BLOCKS = (1, 2, 3, 4, 3, 3, 1)
+_MOBILENET_PLACES = [
+    (group, block) for group, blocks in enumerate(_MOBILENET_BLOCKS) for block in range(blocks)
+]
 
 
 def mobilenet_v2_rule(network: nn.Module, pointwise: str) -> list[tuple[str, str]]:
@@ -186,14 +216,15 @@ def mobilenet_v2_rule(network: nn.Module, pointwise: str) -> list[tuple[str, str
     :func:`absent_kernels`.
 
     Args:
-        network: The MobileNetV2 of mmdet or mmseg.
+        network: The MobileNetV2 of mmdet, mmseg, mmpretrain or torchvision.
         pointwise: How pointwise convolutions share. ``joint``: the expansions and projections of a
             stage share one warehouse (the paper's 1x). ``separate``: expansions share one warehouse
             and projections another (4x). ``last_stage``: as ``separate``, but only the last stage
             is dynamic (1/2x).
 
     Returns:
-        Pairs of layer and warehouse in module order.
+        Pairs of layer and warehouse in module order. None if the network has other names, or
+        another number of blocks.
 
     Raises:
         ValueError: If ``pointwise`` is none of these.
@@ -211,22 +242,29 @@ def mobilenet_v2_rule(network: nn.Module, pointwise: str) -> list[tuple[str, str
             return f'stage{stage}_pointwise'
         return f'stage{stage}_{kind}' if pointwise == 'separate' or stage == last else None
 
+    stem, end = 'conv1.conv', 'conv2.conv'
+    if hasattr(network, 'features'):
+        stem, end = 'features.0.0', f'features.{len(_MOBILENET_PLACES) + 1}.0'
+        if len(network.features) != len(_MOBILENET_PLACES) + 2:
+            return []
     pairs = []
     for name, module in network.named_modules():
-        if type(module) not in DYNAMIC_LAYERS:
+        match = _MOBILENET_LAYER.fullmatch(name)
+        if dynamic_class(module) is None or name == end:
             continue
-        if name == 'conv1.conv':
+        if name == stem:
             pairs.append((name, 'stem'))
-        elif match := _MOBILENET_LAYER.fullmatch(name):
-            group, block = int(match[1]) - 1, int(match[2])
-            stage = _MOBILENET_STAGES[group]
-            if block == 0 and group > 0:
-                stage = _MOBILENET_STAGES[group - 1]
-            kind = 'depthwise' if module.groups > 1 else 'expansion'
-            # The ConvModule of a projection has no activation.
-            parent = network.get_submodule(name.rpartition('.')[0])
-            if kind == 'expansion' and not parent.with_activation:
-                kind = 'projection'
-            pairs.append((name, warehouse(stage, kind)))
-    pairs.append(('conv2.conv', warehouse(last, 'projection')))
+        elif match is not None:
+            if match['number']:
+                group, block = _MOBILENET_PLACES[int(match['number']) - 1]
+                projects = not match['inner']
+            else:
+                group, block = int(match['group']) - 1, int(match['block'])
+                # The ConvModule of a projection has no activation.
+                projects = not network.get_submodule(name.rpartition('.')[0]).with_activation
+            stage = _MOBILENET_STAGES[max(group - 1, 0) if block == 0 else group]
+            kind = 'projection' if projects else 'expansion'
+            pairs.append((name, warehouse(stage, 'depthwise' if module.groups > 1 else kind)))
+    if pairs:
+        pairs.append((end, warehouse(last, 'projection')))
     return [(layer, home) for layer, home in pairs if home is not None]

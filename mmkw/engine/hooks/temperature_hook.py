@@ -4,7 +4,7 @@ from mmengine.hooks import Hook
 from mmengine.hooks.hook import DATA_BATCH
 from mmengine.runner import Runner
 
-from ...layers import set_temperature
+from ...layers import set_temperature, temperature_at
 from ...layers.attention import check_temperature
 from ...registry import HOOKS
 
@@ -55,7 +55,7 @@ class TemperatureHook(Hook):
             epoch_length: Iterations per epoch.
         """
         total = self.length * (epoch_length if self.by_epoch else 1)
-        return self.begin + (self.end - self.begin) * min(1.0, (iteration + 1) / total)
+        return temperature_at(iteration, total, self.begin, self.end)
 
     def before_train(self, runner: Runner) -> None:
         """Sets the temperature of the first iteration. Raises an error for a static model."""

@@ -1,0 +1,150 @@
+"""Recognises the classes of static layers that a dynamic layer can replace.
+
+Libraries derive classes from those of ``torch.nn``. Some compute the same, such as mmcv's
+``Conv2d``. Some pad their input first, so that the output has ``ceil(size / stride)`` values: mmcv's
+``Conv2dAdaptivePadding`` and timm's ``Conv2dSame``. Others compute something else, such as
+convolutions with standardised weights. What a class computes is tried out on a small layer of it.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+STATIC_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+class Kind(Enum):
+    """What a class of layers computes, beside its base class in ``torch.nn``."""
+
+    SAME_AS_TORCH = 'the same'
+    PADS_BY_SIZE = 'the same, after padding its input to ceil(size / stride) output values'
+    OTHER = 'something else'
+
+
+def base_class(layer: nn.Module) -> type[nn.Module] | None:
+    """The class of ``torch.nn`` whose dynamic twin can replace a layer.
+
+    Args:
+        layer: Any module.
+
+    Returns:
+        ``Conv1d``, ``Conv2d``, ``Conv3d`` or ``Linear``. None if the layer computes something
+        else, or has no weight of its own.
+
+    Example:
+        >>> base_class(mmcv.cnn.bricks.Conv2dAdaptivePadding(8, 8, 3))
+        <class 'torch.nn.modules.conv.Conv2d'>
+        >>> base_class(torch.nn.ConvTranspose2d(8, 8, 3)) is None
+        True
+    """
+    base = next((base for base in STATIC_CLASSES if isinstance(layer, base)), None)
+    weight = layer._parameters.get('weight')
+    if base is None or weight is None or is_lazy(weight):
+        return None
+    return None if kind_of(type(layer)) is Kind.OTHER else base
+
+
+@cache
+def kind_of(layer_class: type[nn.Module]) -> Kind:
+    """Finds out what a class of layers computes.
+
+    Args:
+        layer_class: A class derived from one of :data:`STATIC_CLASSES`.
+    """
+    base = next(base for base in STATIC_CLASSES if issubclass(layer_class, base))
+    methods = ('forward', '_conv_forward', '__call__')
+    if all(getattr(layer_class, m, None) is getattr(base, m, None) for m in methods):
+        return Kind.SAME_AS_TORCH
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device('cpu'), torch.no_grad():
+            return _tried(layer_class, base)
+    except Exception:
+        # A layer that cannot be made or called like that of torch.nn is of another kind.
+        return Kind.OTHER
+
+
+def _tried(layer_class: type[nn.Module], base: type[nn.Module]) -> Kind:
+    """Compares layers with those of ``torch.nn``, while training and not."""
+    kinds = set(Kind)
+    for arguments, shape in _CASES[base]:
+        static = base(*arguments)
+        layer = layer_class(*arguments)
+        if layer.state_dict().keys() != static.state_dict().keys():
+            return Kind.OTHER
+        layer.load_state_dict(static.state_dict())
+        x = torch.rand(shape)
+        padded = x
+        if base is not nn.Linear:
+            sizes = (static.kernel_size, static.stride, static.dilation)
+            padded = F.pad(x, padding_by_size(x.shape[2:], *sizes))
+        for training in (True, False):
+            y = layer.train(training)(x)
+            if not _equal(y, static(x)):
+                kinds.discard(Kind.SAME_AS_TORCH)
+            if not _equal(y, _without_padding(static, padded)):
+                kinds.discard(Kind.PADS_BY_SIZE)
+    return next(kind for kind in Kind if kind in kinds)
+
+
+def _convolutions(dims: int) -> list[tuple[tuple, tuple[int, ...]]]:
+    """Arguments (channels, kernel, stride, padding, dilation, groups) and inputs."""
+    sizes = (9, 12, 7)[:dims]
+    return [
+        ((4, 6, 3, 1, 1), (2, 4, *sizes)),
+        ((4, 6, 3, 2, 0, 1, 2), (2, 4, *sizes)),
+        ((4, 6, 2, 3, 0), (2, 4, *sizes)),
+        ((4, 6, 3, 1, 2, 2), (2, 4, *sizes)),
+    ]
+
+
+_CASES = {
+    nn.Conv1d: _convolutions(1),
+    nn.Conv2d: _convolutions(2),
+    nn.Conv3d: _convolutions(3),
+    nn.Linear: [((4, 6), (2, 4)), ((4, 6), (2, 3, 4))],
+}
+
+
+def _without_padding(static: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(static, nn.Linear):
+        return static(x)[:0]
+    padding = static.padding
+    static.padding = (0,) * len(padding)
+    y = static(x)
+    static.padding = padding
+    return y
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, atol=1e-6)
+
+
+def padding_by_size(
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """The padding that gives a convolution ``ceil(size / stride)`` output values.
+
+    Args:
+        size: Spatial sizes of the input.
+        kernel_size: Of the convolution, as ``stride`` and ``dilation``.
+        stride: See above.
+        dilation: See above.
+
+    Returns:
+        For ``torch.nn.functional.pad``: (before, after), the last dimension first. After the input
+        there is one more value if their number is odd.
+    """
+    padding = []
+    for n, k, s, d in reversed(list(zip(size, kernel_size, stride, dilation))):
+        last = (-(-n // s) - 1) * s
+        total = torch.sym_max(last + (k - 1) * d + 1 - n, 0)
+        padding += [total // 2, total - total // 2]
+    return padding
