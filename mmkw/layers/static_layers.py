@@ -46,7 +46,7 @@ def predictions(network: nn.Module) -> set[str]:
 
 
 # What torchvision, timm and Ultralytics call the modules at the end of a classifier.
-_CLASSIFIERS = ('fc', 'classifier', 'head', 'heads', 'head_dist', 'last_linear', 'linear')
+_CLASSIFIERS = ('fc', 'classifier', 'head', 'heads', 'head_dist', 'last_linear')
 
 
 def _of_classifier(network: nn.Module) -> set[str]:
@@ -125,7 +125,7 @@ def read_by_others(network: nn.Module) -> dict[str, str]:
 @cache
 def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
     """The names ``x`` of every ``self.x.weight`` in ``forward`` and in the methods it calls."""
-    todo, seen, found = ['forward'], set(), set()
+    todo, seen, found = {'forward'}, set(), set()
     while todo:
         method = todo.pop()
         seen.add(method)
@@ -134,7 +134,7 @@ def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
                 continue
             owner = node.value
             if _is_self(owner) and inspect.isfunction(getattr(kind, node.attr, None)):
-                todo += {node.attr} - seen
+                todo |= {node.attr} - seen
             elif node.attr == 'weight' and isinstance(owner, ast.Attribute):
                 found |= {owner.attr} if _is_self(owner.value) else set()
     return frozenset(found)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import nn
 
 from ..checkpoints.static_kernels import stage_of
-from ..layers import WarehouseOptions, dynamic_class, kernel_shape
+from ..layers import PlanError, WarehouseOptions, dynamic_class, kernel_shape
 from ..layers.attention import attention_width
 from ..layers.partition import partition_warehouse
 from ..layers.static_layers import predictions, read_by_others
@@ -164,7 +164,11 @@ def attention_overhead(members: Sequence[str], layers: Mapping[str, nn.Module]) 
     """
     kernels = [kernel_shape(name, layers[name]) for name in members]
     options = WarehouseOptions()
-    partition = partition_warehouse('', kernels, options)
+    try:
+        partition = partition_warehouse('', kernels, options)
+    except PlanError:
+        # There would be too many cells.
+        return math.inf
     weights = 0.0
     for share in partition.layers:
         groups = getattr(layers[share.kernel.layer], 'groups', 1)
