@@ -1,5 +1,6 @@
 """The examples in docstrings run, and every public name has one."""
 
+import copy
 import doctest
 import importlib
 import inspect
@@ -12,13 +13,22 @@ import pytest
 import torch
 
 import mmkw
+from mmkw.layers.static_classes import base_class
 
 MODULES = [
     info.name
     for info in pkgutil.walk_packages(mmkw.__path__, 'mmkw.')
     if not info.name.endswith('_native')
 ]
-NAMES = dict(mmkw=mmkw, tempfile=tempfile, torch=torch, mmcv=mmcv, MODELS=mmengine.registry.MODELS)
+NAMES = dict(
+    base_class=base_class,
+    copy=copy,
+    mmkw=mmkw,
+    tempfile=tempfile,
+    torch=torch,
+    mmcv=mmcv,
+    MODELS=mmengine.registry.MODELS,
+)
 
 
 @pytest.mark.parametrize('name', MODULES)

@@ -1,5 +1,6 @@
 """Backbones with KernelWarehouse, and a wrapper for any other network."""
 
+from .. import registry  # noqa: F401  (Says which library is missing.)
 from .convnext import ConvNeXt, KWConvNeXt
 from .mobilenet_v2 import KWMobileNetV2, MobileNetV2
 from .published import rewrite_published

@@ -28,7 +28,8 @@ def read_checkpoint(
 
     A checkpoint may hold tensors, plain containers, numbers, text, NumPy's arrays and numbers, and
     MMEngine's ``HistoryBuffer``. A command line (``argparse.Namespace``) becomes a dict, and so
-    does a history where MMEngine is not installed. The formats are the old and the new one of ``torch.save``, and safetensors.
+    does a history where MMEngine is not installed. The formats are the old and the new one of
+    ``torch.save``, and safetensors.
 
     Args:
         source: A path, in which ``~`` is expanded, or a seekable binary file.

@@ -1,8 +1,8 @@
 """Recognises the classes of static layers that a dynamic layer can replace.
 
 Libraries derive classes from those of ``torch.nn``. Some compute the same, such as mmcv's
-``Conv2d``. Some pad their input first, so that the output has ``ceil(size / stride)`` values: mmcv's
-``Conv2dAdaptivePadding`` and timm's ``Conv2dSame``. Others compute something else, such as
+``Conv2d``. Some pad their input first, so that the output has ``ceil(size / stride)`` values:
+mmcv's ``Conv2dAdaptivePadding`` and timm's ``Conv2dSame``. Others compute something else, such as
 convolutions with standardised weights. What a class computes is tried out on a small layer of it.
 """
 

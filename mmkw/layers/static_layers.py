@@ -21,8 +21,9 @@ def predictions(network: nn.Module) -> set[str]:
       them.
 
     All other layers of a head predict. Elsewhere the last layer of a classifier predicts: a module
-    of the network itself that is called ``fc``, ``head`` or the like. The channels of a prediction are classes, anchors or
-    coordinates. They are too few to share, and the next training may have others.
+    of the network itself that is called ``fc``, ``head`` or the like. The channels of a prediction
+    are classes, anchors or coordinates. They are too few to share, and the next training may have
+    others.
 
     Args:
         network: Any network, static or dynamic.

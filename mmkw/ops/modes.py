@@ -72,7 +72,7 @@ def _is_no_plain_tensor(tensor: Tensor) -> bool:
     # Older releases of torch have no such question.
     is_batched = getattr(torch._C._functorch, 'is_legacy_batchedtensor', bool)
     plain = type(tensor) in (Tensor, nn.Parameter)
-    return not plain or tensor.is_meta or is_batched is not bool and is_batched(tensor)
+    return not plain or tensor.is_meta or (is_batched is not bool and is_batched(tensor))
 
 
 def is_hooked(module: nn.Module) -> bool:

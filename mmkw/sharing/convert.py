@@ -23,8 +23,8 @@ from ..layers import (
     static_twins,
 )
 from ..layers.attention import Attention
-from ..layers.static_layers import is_head, read_by_others
 from ..layers.static_classes import STATIC_CLASSES
+from ..layers.static_layers import is_head, read_by_others
 from ..layers.twins import Kernels, has_values
 from ..ops import modes
 from .families import family_rule, is_of_the_paper
@@ -95,22 +95,20 @@ def convert(
         The same network. Inside :func:`static_networks` it is unchanged.
 
     Example:
-        >>> network = mmkw.convert(torchvision.models.resnet18(), cell_num_ratio=2)
-        >>> tuple(network(torch.rand(2, 3, 64, 64)).shape)
-        (2, 1000)
-
-        With a plan:
-
         >>> class Network(torch.nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.first, self.second = torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 16, 3)
+        ...         self.first, self.second = torch.nn.Conv2d(64, 64, 3), torch.nn.Conv2d(64, 64, 3)
         ...
         ...     def forward(self, x):
         ...         return self.second(self.first(x).relu())
+        >>> static, x = Network(), torch.rand(2, 64, 9, 9)
+        >>> network = mmkw.convert(copy.deepcopy(static), cell_num_ratio=2)
+        >>> torch.allclose(network(x), static(x), atol=1e-5)
+        True
         >>> plan = mmkw.SharingPlan.make([('first', 'all'), ('second', 'all')], cell_num_ratio=2)
-        >>> mmkw.convert(Network(), plan)(torch.rand(2, 8, 9, 9)).shape
-        torch.Size([2, 16, 5, 5])
+        >>> mmkw.convert(static, plan)(x).shape
+        torch.Size([2, 64, 5, 5])
 
     Raises:
         ValueError: If ``start_tau`` is neither 0 nor 1.
@@ -125,8 +123,8 @@ def convert(
         raise PlanError(f'{type(network).__name__} has a warehouse_manager: it is converted.')
     if isinstance(network, STATIC_CLASSES):
         raise PlanError(
-            f'The network is itself a layer, a {type(network).__name__}. Make a dynamic layer, such '
-            'as mmkw.KWConv2d, or convert a module that holds it.'
+            f'The network is itself a layer, a {type(network).__name__}. Make a dynamic layer, '
+            'such as mmkw.KWConv2d, or convert a module that holds it.'
         )
     if isinstance(network, nn.Sequential):
         raise PlanError(
