@@ -1,4 +1,4 @@
-"""Replaces parts of MMEngine and mmcv by ours, as soon as those are imported.
+"""Replaces parts of MMEngine, mmcv and Ultralytics by ours, as soon as those are imported.
 
 These parts are the reader and the writer of checkpoints, the function that fuses BatchNorms, and
 the call of constructors of optimizers.
@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from operator import attrgetter
 from types import ModuleType
 
-# For each module of MMEngine or mmcv: the last name that it defines, the name that we replace, and
+# For each module of another library: the last name that it defines, the name that we replace, and
 # our module whose ``take_place`` does this.
 _OURS = {
     'mmengine.runner.checkpoint': (
@@ -39,6 +39,11 @@ _OURS = {
         'DefaultOptimWrapperConstructor',
         'DefaultOptimWrapperConstructor.__call__',
         'mmkw.engine.constructors',
+    ),
+    'ultralytics.nn.tasks': (
+        'guess_model_task',
+        'fuse_conv_and_bn',
+        'mmkw.engine.ultralytics',
     ),
 }
 # Modules whose parts are being replaced. Our modules import others, which calls _catch_up again.

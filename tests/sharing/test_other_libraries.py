@@ -233,3 +233,19 @@ def test_bad_input():
     for wrong in (0, -1):
         with pytest.raises(ValueError, match='length'):
             mmkw.temperature_at(0, wrong)
+
+
+def test_ultralytics():
+    tasks = pytest.importorskip('ultralytics.nn.tasks', exc_type=ImportError)
+    static = with_statistics(tasks.DetectionModel('yolo11n.yaml', verbose=False))
+    network = mmkw.convert(copy.deepcopy(static))
+    predictions = ('model.23.cv2.0.2', 'model.23.cv3.0.2', 'model.23.dfl.conv')
+    for name, module in network.named_modules():
+        assert not (name in predictions and hasattr(module, 'cells'))
+    assert sum(hasattr(module, 'cells') for module in network.modules()) > 40
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = static(x)[0]
+        scale = float(expected.abs().max())
+        for each in (network, copy.deepcopy(network).fuse(verbose=False)):
+            torch.testing.assert_close(each(x)[0], expected, atol=1e-5 * scale, rtol=0)
