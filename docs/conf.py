@@ -25,6 +25,7 @@ autodoc_typehints = 'none'
 autodoc_member_order = 'bysource'
 autosummary_generate = False
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 
 # Files outside docs/ that are pages of the site. On GitHub, links lead to the files.
 INCLUDED = {
