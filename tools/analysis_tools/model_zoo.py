@@ -29,10 +29,9 @@ measured: `python tools/analysis_tools/complexity.py CONFIG`.
 
 ## ImageNet weights
 
-Download the file from the [authors' release](https://github.com/OSVAI/KernelWarehouse) and save it
-under this name; other weights in the tables below are downloaded by themselves. The published detectors
-are for `load_from`, `tools/test.py CONFIG FILE` and MMDetection's `init_detector` and `DetInferencer`,
-as downloaded.
+Download the file and save it under this name; other weights in the tables below are downloaded by
+themselves. The published detectors are for `load_from`, `tools/test.py CONFIG FILE` and
+MMDetection's `init_detector` and `DetInferencer`, as downloaded.
 
 | save as | weights |
 |---|---|
