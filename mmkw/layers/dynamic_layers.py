@@ -371,7 +371,7 @@ class KWConv2d(_KWConvNd):
 
 
 class KWConv3d(_KWConvNd):
-    """Dynamic ``torch.nn.Conv3d``: Tensor[batch, channels, *size]; see :class:`DynamicLayer`.
+    """Dynamic ``torch.nn.Conv3d``: ``Tensor[batch, channels, *size]``; see :class:`DynamicLayer`.
 
     Example:
         >>> layer = mmkw.KWConv3d(16, 32, 3, padding=1)

@@ -13,7 +13,7 @@ from .warm_start import check_start_tau
 
 
 class CellList(nn.ParameterList):
-    """The cells of all warehouses, a list of Tensor[cells, cell_out, cell_in, *cell_kernel].
+    """The cells of all warehouses, a list of ``Tensor[cells, cell_out, cell_in, *cell_kernel]``.
 
     ``torch.nn.utils.prune`` and parametrisations work on this list as on any module. The names of
     its parameters are ``'0'``, ``'1'``, ...
@@ -65,7 +65,7 @@ class WarehouseManager(nn.Module):
         start_tau: The temperature of a warm start.
         keeps_start: Whether the cells keep their start when an initialiser sets a static kernel.
             True for the paper's networks, False by default.
-        weights: CellList of Tensor[cells, cell_out, cell_in, *cell_kernel].
+        weights: CellList of ``Tensor[cells, cell_out, cell_in, *cell_kernel]``.
     """
 
     def __init__(self, partitions: Sequence[WarehousePartition], start_tau: float = 0.0) -> None:

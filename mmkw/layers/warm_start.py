@@ -50,10 +50,10 @@ def warm_start(
 
     Args:
         partition: The warehouse.
-        kernels: Static kernels, Tensor[out, in, *kernel_size], by layer. The cells of other layers
-            do not change. With ``b < 1`` at tau = 0 they may change, too.
+        kernels: Static kernels, ``Tensor[out, in, *kernel_size]``, by layer. The cells of other
+            layers do not change. With ``b < 1`` at tau = 0 they may change, too.
         attentions: The attentions of the same layers. They change at tau = 0 only.
-        cells: Tensor[cells, cell_out, cell_in, *cell_kernel], the current cells.
+        cells: ``Tensor[cells, cell_out, cell_in, *cell_kernel]``, the current cells.
         tau: 0 or 1.
 
     Returns:

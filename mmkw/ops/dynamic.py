@@ -45,7 +45,7 @@ def apply_mixed(
         x: Tensor[batch, ...], the images or tokens. Under autocast the images and the kernels are
             cast, but mixing has the precision of the cells.
         attention: Tensor[batch, mixtures, cells].
-        cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
+        cells: ``Tensor[cells, cell_out, cell_in, *cell_kernel]``.
         grid: Cells of the kernel along ``(*spatial, out, in)``.
         sample_map: The map that applies the kernels.
         bias: Bias of the map, shared by the images.

@@ -14,12 +14,12 @@ def mix_cells(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
 
     Args:
         attention: Tensor[batch, mixtures, cells], any real values.
-        cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
+        cells: ``Tensor[cells, cell_out, cell_in, *cell_kernel]``.
         grid: How many cells the kernel has along ``(*spatial, out, in)``; their product is
             ``mixtures``.
 
     Returns:
-        Tensor[batch, out * cell_out, in * cell_in, *(spatial * cell_kernel)].
+        ``Tensor[batch, out * cell_out, in * cell_in, *(spatial * cell_kernel)]``.
     """
     rows = attention.flatten(0, 1) @ cells.flatten(1)
     return assemble(rows.view(-1, math.prod(grid), *cells.shape[1:]), grid)
