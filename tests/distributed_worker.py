@@ -5,12 +5,11 @@ import os
 
 import torch
 import torch.distributed as dist
-from mmengine.model import MMDistributedDataParallel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import mmkw
 from mmkw import SharingPlan, convert
-from mmkw.backbones import KWResNet
 
 
 class Chain(nn.Module):
@@ -30,7 +29,7 @@ def make_network(with_cp, tau):
     from mmkw.layers import set_temperature
 
     torch.manual_seed(0)
-    network = KWResNet(
+    network = mmkw.KWResNet(
         18, base_channels=8, norm_eval=True, frozen_stages=1, cell_num_ratio=2, with_cp=with_cp
     )
     set_temperature(network, tau)
@@ -132,6 +131,8 @@ def work(rank, port, path, with_cp, tau):
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group('gloo', rank=rank, world_size=2)
+    from mmengine.model import MMDistributedDataParallel
+
     network = MMDistributedDataParallel(make_network(with_cp, tau), broadcast_buffers=False)
     for _ in range(2):
         # DDP reports parameters that took no part in a step at the start of the next.
