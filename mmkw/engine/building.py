@@ -12,6 +12,31 @@ from torch import nn
 from ..sharing import is_converted
 
 
+def read_config(name: str) -> Config:
+    """Reads a config.
+
+    Args:
+        name: A file, or ``PACKAGE::CONFIG`` as in ``_base_``.
+
+    Returns:
+        The config.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If no such package has configs, or it is not installed.
+
+    Example:
+        ``read_config('mmkw::mask_rcnn/mask-rcnn_kw1x-r50_fpn_adamw-1x_coco.py')``
+    """
+    if '::' not in name:
+        return Config.fromfile(name)
+    try:
+        path, _ = Config._get_cfg_path(name, '')
+    except (AssertionError, ModuleNotFoundError) as error:
+        raise ValueError(str(error)) from error
+    return Config.fromfile(path)
+
+
 def build_model(config: Config, on_meta: bool = False) -> nn.Module:
     """Builds the model of a config with random weights. Pretrained weights are not loaded.
 
