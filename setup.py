@@ -91,7 +91,11 @@ setup(
         'mmkw': ['py.typed', '.mim/*.yml', '.mim/configs/**/*', '.mim/tools/**/*'],
         'mmkw.ops': ['csrc/*'],
     },
-    exclude_package_data={'': ['*.pyc']},
+    # Of the tools those that need a clone, or the network.
+    exclude_package_data={
+        '': ['*.pyc'],
+        'mmkw': [f'.mim/tools/{name}' for name in ('demo.py', 'setup_env.sh', 'check_install.sh')],
+    },
     python_requires='>=3.10',
     install_requires=[requirement('torch'), 'numpy'],
     extras_require={
@@ -100,14 +104,15 @@ setup(
         'seg': [*OPENMMLAB, requirement('mmsegmentation'), 'ftfy>=6,<7', 'regex>=2023'],
         'cls': [*OPENMMLAB, 'mmpretrain>=1.0,<1.3'],
         'safetensors': [SAFETENSORS],
-        'docs': ['sphinx>=8,<9', 'myst-parser>=4,<5', 'furo>=2024.8'],
+        'docs': ['sphinx>=8,<10', 'myst-parser>=4,<6', 'furo>=2024.8'],
         # Tests, checks and the demo's data set, made from images inside these packages.
         'dev': [
             'pytest>=8,<10',
             'pytest-xdist>=3.5,<4',
             'hypothesis>=6,<7',
             'ruff>=0.17,<0.18',
-            'mypy>=1.18,<2',
+            'mypy>=2.4,<3',
+            'pre-commit>=4,<5',
             'types-PyYAML',
             'scikit-image>=0.22,<1',
             'scikit-learn>=1.3,<2',

@@ -33,7 +33,7 @@ print('\n'.join(f'{n}=={v[2]}' for n, v in supported.items() if n in sys.argv[1:
 tested > "$VENV/constraints.txt"
 # mmcv is compiled against the installed torch where there is no wheel of it: 10 to 20 minutes on
 # two cores. ninja compiles on all of them.
-pip install 'setuptools>=77,<82' wheel ninja "$(tested torch)"
+pip install 'setuptools>=64,<82' wheel ninja "$(tested torch)"
 pip install --no-build-isolation "$(tested mmcv)"
 pip install --no-build-isolation -c "$VENV/constraints.txt" -e '.[det,seg,dev]'
 touch "$stamp"

@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         import_module(f'.{args.command}', __name__).main(args.arguments)
     except ModuleNotFoundError as error:
+        package = str(error.name).partition('.')[0]
         parser.error(
-            f'mmkw {args.command} needs {str(error.name).partition(".")[0]}, which is not installed. '
+            f'mmkw {args.command} needs {package}, which is not installed. '
             "Run: pip install 'mmkw[det]' or pip install 'mmkw[seg]'"
         )
     except UnsupportedVersionError as error:

@@ -17,10 +17,9 @@ from .gradient import CellSum
 from .kernels import assembled_shape, cut, flops_of_mixing
 from .mixing import Mixing
 
-
 # Without the cache, because pip keeps there what it has built without kernels.
 _REMEDY = (
-    "To have them, with a C++ compiler: pip install 'setuptools>=77,<82' && pip install "
+    "To have them, with a C++ compiler: pip install 'setuptools>=64,<82' && pip install "
     '--no-build-isolation --no-cache-dir --no-deps --force-reinstall mmkw'
 )
 

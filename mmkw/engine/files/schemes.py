@@ -22,7 +22,7 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from .contents import take
 
 # Addresses of torchvision 0.12, which MMEngine keeps for the plain names.
-_TORCHVISION = osp.join('hub', 'torchvision_0.12.json')
+TORCHVISION_URLS = osp.join(osp.dirname(mmengine.__file__), 'hub', 'torchvision_0.12.json')
 _loaders: dict[tuple[str, ...], Callable] = {}
 
 
@@ -102,7 +102,7 @@ def load_from_torchvision(filename: str, map_location: Any = None) -> dict[str, 
         urls = mmengine_checkpoint.get_torchvision_models()
     except (ImportError, RuntimeError, OSError) as error:
         # It is not installed, or built for another torch. The plain names are also in MMEngine.
-        urls = mmengine.load(osp.join(osp.dirname(mmengine.__file__), _TORCHVISION))
+        urls = mmengine.load(TORCHVISION_URLS)
         if filename.partition('://')[2] not in urls:
             raise ImportError(
                 f'{filename}: torchvision is needed for this name, and it does not import '
