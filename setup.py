@@ -10,8 +10,24 @@ from setuptools import find_packages, setup
 SAFETENSORS = 'safetensors>=0.4,<1'
 ROOT = Path(__file__).parent
 requirement = runpy.run_path(str(ROOT / 'mmkw' / 'requirements.py'))['requirement']
-# MMEngine imports pkg_resources, which setuptools 82 dropped.
-OPENMMLAB = [requirement('mmengine'), requirement('mmcv'), 'setuptools<82']
+
+
+def libraries() -> dict[str, list[str]]:
+    """The extras that join mmkw to OpenMMLab's libraries, or to OneDL's releases of them."""
+    extras = {}
+    for task, name, onedl in (
+        ('det', 'mmdet', 'mmdetection'),
+        ('seg', 'mmsegmentation', 'mmsegmentation'),
+        ('cls', 'mmpretrain', 'mmpretrain'),
+    ):
+        # mmsegmentation imports ftfy and regex without asking for them.
+        more = ['ftfy>=6,<7', 'regex>=2023'] if task == 'seg' else []
+        needed = [requirement(library) for library in ('mmengine', 'mmcv', name)]
+        # OpenMMLab's MMEngine imports pkg_resources, which setuptools 82 dropped.
+        extras[task] = [*needed, *more, 'setuptools<82']
+        needed = [requirement(f'onedl-{library}') for library in ('mmengine', 'mmcv', onedl)]
+        extras[f'onedl-{task}'] = [*needed, *more]
+    return extras
 
 
 def native_extension() -> dict:
@@ -99,10 +115,7 @@ setup(
     python_requires='>=3.10',
     install_requires=[requirement('torch'), 'numpy'],
     extras_require={
-        'det': [*OPENMMLAB, requirement('mmdet')],
-        # mmsegmentation imports ftfy and regex without asking for them.
-        'seg': [*OPENMMLAB, requirement('mmsegmentation'), 'ftfy>=6,<7', 'regex>=2023'],
-        'cls': [*OPENMMLAB, 'mmpretrain>=1.0,<1.3'],
+        **libraries(),
         'safetensors': [SAFETENSORS],
         'docs': ['sphinx>=8,<10', 'myst-parser>=4,<6', 'furo>=2024.8'],
         # Tests, checks and the demo's data set, made from images inside these packages.
