@@ -105,5 +105,5 @@ class _Finder(MetaPathFinder):
             execute(module)
             _catch_up()
 
-        spec.loader.exec_module = execute_both
+        spec.loader.exec_module = execute_both  # type: ignore[method-assign]
         return spec

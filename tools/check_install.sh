@@ -70,14 +70,14 @@ python - <<'PY'
 from mmengine.config import Config
 from mmkw.engine.building import read_config
 config = Config.fromfile('my_config.py')
-small = read_config('mmkw::configs/demo/mask-rcnn_r18_fpn_mini-coco.py'.replace('configs/', ''))
+small = read_config('mmkw::demo/mask-rcnn_r18_fpn_mini-coco.py')
 for part in ('train', 'val', 'test'):
     config[f'{part}_dataloader'] = small[f'{part}_dataloader']
-    if part != 'train':
-        config[f'{part}_evaluator'] = small[f'{part}_evaluator']
-for part in ('train', 'val', 'test'):
     config[f'{part}_dataloader'].num_workers = 0
     config[f'{part}_dataloader'].persistent_workers = False
+    if part != 'train':
+        config[f'{part}_evaluator'] = small[f'{part}_evaluator']
+        config[f'{part}_evaluator'].metric = 'bbox'
 config.model.roi_head.bbox_head.num_classes = 10
 # The weights are downloaded; here from nothing.
 config.model.backbone.init_cfg = None

@@ -235,8 +235,8 @@ def print_budgets(
     for network, partition in places:
         found = {budget: cost(partition, network, budget) for budget in BUDGETS}
         costs.append({budget: price for budget, price in found.items() if price is not None})
-    now = [cost(p, network, p.options.cell_num_ratio) for network, p in places]
-    fixed = dynamic - sum(now)
+    now = (cost(p, network, p.options.cell_num_ratio) for network, p in places)
+    fixed = dynamic - sum(price for price in now if price is not None)
     budgets = solve(costs, target - fixed)
     if budgets is None:
         least = fixed + sum(min(prices.values()) for prices in costs)

@@ -1,7 +1,7 @@
 """Builds the models of configs for tools that do not train them."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def dicts_of(place: str, cfg: Any) -> Iterator[tuple[str, dict]]:
     Yields:
         The name of a dict, such as ``model.backbone``, and the dict.
     """
-    items = enumerate(cfg) if isinstance(cfg, (list, tuple)) else ()
+    items: Iterable[tuple[Any, Any]] = enumerate(cfg) if isinstance(cfg, (list, tuple)) else ()
     if isinstance(cfg, dict):
         yield place, cfg
         items = list(cfg.items())

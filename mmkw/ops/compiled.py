@@ -29,7 +29,7 @@ def _load() -> str | None:
     if find_spec('mmkw.ops._native') is None:
         return f'they were not built. {_REMEDY}'
     try:
-        from . import _native
+        from . import _native  # type: ignore[attr-defined]
     except ImportError as error:
         return f'they do not load ({error}): they were built for another torch. {_REMEDY}'
     built_for = getattr(_native, 'TORCH', 'of long ago')
@@ -45,7 +45,7 @@ MISSING = _load()
 
 def cpu_level() -> str:
     """The generation of processors that the kernels are used for, by PyTorch's names."""
-    from . import _native
+    from . import _native  # type: ignore[attr-defined]
 
     return _native.CPU_LEVEL
 
@@ -95,7 +95,7 @@ class CompiledMixing(Mixing):
         grad_attention = torch.ops.mmkw.mix_backward(
             gradients, attention, self.cells, self.grid, mixed, rows
         )
-        if total is not None:
+        if total is not None and rows is not None:
             total.add(attention, rows, waits=place is not None)
         kernels = mixed if kept is None else kept
         return grad_attention, self.mixed(attention, kernels) if again else iter(())
