@@ -8,6 +8,7 @@ demo-seg: env
 	.venv/bin/python tools/demo.py segmentation
 
 test: env
+	.venv/bin/mypy
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist worksteal

@@ -1,7 +1,7 @@
 """Replaces parts of MMEngine, mmcv and Ultralytics by ours, as soon as those are imported.
 
-These parts are the reader and the writer of checkpoints, the function that fuses BatchNorms, and
-the call of constructors of optimizers.
+These parts are the reader and the writer of checkpoints, the function that fuses BatchNorms, the
+call of constructors of optimizers, and what looks up the names of configs and models.
 
 If mmkw is installed, PyTorch calls :func:`install` at the end of ``import torch`` (the entry point
 in ``setup.py``). Otherwise ``import mmkw`` calls it. So a checkpoint is read as data even if nobody
@@ -17,9 +17,24 @@ from importlib.util import find_spec
 from operator import attrgetter
 from types import ModuleType
 
-# For each module of another library: the last name that it defines, the name that we replace, and
-# our module whose ``take_place`` does this.
+# For each module of another library: the last name that it defines, the name that we replace, or the
+# table that we add to, and our module whose ``take_place`` does this.
 _OURS = {
+    'mmengine.config.utils': (
+        '_gather_abs_import_lazyobj',
+        'MODULE2PACKAGE',
+        'mmkw.engine.names',
+    ),
+    'mmengine.config.config': (
+        'read_base',
+        'Config._get_cfg_path',
+        'mmkw.engine.names',
+    ),
+    'mmengine.infer.infer': (
+        'BaseInferencer',
+        'BaseInferencer._load_model_from_metafile',
+        'mmkw.engine.names',
+    ),
     'mmengine.runner.checkpoint': (
         'find_latest_checkpoint',
         'load_from_local',
@@ -63,7 +78,8 @@ def _catch_up() -> None:
         if name in _busy or not hasattr(theirs, last):
             continue
         # The current module is checked on every call, because it may have been reloaded.
-        if attrgetter(taken)(theirs).__module__ != ours:
+        part = attrgetter(taken)(theirs)
+        if 'mmkw' not in part if isinstance(part, dict) else part.__module__ != ours:
             _busy.add(name)
             try:
                 import_module(ours).take_place(theirs)
@@ -94,5 +110,5 @@ class _Finder(MetaPathFinder):
             execute(module)
             _catch_up()
 
-        spec.loader.exec_module = execute_both
+        spec.loader.exec_module = execute_both  # type: ignore[method-assign]
         return spec

@@ -1,4 +1,4 @@
-"""``python -m mmkw.info`` prints the installed versions and which kernels compute."""
+"""``mmkw info`` prints the installed versions and which kernels compute."""
 
 import platform
 from pathlib import Path
@@ -14,7 +14,7 @@ def report() -> str:
         Lines, each with a name and its description.
 
     Example:
-        ``print(mmkw.info.report())``, or ``python -m mmkw.info`` in a shell.
+        ``print(mmkw.info.report())``, or ``mmkw info`` in a shell.
     """
     lines = [
         ('mmkw', f'{__version__}, in {Path(__file__).parent}'),
@@ -47,7 +47,3 @@ def _of_operators() -> list[tuple[str, str]]:
         ),
         ('GPU', gpu),
     ]
-
-
-if __name__ == '__main__':
-    print(report())

@@ -1,4 +1,4 @@
-"""What ``python -m mmkw.info`` says is so."""
+"""What ``mmkw info`` says is so."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from mmkw.ops.compiled import MISSING
 
 def lines_of(root, **environment):
     result = subprocess.run(
-        [sys.executable, '-m', 'mmkw.info'],
+        [sys.executable, '-m', 'mmkw', 'info'],
         capture_output=True,
         text=True,
         check=True,

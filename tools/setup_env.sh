@@ -2,11 +2,17 @@
 # Makes the virtual environment .venv with everything that the tests and the demo need, in the
 # versions the project is tested with. Safe to repeat: done once, it does nothing; interrupted, it
 # starts over (downloads and what was compiled are kept by pip's cache).
-#   [PYTHON=python3] [VENV=.venv] tools/setup_env.sh
+#   [PYTHON=python3] [VENV=.venv] tools/setup_env.sh           OpenMMLab's releases
+#   [PYTHON=python3] [VENV=.venv-onedl] tools/setup_env.sh onedl    OneDL's
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-VENV=${VENV:-.venv}
+case "${1:-}" in
+    '') prefix= ;;
+    onedl) prefix=onedl- ;;
+    *) echo "tools/setup_env.sh takes onedl or nothing, not $1" >&2; exit 2 ;;
+esac
+VENV=${VENV:-.venv${1:+-$1}}
 
 # Prebuilt wheels beside the checkout spare the compilation of mmcv.
 if [ -d ../shared/wheels ]; then
@@ -25,15 +31,21 @@ fi
 echo "Setting up $VENV"
 "$PYTHON" -m venv --clear "$VENV"
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+# The tested versions, name==version; of all distributions of this stack, or of one module.
 tested() {
     "$VENV/bin/python" -c "import runpy, sys
+prefix, *modules = sys.argv[1:]
 supported = runpy.run_path('mmkw/requirements.py')['SUPPORTED']
-print('\n'.join(f'{n}=={v[2]}' for n, v in supported.items() if n in sys.argv[1:] or not sys.argv[1:]))" "$@"
+for module, distributions in supported.items():
+    for name, versions in distributions.items():
+        ours = name.startswith('onedl-') == bool(prefix) or module == 'torch'
+        if ours and module in (modules or supported):
+            print(f'{name}=={versions.tested}')" "$prefix" "$@"
 }
 tested > "$VENV/constraints.txt"
 # mmcv is compiled against the installed torch where there is no wheel of it: 10 to 20 minutes on
 # two cores. ninja compiles on all of them.
-pip install 'setuptools>=64,<81' wheel ninja "$(tested torch)"
+pip install 'setuptools>=64,<82' wheel ninja "$(tested torch)"
 pip install --no-build-isolation "$(tested mmcv)"
-pip install --no-build-isolation -c "$VENV/constraints.txt" -e '.[det,seg,dev]'
+pip install --no-build-isolation -c "$VENV/constraints.txt" -e ".[${prefix}det,${prefix}seg,dev]"
 touch "$stamp"

@@ -148,7 +148,7 @@ def mobilenet_v2_names(
         number = re.fullmatch(r'[0-9]{1,3}', name.partition('.')[0])
         if not key.startswith(f'{prefix}features.') or number is None:
             continue
-        index, _, rest = name.partition('.')
+        index, rest = number[0], name.partition('.')[2]
         if int(index) in (0, len(places) - 1):
             translated = _single(rest)
         elif int(index) < len(places):

@@ -31,18 +31,19 @@ def drop_path_rates(rate: float | Sequence[float], blocks: int) -> list[float]:
         TypeError: If a rate is not a number.
     """
     several = isinstance(rate, Sequence) and not isinstance(rate, str)
-    for value in rate if several else [rate]:
+    rates: Any = rate if several else [rate]
+    for value in rates:
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(
                 f'drop_path_rate must be a number, or one for every block, got {rate!r}.'
             )
-        if not 0 <= value < 1:
+        if not 0 <= float(value) < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {value!r}.')
     if not several:
-        return [rate * index / max(blocks - 1, 1) for index in range(blocks)]
-    if len(rate) != blocks:
-        raise ValueError(f'drop_path_rate has {len(rate)} values, the network {blocks} blocks.')
-    return list(rate)
+        return [rates[0] * index / max(blocks - 1, 1) for index in range(blocks)]
+    if len(rates) != blocks:
+        raise ValueError(f'drop_path_rate has {len(rates)} values, the network {blocks} blocks.')
+    return list(rates)
 
 
 def add_drop_path(blocks: Sequence[nn.Module], rate: float | Sequence[float]) -> None:

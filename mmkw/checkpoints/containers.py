@@ -200,7 +200,10 @@ def _content(file: BinaryIO, info: zipfile.ZipInfo, checked: bool) -> torch.Tens
     content = torch.empty(info.file_size, dtype=torch.uint8)
     memory = _memory(content)
     read = 0
-    while read < len(memory) and (count := file.readinto(memory[read:])):
+    while read < len(memory):
+        count = file.readinto(memory[read:])  # type: ignore[attr-defined]
+        if not count:
+            break
         read += count
     if read < len(memory):
         raise DamagedCheckpointError(f'is damaged: it ends early, within {name}')

@@ -136,7 +136,7 @@ def stage_of(name: str) -> str:
     Args:
         name: Name of a module, such as ``stages.2.blocks.1``.
     """
-    return re.match(r'(.*?\d[^.]*)?', name)[0]
+    return name[: match.end()] if (match := re.match(r'.*?\d[^.]*', name)) else ''
 
 
 def load_static(
@@ -180,7 +180,7 @@ def told(kernels: int, errors: dict[str, float], start_tau: float) -> str:
         errors: The errors of :func:`~mmkw.layers.warm_start` by the warehouses' names.
         start_tau: The temperature of the start.
     """
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=errors.__getitem__)
     exact = 'exactly'
     if errors[worst] > 0:
         exact = (

@@ -197,7 +197,8 @@ class Values:
         if type(call.state) is Mapping:
             attributes = self.build(call.state, (*place, '_metadata'))
             if '_metadata' in attributes:
-                value._metadata = _versions(attributes['_metadata'])
+                metadata = _versions(attributes['_metadata'])
+                value._metadata = metadata  # type: ignore[attr-defined]
         return value
 
     def _counter(self, call: Call, arguments: tuple, place: tuple[Any, ...]) -> Counter:

@@ -1,7 +1,7 @@
 """Builds the models of configs for tools that do not train them."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,31 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from ..sharing import is_converted
+
+
+def read_config(name: str) -> Config:
+    """Reads a config.
+
+    Args:
+        name: A file, or ``PACKAGE::CONFIG`` as in ``_base_``.
+
+    Returns:
+        The config.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If no such package has configs, or it is not installed.
+
+    Example:
+        ``read_config('mmkw::mask_rcnn/mask-rcnn_kw1x-r50_fpn_adamw-1x_coco.py')``
+    """
+    if '::' not in name:
+        return Config.fromfile(name)
+    try:
+        path, _ = Config._get_cfg_path(name, '')
+    except (AssertionError, ModuleNotFoundError) as error:
+        raise ValueError(str(error)) from error
+    return Config.fromfile(path)
 
 
 def build_model(config: Config, on_meta: bool = False) -> nn.Module:
@@ -50,7 +75,7 @@ def dicts_of(place: str, cfg: Any) -> Iterator[tuple[str, dict]]:
     Yields:
         The name of a dict, such as ``model.backbone``, and the dict.
     """
-    items = enumerate(cfg) if isinstance(cfg, (list, tuple)) else ()
+    items: Iterable[tuple[Any, Any]] = enumerate(cfg) if isinstance(cfg, (list, tuple)) else ()
     if isinstance(cfg, dict):
         yield place, cfg
         items = list(cfg.items())

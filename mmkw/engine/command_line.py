@@ -13,7 +13,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from .building import dicts_of
+from .building import dicts_of, read_config
 
 # Weights to download, by the names under which the configs expect them.
 PUBLISHED_WEIGHTS = {
@@ -34,7 +34,9 @@ PUBLISHED_WEIGHTS = {
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that training and testing share."""
-    parser.add_argument('config', help='config file, of MMDetection or MMSegmentation')
+    parser.add_argument(
+        'config', help='config file, or PACKAGE::CONFIG such as mmkw::mask_rcnn/...'
+    )
     parser.add_argument('--work-dir', help='folder for logs and results')
     parser.add_argument(
         '--cfg-options',
@@ -66,7 +68,7 @@ def load_config(args: argparse.Namespace) -> Config:
     ``work_dirs/NAME`` with the config's name.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    config = Config.fromfile(args.config)
+    config = read_config(args.config)
     config.merge_from_dict(args.cfg_options)
     config.launcher = args.launcher
     name = osp.splitext(osp.basename(args.config))[0]

@@ -53,4 +53,4 @@ def take_place(theirs: ModuleType) -> None:
     # Other modules may have imported the function by name. These references are replaced, too.
     for importer in list(sys.modules.values()):
         if getattr(importer, '__dict__', {}).get('fuse_conv_bn') is walk:
-            importer.fuse_conv_bn = fuse_conv_bn
+            importer.fuse_conv_bn = fuse_conv_bn  # type: ignore[attr-defined]

@@ -65,7 +65,7 @@ def signature_of(static_class: type[nn.Module], norm_cfg: dict) -> inspect.Signa
         norm_cfg: The default of ``attention_norm_cfg``.
     """
     _, *own = inspect.signature(static_class.__init__).parameters.values()
-    options = dict(attention_norm_cfg=(norm_cfg, dict))
+    options: dict[str, tuple[Any, Any]] = dict(attention_norm_cfg=(norm_cfg, dict))
     options |= {field.name: (field.default, field.type) for field in fields(WarehouseOptions)}
     kind = inspect.Parameter.KEYWORD_ONLY
     more = [

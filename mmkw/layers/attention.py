@@ -193,7 +193,7 @@ class Attention(nn.Module):
         norm, fc1, fc2 = self.norm1, self.fc1, self.fc2
         if self.temperature > 0 or self.has_nonlocal_basis or not all(map(_is_as_made, (fc1, fc2))):
             return None
-        statistics = (None, None)
+        statistics: tuple[Tensor | None, Tensor | None] = (None, None)
         if isinstance(norm, modes.BATCH_NORM):
             if norm.training or norm.running_mean is None:
                 return None

@@ -289,7 +289,8 @@ class _KWConvNd(DynamicLayer):
         self.padding_mode = static.padding_mode
         # F.pad pads before the convolution where the convolution itself cannot. The last dimension
         # comes first.
-        self._pads_by_size = kind_of(type(static)) is Kind.PADS_BY_SIZE
+        kind = kind_of(type(static))  # type: ignore[arg-type]
+        self._pads_by_size = kind is Kind.PADS_BY_SIZE
         self._explicit_padding = modes.padding_of(static)
         begins, ends = self._explicit_padding[::2], self._explicit_padding[1::2]
         uneven = self._pads_by_size or begins != ends
@@ -427,7 +428,9 @@ class KWLinear(DynamicLayer):
         return self._map(x, pooled)
 
 
-_DYNAMIC = {layer.static_class: layer for layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear)}
+_DYNAMIC: dict[Any, type[DynamicLayer]] = {
+    layer.static_class: layer for layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear)
+}
 
 
 def dynamic_class(layer: nn.Module) -> type[DynamicLayer] | None:

@@ -261,7 +261,8 @@ def _assign(start: int, mixtures: int, ratio: float) -> tuple[tuple[int | None, 
         step = int(ratio)
         return tuple(start + i * step for i in range(mixtures)), mixtures * step
     period = int(1 / ratio)
-    assigned, own = [], 0
+    assigned: list[int | None] = []
+    own = 0
     for i in range(mixtures):
         if i % period == (i // period) % period:
             assigned.append(start + own)

@@ -46,7 +46,8 @@ def base_class(layer: nn.Module) -> type[nn.Module] | None:
     weight = layer._parameters.get('weight')
     if base is None or weight is None or is_lazy(weight):
         return None
-    return None if kind_of(type(layer)) is Kind.OTHER else base
+    kind = kind_of(type(layer))  # type: ignore[arg-type]
+    return None if kind is Kind.OTHER else base
 
 
 @cache

@@ -118,7 +118,8 @@ def read_by_others(network: nn.Module) -> dict[str, str]:
     """
     found = {}
     for name, module in network.named_modules():
-        for child in _weights_read(type(module)) & set(module._modules):
+        read = _weights_read(type(module))  # type: ignore[arg-type]
+        for child in read & set(module._modules):
             found[f'{name}.{child}'.lstrip('.')] = type(module).__name__
     return found
 

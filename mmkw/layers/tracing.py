@@ -3,12 +3,11 @@
 from typing import Any
 
 from torch import nn
-from torch.fx import Proxy
 
 from ..ops import modes
 
 
-def recorded(module: nn.Module, *inputs: Any) -> Proxy:
+def recorded(module: nn.Module, *inputs: Any) -> Any:
     """Records one call of a module in the graph that ``torch.fx`` is tracing.
 
     The tracers of ``torch.fx`` record what happens inside every module outside ``torch.nn``. This

@@ -19,7 +19,7 @@ class CellList(nn.ParameterList):
     its parameters are ``'0'``, ``'1'``, ...
     """
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         """The current cells of a warehouse."""
         # Pruning computes pruned cells in a forward pre-hook. A list has no forward pass, so the
         # hooks run when the cells are read.

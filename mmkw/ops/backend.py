@@ -9,8 +9,10 @@ The choice is made once per call, for the forward and the backward pass together
 ``MMKW_COMPILED=0`` in the environment, or :func:`use_compiled`, switches the compiled kernels off.
 """
 
+import logging
 import os
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -39,13 +41,23 @@ def why_not_compiled() -> str | None:
     return MISSING
 
 
+@cache
+def _tell(missing: str) -> None:
+    """Writes to the log, once, that PyTorch computes what the compiled kernels could."""
+    logging.getLogger('mmkw').warning('mmkw computes without its CPU kernels: %s', missing)
+
+
 def is_compiled(*tensors: Tensor | None) -> bool:
     """Whether the compiled kernels can take these tensors: float32 on the CPU.
 
     Args:
         *tensors: Of any shapes.
     """
-    return why_not_compiled() is None and all(
+    return why_not_compiled() is None and _could_be_compiled(*tensors)
+
+
+def _could_be_compiled(*tensors: Tensor | None) -> bool:
+    return all(
         tensor.dtype == torch.float32 and tensor.device.type == 'cpu'
         for tensor in tensors
         if tensor is not None
@@ -68,6 +80,8 @@ def mixing_of(x: Tensor, attention: Tensor, cells: Tensor, grid: Sequence[int]) 
         return None
     if is_compiled(attention, cells) and CompiledMixing.serves(cells, grid):
         return CompiledMixing(cells, grid)
+    if MISSING is not None and _switched_on and _could_be_compiled(attention, cells):
+        _tell(MISSING)
     return Mixing(cells, grid)
 
 

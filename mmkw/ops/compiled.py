@@ -6,7 +6,6 @@ values, the gradient, floating-point operations. :class:`CompiledMixing` is
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -18,24 +17,25 @@ from .gradient import CellSum
 from .kernels import assembled_shape, cut, flops_of_mixing
 from .mixing import Mixing
 
+# Without the cache, because pip keeps there what it has built without kernels.
+_REMEDY = (
+    "To have them, with a C++ compiler: pip install 'setuptools>=64,<82' && pip install "
+    '--no-build-isolation --no-cache-dir --no-deps --force-reinstall mmkw'
+)
+
 
 def _load() -> str | None:
     """Loads the library. Returns the reason if that is not possible, else None."""
     if find_spec('mmkw.ops._native') is None:
-        return (
-            'they were not built; install with pip install --no-build-isolation where torch and a '
-            'C++ compiler are'
-        )
+        return f'they were not built. {_REMEDY}'
     try:
-        from . import _native  # noqa: F401  (registers torch.ops.mmkw)
+        from . import _native  # type: ignore[attr-defined]
     except ImportError as error:
-        warnings.warn(
-            f"mmkw's CPU kernels do not load ({error}). They were built for another torch; "
-            'PyTorch computes instead, more slowly. Install mmkw again, with pip install '
-            '--no-build-isolation.',
-            stacklevel=2,
-        )
-        return f'they do not load: {error}'
+        return f'they do not load ({error}): they were built for another torch. {_REMEDY}'
+    built_for = getattr(_native, 'TORCH', 'of long ago')
+    if built_for.split('.')[:2] != torch.__version__.split('.')[:2]:
+        # PyTorch's C++ classes change between releases, without an error on loading.
+        return f'they were built for torch {built_for}, not {torch.__version__}. {_REMEDY}'
     return None
 
 
@@ -45,7 +45,7 @@ MISSING = _load()
 
 def cpu_level() -> str:
     """The generation of processors that the kernels are used for, by PyTorch's names."""
-    from . import _native
+    from . import _native  # type: ignore[attr-defined]
 
     return _native.CPU_LEVEL
 
@@ -95,7 +95,7 @@ class CompiledMixing(Mixing):
         grad_attention = torch.ops.mmkw.mix_backward(
             gradients, attention, self.cells, self.grid, mixed, rows
         )
-        if total is not None:
+        if total is not None and rows is not None:
             total.add(attention, rows, waits=place is not None)
         kernels = mixed if kept is None else kept
         return grad_attention, self.mixed(attention, kernels) if again else iter(())

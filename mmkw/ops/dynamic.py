@@ -199,10 +199,12 @@ def _backward_plainly(
     with torch.enable_grad():
         # New views, so that differentiation ends here. The attention is computed from the images,
         # and differentiation must not continue through that.
-        operands = [None if t is None else t.view_as(t) for t in (x, attention, cells, bias)]
-        result = _apply_plainly(*operands, ctx.settings)
+        x, attention, cells = (tensor.view_as(tensor) for tensor in (x, attention, cells))
+        bias = None if bias is None else bias.view_as(bias)
+        result = _apply_plainly(x, attention, cells, bias, ctx.settings)
     needed = ctx.needs_input_grad[:4]
-    inputs = [tensor for tensor, need in zip(operands, needed) if need]
+    operands = (x, attention, cells, bias)
+    inputs = [tensor for tensor, need in zip(operands, needed) if need and tensor is not None]
     again = torch.is_grad_enabled()
     gradients = iter(torch.autograd.grad(result, inputs, grad, create_graph=again))
     return tuple(next(gradients) if need else None for need in needed)

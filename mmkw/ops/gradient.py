@@ -134,18 +134,18 @@ class CellSum:
         else:
             self._add_product(weights, rows.flatten(0, 1))
 
-    def total(self) -> Tensor:
-        """The sum of everything added, shaped like the cells."""
+    def total(self) -> Tensor | None:
+        """The sum of everything added, shaped like the cells; None if nothing was added."""
         self._flush()
         return self._sum
 
     def _flush(self) -> None:
-        if self._waiting:
+        if self._rows is not None and self._waiting:
             self._add_product(torch.cat(self._weights), self._rows[: self._waiting])
             self._weights, self._waiting = [], 0
 
     def _add_product(self, weights: Tensor, rows: Tensor) -> None:
         begin = self._sum is None
-        if begin:
+        if self._sum is None:
             self._sum = torch.empty_like(self._cells, memory_format=torch.contiguous_format)
         self._add_to_cells(weights, rows, self._sum, begin)

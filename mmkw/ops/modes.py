@@ -30,7 +30,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def is_compiling() -> bool:
     """Whether ``torch.compile`` or ``torch.export`` is tracing."""
-    compiler = getattr(torch, 'compiler', None)
+    compiler: Any = getattr(torch, 'compiler', None)
     if hasattr(compiler, 'is_compiling'):
         return compiler.is_compiling()
     return torch._dynamo.is_compiling()
@@ -38,7 +38,7 @@ def is_compiling() -> bool:
 
 def is_exporting() -> bool:
     """Whether ``torch.export`` or ``torch.jit.trace`` records PyTorch's own operators."""
-    compiler = getattr(torch, 'compiler', None)
+    compiler: Any = getattr(torch, 'compiler', None)
     return torch.jit.is_tracing() or (
         compiler.is_exporting() if hasattr(compiler, 'is_exporting') else is_compiling()
     )

@@ -1,7 +1,9 @@
 """Convolution and linear map with one kernel per image of the batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +68,7 @@ class SampleConv:
 
     def backward_kernels(
         self, grad: Tensor, x: Tensor, shape: tuple[int, ...], scratch: Scratch
-    ) -> Sequence[Tensor]:
+    ) -> Tensor | Sequence[Tensor]:
         """The gradient of every image's kernel, as a constant.
 
         The result is valid only until the next call, which may use the same memory.
@@ -132,7 +134,8 @@ class SampleConv:
         """The pixels that a kernel of size one uses, by the stride."""
         if max(self.stride) == 1:
             return x
-        return x[(..., *(slice(None, None, step) for step in self.stride))]
+        index: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.stride))
+        return x[index]
 
     def _spread(self, sampled: Tensor, x: Tensor) -> Tensor:
         """Puts values back to the sampled pixels, and zeros to all other pixels."""
@@ -184,7 +187,7 @@ class SampleLinear:
 
     def backward_kernels(
         self, grad: Tensor, x: Tensor, shape: tuple[int, ...], scratch: Scratch
-    ) -> Sequence[Tensor]:
+    ) -> Tensor | Sequence[Tensor]:
         """The gradient of every sample's kernel; see :class:`SampleConv`."""
         gradients = scratch.take(grad, (len(x), *shape[:2]), 'kernel gradients')
         return torch.bmm(_tokens(grad).transpose(1, 2), _tokens(x), out=gradients).unsqueeze(-1)
@@ -199,13 +202,12 @@ def _tokens(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
 
 
-def _gathered(images: Sequence[Tensor], batch: int) -> Tensor:
+def _gathered(images: Iterator[Tensor], batch: int) -> Tensor:
     """Joins the results of single images. Each is copied while it is in the caches."""
     if torch.is_grad_enabled() or modes.is_compiling():
         return torch.cat(list(images))
-    result = None
-    for index, image in enumerate(images):
-        if result is None:
-            result = image.new_empty(batch, *image.shape[1:])
+    first = next(images)
+    result = first.new_empty(batch, *first.shape[1:])
+    for index, image in enumerate(chain([first], images)):
         result[index] = image[0]
     return result

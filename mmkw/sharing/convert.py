@@ -166,7 +166,7 @@ def convert(
         if freeze_warehouses:
             manager.weights[index].requires_grad_(any(weight.requires_grad for weight in weights))
         for position, layer in layers.items():
-            twins[layer] = dynamic_class(layer).from_static(
+            twins[layer] = dynamic_class(layer).from_static(  # type: ignore[union-attr]
                 layer, manager, index, position, norm_cfg
             )
         members.append([twins[layer] for layer in layers.values()])

@@ -84,7 +84,10 @@ def family_rule(network: nn.Module) -> list[tuple[str, str]]:
     _tell_of_little(network, pairs, layers)
     absent = {
         kernel.layer: nn.Conv2d(
-            kernel.in_channels, kernel.out_channels, kernel.kernel_size, device='meta'
+            kernel.in_channels,
+            kernel.out_channels,
+            kernel.kernel_size,  # type: ignore[arg-type]
+            device='meta',
         )
         for kernel in absent_kernels(network)
     }
@@ -102,7 +105,7 @@ def _tell_of_little(
     values = {name: layer.weight.numel() for name, layer in layers.items()}
     part = sum(values[name] for name in found if name in values) / sum(values.values())
     if part < ENOUGH:
-        largest = max((name for name in values if name not in found), key=values.get)
+        largest = max((name for name in values if name not in found), key=values.__getitem__)
         LOGGER.warning(
             f'{type(network).__name__}: the rule makes {len(found)} of {len(layers)} layers '
             f'dynamic, {part:.0%} of the kernels. The largest that it leaves static is {largest}. '
@@ -146,7 +149,7 @@ def split_groups(
     groups: dict[str, list[str]] = {}
     for layer, warehouse in pairs:
         groups.setdefault(warehouse, []).append(layer)
-    home = {}
+    home: dict[str, str] = {}
     for warehouse, members in groups.items():
         parts = _split([member for member in members if member in layers], layers)
         for number, part in enumerate(parts, 1):
@@ -197,7 +200,9 @@ def _split(members: list[str], layers: Mapping[str, nn.Module]) -> list[list[str
         else:
             joined.append(list(part))
     order = {name: place for place, name in enumerate(members)}
-    return sorted((sorted(part, key=order.get) for part in joined), key=lambda part: order[part[0]])
+    return sorted(
+        (sorted(part, key=order.__getitem__) for part in joined), key=lambda part: order[part[0]]
+    )
 
 
 def _general_rule(network: nn.Module) -> list[tuple[str, str]]:

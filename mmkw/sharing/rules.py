@@ -186,7 +186,7 @@ def convnext_rule(network: nn.Module) -> list[tuple[str, str]]:
 
 def _convnext_stage(match: re.Match) -> int:
     """The stage, from 1. In torchvision's names the stages are every other part of ``features``."""
-    number = int(match[match.lastgroup])
+    number = int(match[match.lastgroup or 0])
     return number // 2 + 1 if match.lastgroup == 'torchvision' else number + 1
 
 
@@ -247,7 +247,7 @@ def mobilenet_v2_rule(network: nn.Module, pointwise: str) -> list[tuple[str, str
         stem, end = 'features.0.0', f'features.{len(_MOBILENET_PLACES) + 1}.0'
         if len(network.features) != len(_MOBILENET_PLACES) + 2:
             return []
-    pairs = []
+    pairs: list[tuple[str, str | None]] = []
     for name, module in network.named_modules():
         match = _MOBILENET_LAYER.fullmatch(name)
         if dynamic_class(module) is None or name == end:

@@ -39,7 +39,9 @@ class SplitProjection(StandsForStatic):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         channels = weight.shape[1]
-        kwargs = dict(bias=bias is not None, device=weight.device, dtype=weight.dtype)
+        kwargs: dict[str, Any] = dict(
+            bias=bias is not None, device=weight.device, dtype=weight.dtype
+        )
         self.query_key = nn.Linear(channels, 2 * channels, **kwargs)
         self.value = nn.Linear(channels, channels, **kwargs)
         for name, fused in (('weight', weight), ('bias', bias)):
@@ -222,18 +224,18 @@ class SplitMultiheadAttention(SplitProjection):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        weights = self.query_key.weight.chunk(2)
+        maps = self.query_key.weight.chunk(2)
         biases = (None, None) if self.query_key.bias is None else self.query_key.bias.chunk(2)
-        heads = [
+        query, key, value = (
             x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for x in (
-                F.linear(query, weights[0], biases[0]),
-                F.linear(key, weights[1], biases[1]),
+                F.linear(query, maps[0], biases[0]),
+                F.linear(key, maps[1], biases[1]),
                 self.value(value),
             )
-        ]
-        mask = self._mask(attn_mask, key_padding_mask, heads[0])
-        y, weights = self._attend(*heads, mask, need_weights)
+        )
+        mask = self._mask(attn_mask, key_padding_mask, query)
+        y, weights = self._attend(query, key, value, mask, need_weights)
         y = self.out_proj(y.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)

@@ -125,8 +125,7 @@ def test_the_published_form_without_meta_is_converted(root, tmp_path):
     for meta in (None, 'x', []):
         torch.save(dict(published(), meta=meta), tmp_path / 'a.pth')
         out = tmp_path / f'out{len(str(meta))}.pth'
-        script = root / 'tools/model_converters/kernelwarehouse_to_mmkw.py'
-        result, output = run(root, sys.executable, script, tmp_path / 'a.pth', out)
+        result, output = run(root, sys.executable, '-m', 'mmkw', 'convert', tmp_path / 'a.pth', out)
         assert result.returncode == 0 and out.exists(), output
 
 
@@ -141,14 +140,12 @@ def test_the_converters_write_nothing(root, tmp_path, fault):
     static = dict(state_dict={'layer1.0.conv1.weight': damage(torch.ones(32, 32, 3, 3))})
     torch.save(static, tmp_path / 'static.pth')
     config = 'configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py'
-    for command in (
-        ['kernelwarehouse_to_mmkw.py', tmp_path / 'published.pth'],
-        ['static_to_mmkw.py', config, tmp_path / 'static.pth'],
+    out = tmp_path / 'out.pth'
+    for arguments in (
+        [tmp_path / 'published.pth', out],
+        [tmp_path / 'static.pth', out, '--config', config],
     ):
-        script, *arguments = command
-        out = tmp_path / 'out.pth'
-        script = root / 'tools/model_converters' / script
-        result, output = run(root, sys.executable, script, *arguments, out)
+        result, output = run(root, sys.executable, '-m', 'mmkw', 'convert', *arguments)
         assert result.returncode == 2 and 'Traceback' not in output, output
         assert message.replace('\\d+', '').split()[0] in output and not out.exists()
         assert 'layer1.0.conv1.weight' in output or name in output

@@ -88,8 +88,8 @@ def test_the_tools_take_the_detection_file(detector, root, tmp_path, rewritten):
 
 
 def rewrite(root, source, target, *options):
-    script = 'tools/model_converters/kernelwarehouse_to_mmkw.py'
-    return target, run(root, sys.executable, script, source, target, *options)[0]
+    command = [sys.executable, '-m', 'mmkw', 'convert']
+    return target, run(root, *command, source, target, *options)[0]
 
 
 def test_rewritten_detection_file(detector, root, tmp_path):

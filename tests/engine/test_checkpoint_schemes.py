@@ -133,6 +133,23 @@ def test_models_of_torchvision(server, monkeypatch):
         load_checkpoint(networks(), 'torchvision://nowhere')
 
 
+@pytest.mark.parametrize('error', [ModuleNotFoundError, RuntimeError])
+def test_models_of_torchvision_without_it(server, monkeypatch, error):
+    """It is not installed, or built for another torch: MMEngine has the plain names, too."""
+
+    def missing():
+        raise error('torchvision::nms')
+
+    monkeypatch.setattr(schemes.mmengine_checkpoint, 'get_torchvision_models', missing)
+    assert schemes.mmengine.load(schemes.TORCHVISION_URLS)['resnet50'].endswith('-0676ba61.pth')
+    names = ['whole', *(f'hostile{index}' for index in range(len(KINDS)))]
+    urls = {name: f'{server}/{name}.pth' for name in names}
+    monkeypatch.setattr(schemes.mmengine, 'load', lambda _: urls)
+    assert_closed('torchvision://{}')
+    with pytest.raises(ImportError, match=r'torchvision is needed for this name.*torchvision::nms'):
+        load_checkpoint(networks(), 'torchvision://whole.imagenet1k_v2')
+
+
 def test_models_of_openmmlab(server, files, tmp_path, monkeypatch):
     """From the list of the user's own folder, addresses and files."""
     home = tmp_path / 'home'
@@ -276,11 +293,9 @@ def test_the_tools(root, files, tmp_path):
     """As commands: their messages name the file, without a traceback where they check first."""
     out = tmp_path / 'out.pth'
     path = files / 'hostile0.pth'
-    for command in (
-        ['model_converters/kernelwarehouse_to_mmkw.py', path, out],
-        ['model_converters/static_to_mmkw.py', DEMO, path, out],
-    ):
-        result, output = run(root, sys.executable, f'tools/{command[0]}', *command[1:])
+    for options in ([], ['--config', DEMO]):
+        command = [sys.executable, '-m', 'mmkw', 'convert', path, out, *options]
+        result, output = run(root, *command)
         assert result.returncode == 2 and 'hostile0.pth holds pickled objects' in output, output
         assert 'Traceback' not in output and not out.exists()
     result, output = run(

@@ -1,6 +1,6 @@
-"""print_plan and static_to_mmkw, as a user runs them."""
+"""``mmkw plan`` and ``mmkw convert``, as a user runs them."""
 
-import runpy
+import re
 import sys
 
 import command_util
@@ -9,6 +9,7 @@ import torch
 from configs_util import build_model
 from mmengine.config import Config
 
+from mmkw import cli
 from mmkw.engine import building
 from mmkw.sharing import static_networks
 
@@ -16,9 +17,9 @@ pytest.importorskip('mmdet', reason='the configs are for it')
 DEMO = 'configs/demo/mask-rcnn_kw1x-r18_fpn_warm-start_mini-coco.py'
 
 
-def run(root, script, *arguments):
-    """A script in a process of its own."""
-    command = [sys.executable, '-W', 'ignore', root / 'tools' / script, *arguments]
+def run(root, *arguments):
+    """The command in a process of its own."""
+    command = [sys.executable, '-W', 'ignore', '-m', 'mmkw', *arguments]
     result, output = command_util.run(root, *command, PYTHONPATH=str(root))
     assert result.returncode == 0, output
     return result.stdout
@@ -26,26 +27,25 @@ def run(root, script, *arguments):
 
 @pytest.fixture
 def run_here(root, monkeypatch, capsys):
-    """A script in this process, which spares it the imports; what it prints."""
+    """The command in this process, which spares it the imports; what it prints."""
 
-    def run_script(script, *arguments, fails=False):
-        path = str(root / 'tools' / script)
-        monkeypatch.setattr(sys, 'argv', [path, *map(str, arguments)])
+    def run_command(*arguments, fails=False):
+        arguments = list(map(str, arguments))
         if fails:
             with pytest.raises(SystemExit) as error:
-                runpy.run_path(path, run_name='__main__')
+                cli.main(arguments)
             assert error.value.code not in (0, None)
             return capsys.readouterr().err
-        runpy.run_path(path, run_name='__main__')
+        cli.main(arguments)
         return capsys.readouterr().out
 
     monkeypatch.chdir(root)
-    return run_script
+    return run_command
 
 
 def test_the_plan_of_the_paper_s_resnet50(root):
     config = 'configs/mask_rcnn/mask-rcnn_kw1x-r50_fpn_adamw-1x_coco.py'
-    out = run(root, 'analysis_tools/print_plan.py', config, '--budget-params', '60M')
+    out = run(root, 'plan', config, '--budget-params', '60M')
     assert (
         '| stage4 | 8 | 1 | 512x512x1x1 | 47 | 47 | 12,320,768 | 734,800 | out 512; in 512 |' in out
     )
@@ -67,13 +67,17 @@ def test_the_plan_of_the_paper_s_resnet50(root):
 @pytest.mark.parametrize(
     'config, options, message',
     [
+        ('nowhere.py', [], 'config nowhere.py: '),
+        ('mmkw::mask_rcnn/kw1x-r50.py', [], 'mmkw has no config .mask_rcnn/kw1x-r50.py., but '),
+        ('nobody::a/b.py', [], 'config nobody::a/b.py: '),
+        ('configs/_base_/backbones/kw1x-r50.py', [], 'has no model'),
         ('configs/demo/mask-rcnn_r18_fpn_mini-coco.py', [], 'builds no network with warehouses'),
         (DEMO, ['--budget-params', '1K'], r'--budget-params 1,000: the least is'),
         (DEMO, ['--budget-params', 'few'], "'few' is no number of parameters such as 30M"),
     ],
 )
 def test_mistakes_in_plans_are_named(run_here, config, options, message):
-    assert message in run_here('analysis_tools/print_plan.py', config, *options, fails=True)
+    assert re.search(message, run_here('plan', config, *options, fails=True))
 
 
 @pytest.fixture(scope='module')
@@ -91,7 +95,7 @@ def static(root, tmp_path_factory):
 def test_a_whole_model_is_converted_and_compared(root, static, tmp_path):
     target = tmp_path / 'kw.pth'
     options = ['--shape', 64, 64, '--cfg-options', 'model.backbone.cell_num_ratio=4']
-    out = run(root, 'model_converters/static_to_mmkw.py', DEMO, static, target, *options)
+    out = run(root, 'convert', static, target, '--config', DEMO, *options)
     (line,) = [line for line in out.splitlines() if 'largest difference' in line]
     assert 0 <= float(line.split()[-1]) < 1e-4
     assert line.startswith('backbone: ')
@@ -109,17 +113,19 @@ def test_a_backbone_is_converted_for_temperature_1(run_here, static, tmp_path):
     source, target = tmp_path / 'backbone.pth', tmp_path / 'kw.pth'
     torch.save(state, source)
     options = ['--shape', 64, 64, '--cfg-options', 'model.backbone.start_tau=1']
-    out = run_here('model_converters/static_to_mmkw.py', DEMO, source, target, *options)
+    out = run_here('convert', source, target, '--config', DEMO, *options)
     assert 'for a start at temperature 1' in out
     stored = torch.load(target, weights_only=True)
     assert stored['meta']['temperature'] == 1
     assert 'layer1.0.conv1.attention.fc1.weight' in stored['state_dict']
-    message = run_here(
-        'model_converters/static_to_mmkw.py', DEMO, target, tmp_path / 'b.pth', fails=True
-    )
+    other = tmp_path / 'b.pth'
+    message = run_here('convert', target, other, '--config', DEMO, fails=True)
     assert 'is a KernelWarehouse checkpoint, not a static one' in message
-    message = run_here('model_converters/static_to_mmkw.py', DEMO, source, target, fails=True)
+    message = run_here('convert', source, other, fails=True)
+    assert 'If it is of a static network' in message and '--config CONFIG' in message
+    message = run_here('convert', source, target, '--config', DEMO, fails=True)
     assert 'exists; remove it' in message
+    assert not other.exists()
 
 
 def test_a_neck_and_a_head_are_compared_too(run_here, root, tmp_path):
@@ -127,8 +133,8 @@ def test_a_neck_and_a_head_are_compared_too(run_here, root, tmp_path):
     with static_networks():
         model = build_model(Config.fromfile(root / config))
     torch.save(model.state_dict(), tmp_path / 'static.pth')
-    arguments = [config, tmp_path / 'static.pth', tmp_path / 'kw.pth', '--shape', 64, 64]
-    out = run_here('model_converters/static_to_mmkw.py', *arguments)
+    arguments = [tmp_path / 'static.pth', tmp_path / 'kw.pth', '--config', config]
+    out = run_here('convert', *arguments, '--shape', 64, 64)
     found = {line.split(':')[0]: line.split()[-1] for line in out.splitlines() if 'largest' in line}
     assert set(found) == {'neck', 'bbox_head'}
     assert all(float(value) < 1e-4 for value in found.values())
@@ -139,7 +145,7 @@ def test_a_static_checkpoint_of_another_depth_is_refused(run_here, tmp_path):
     from mmdet.models import ResNet
 
     torch.save(ResNet(18).state_dict(), tmp_path / 'static.pth')
-    arguments = [config, tmp_path / 'static.pth', tmp_path / 'kw.pth']
-    message = run_here('model_converters/static_to_mmkw.py', *arguments, fails=True)
+    arguments = [tmp_path / 'static.pth', tmp_path / 'kw.pth', '--config', config]
+    message = run_here('convert', *arguments, fails=True)
     assert 'It was made for another architecture' in message
     assert not (tmp_path / 'kw.pth').exists()

@@ -174,8 +174,7 @@ def test_a_config_without_default_scope_names_its_library_by_types(root, tmp_pat
     config.write_text(
         f"_base_ = '{root}/{DEMO}'\ndefault_scope = None\nmodel = dict(type='mmdet.MaskRCNN')\n"
     )
-    script = 'tools/analysis_tools/print_plan.py'
-    result, output = run(root, sys.executable, script, config)
+    result, output = run(root, sys.executable, '-m', 'mmkw', 'plan', config)
     assert result.returncode == 0 and 'backbone (ResNet)' in output, output
 
     script = runpy.run_path(str(root / 'tools/test.py'))

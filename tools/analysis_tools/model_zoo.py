@@ -112,12 +112,26 @@ def entry(path: Path, old: dict[str, Any], collection: str) -> dict[str, Any]:
         'Name': path.stem,
         'In Collection': collection,
         'Config': str(path.relative_to(ROOT)),
+        'Weights': weights(old.get('Published Weights')),
         'Metadata': metadata,
     }
     for fact in ('Results', 'Published Weights'):
         if fact in old:
             new[fact] = old[fact]
     return new
+
+
+def weights(published: str | None) -> str:
+    """Says in words where weights are, since none have an address of their own.
+
+    ``mim download`` takes commas for several addresses, and what follows the last slash for a file
+    to download. Without any it only copies the config.
+
+    Args:
+        published: What the authors publish, and where; None if they do not.
+    """
+    text = published.replace(', ', ' at ') if published else 'none are published; train this config'
+    return f'{text}/'
 
 
 def table(models: list[dict[str, Any]]) -> list[str]:

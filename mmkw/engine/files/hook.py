@@ -28,10 +28,10 @@ def take_place(theirs: ModuleType) -> None:
         theirs: The module ``mmengine.hooks.checkpoint_hook``.
     """
     HOOKS.register_module(name='CheckpointHook', module=CheckpointHook, force=True)
-    theirs.CheckpointHook = CheckpointHook
+    theirs.CheckpointHook = CheckpointHook  # type: ignore[attr-defined]
     package = sys.modules['mmengine.hooks']
     if hasattr(package, 'CheckpointHook'):
-        package.CheckpointHook = CheckpointHook
+        package.CheckpointHook = CheckpointHook  # type: ignore[attr-defined]
 
 
 class CheckpointHook(checkpoint_hook.CheckpointHook):
@@ -60,9 +60,9 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
         if is_main_process():
             try:
                 found[0] = self._newest(runner)
-            except Exception as error:
+            except Exception as fault:
                 # The error must not stop this process now: the other processes wait for a result.
-                found[1] = error
+                found[1] = fault
         broadcast_object_list(found)
         path, error = found
         if error is not None:
@@ -78,7 +78,7 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
         folder = self.out_dir or runner.work_dir
         local = self.file_client_args is None and self.backend_args is None
         if local and type(get_file_backend(folder)) is LocalBackend:
-            self.backend_args = dict(backend=WHOLE_FILES)
+            self.backend_args: dict | None = dict(backend=WHOLE_FILES)
         super().before_train(runner)
         if local and is_main_process() and osp.isdir(self.out_dir):
             for name in os.listdir(self.out_dir):
@@ -105,7 +105,7 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
             info['keep_ckpt_ids'] = [*self._outdated, *info['keep_ckpt_ids']]
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
-        kept = getattr(self, 'keep_ckpt_ids', ())
+        kept: Sequence[int] = getattr(self, 'keep_ckpt_ids', ())
         full = 0 < self.max_keep_ckpts == len(kept) and kept[-1] != step
         with self._removing_later():
             self._outdated = [kept[0]] if full else []

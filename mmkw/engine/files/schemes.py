@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
+import mmengine
 import torch
 from mmengine.dist import get_dist_info
 from mmengine.fileio import get_file_backend
@@ -20,6 +21,8 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from .contents import take
 
+# Addresses of torchvision 0.12, which MMEngine keeps for the plain names.
+TORCHVISION_URLS = osp.join(osp.dirname(mmengine.__file__), 'hub', 'torchvision_0.12.json')
 _loaders: dict[tuple[str, ...], Callable] = {}
 
 
@@ -88,13 +91,25 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 @_scheme('modelzoo://', 'torchvision://')
 def load_from_torchvision(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Loads weights of torchvision, which must be installed.
+    """Loads weights of torchvision.
 
     Args:
-        filename: An address such as ``torchvision://resnet50``.
+        filename: An address such as ``torchvision://resnet50``. Names such as
+            ``torchvision://resnet50.imagenet1k_v2`` are torchvision's own: it must be installed.
         map_location: As in ``torch.load``.
     """
-    urls = mmengine_checkpoint.get_torchvision_models()
+    try:
+        urls = mmengine_checkpoint.get_torchvision_models()
+    except (ImportError, RuntimeError, OSError) as error:
+        # It is not installed, or built for another torch. The plain names are also in MMEngine.
+        urls = mmengine.load(TORCHVISION_URLS)
+        if filename.partition('://')[2] not in urls:
+            raise ImportError(
+                f'{filename}: torchvision is needed for this name, and it does not import '
+                f'({error}). Install the one for your torch, from the same index: pip install '
+                'torchvision, or on CPU pip install torchvision --index-url '
+                'https://download.pytorch.org/whl/cpu'
+            ) from error
     return load_from_http(_of(urls, filename), map_location)
 
 

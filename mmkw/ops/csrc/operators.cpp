@@ -43,6 +43,9 @@ TORCH_LIBRARY_IMPL(mmkw, Autograd, library) {
 PyMODINIT_FUNC PyInit__native() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr};
   PyObject* const made = PyModule_Create(&module);
-  if (made) PyModule_AddStringConstant(made, "CPU_LEVEL", mmkw::blocks().cpu_level);
+  if (made) {
+    PyModule_AddStringConstant(made, "CPU_LEVEL", mmkw::blocks().cpu_level);
+    PyModule_AddStringConstant(made, "TORCH", MMKW_TORCH);
+  }
   return made;
 }

@@ -1,4 +1,4 @@
-"""Shows the warehouses of a config before anything is trained: ``print_plan.py CONFIG``.
+"""``mmkw plan CONFIG``: the warehouses of a config, before anything is trained.
 
 Cells, mixtures and parameters of every warehouse, the channels that make its cells small, and
 totals against the static network. ``--budget-params 30M`` looks for budgets that meet a total.
@@ -6,17 +6,17 @@ totals against the static network. ``--budget-params 30M`` looks for budgets tha
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from mmengine.config import Config, DictAction
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmkw.engine.building import build_model, dynamic_networks
-from mmkw.layers import Attention, PlanError, WarehousePartition, partition_warehouse
-from mmkw.sharing import static_networks
+from ..engine.building import build_model, dynamic_networks
+from ..layers import Attention, PlanError, WarehousePartition, partition_warehouse
+from ..sharing import static_networks
+from .config import add_config_options, config_of
 
 # Budgets that are tried, those of the paper and between.
 BUDGETS = (1 / 16, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, *range(1, 17))
@@ -170,11 +170,19 @@ def amount(text: str) -> int:
     return int(value)
 
 
-def main() -> None:
-    """Reads the command line and prints."""
-    parser = argparse.ArgumentParser(description='Show the warehouses of a config')
-    parser.add_argument('config', help='config file')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
+def main(argv: Sequence[str]) -> None:
+    """Reads the command line and prints.
+
+    Args:
+        argv: The arguments after ``plan``.
+    """
+    parser = argparse.ArgumentParser(
+        prog='mmkw plan', description='Show the warehouses of a config, before it is trained'
+    )
+    parser.add_argument(
+        'config', help='config file, or PACKAGE::CONFIG such as mmkw::mask_rcnn/...'
+    )
+    add_config_options(parser)
     parser.add_argument(
         '--shape', nargs=2, type=int, default=(800, 1280), help='height and width for the FLOPs'
     )
@@ -183,9 +191,8 @@ def main() -> None:
         type=amount,
         help='parameters of the networks with warehouses, such as 30M: look for budgets',
     )
-    args = parser.parse_args()
-    config = Config.fromfile(args.config)
-    config.merge_from_dict(args.cfg_options)
+    args = parser.parse_args(argv)
+    config = config_of(parser, args)
     model = build_model(config, on_meta=True)
     with static_networks():
         static = build_model(config, on_meta=True)
@@ -228,8 +235,8 @@ def print_budgets(
     for network, partition in places:
         found = {budget: cost(partition, network, budget) for budget in BUDGETS}
         costs.append({budget: price for budget, price in found.items() if price is not None})
-    now = [cost(p, network, p.options.cell_num_ratio) for network, p in places]
-    fixed = dynamic - sum(now)
+    now = (cost(p, network, p.options.cell_num_ratio) for network, p in places)
+    fixed = dynamic - sum(price for price in now if price is not None)
     budgets = solve(costs, target - fixed)
     if budgets is None:
         least = fixed + sum(min(prices.values()) for prices in costs)
@@ -244,7 +251,3 @@ def print_budgets(
         own = [next(chosen) for _ in network.warehouse_manager.partitions]
         value = own[0] if len(set(own)) == 1 else own
         print(f'{name}: cell_num_ratio={value}')
-
-
-if __name__ == '__main__':
-    main()
