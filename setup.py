@@ -113,7 +113,7 @@ setup(
         'mmkw': [f'.mim/tools/{name}' for name in ('demo.py', 'setup_env.sh', 'check_install.sh')],
     },
     python_requires='>=3.10',
-    install_requires=[requirement('torch'), 'numpy'],
+    install_requires=[requirement('torch')],
     extras_require={
         **libraries(),
         'safetensors': [SAFETENSORS],

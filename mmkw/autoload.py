@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from operator import attrgetter
 from types import ModuleType
 
-# For each module of another library: the last name that it defines, the name that we replace, or the
+# For each module of another library: the last name that it defines, the name that we replace or the
 # table that we add to, and our module whose ``take_place`` does this.
 _OURS = {
     'mmengine.config.utils': (
