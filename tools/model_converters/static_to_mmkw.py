@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmkw.checkpoints import read_checkpoint
 from mmkw.engine.building import build_model, dynamic_networks
+from mmkw.engine.command_line import library_of
 from mmkw.sharing import static_networks
 
 # Of the largest output: what float32 leaves of an exact start after some fifty layers.
@@ -32,7 +33,7 @@ def calls_of(model: nn.Module, networks: dict[str, nn.Module], image: Tensor) ->
     """Runs a model on an image; notes what its networks are first called with and what they give.
 
     Args:
-        model: A detector, a segmentor or a backbone.
+        model: A detector, a segmentor, a classifier or a backbone.
         networks: Parts of the model, by name.
         image: Tensor[1, 3, height, width].
     """
@@ -61,6 +62,8 @@ def sample_of(model: nn.Module, image: Tensor) -> Any:
     meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape)
     if hasattr(model, 'decode_head'):
         from mmseg.structures import SegDataSample as Sample
+    elif hasattr(model, 'head'):
+        from mmpretrain.structures import DataSample as Sample
     else:
         from mmdet.structures import DetDataSample as Sample
     return Sample(metainfo=dict(meta, scale_factor=(1.0, 1.0), img_id=0))
@@ -121,7 +124,8 @@ def main() -> None:
         model = build_model(config)
         with static_networks():
             static = build_model(config)
-        if not any(key.startswith('backbone.') for key in state):
+        whole = library_of(config) == 'mmpretrain'  # A classifier takes an ImageNet file whole.
+        if not whole and not any(key.startswith('backbone.') for key in state):
             model, static = model.backbone, static.backbone
         networks = dynamic_networks(model)
         if not networks:

@@ -9,6 +9,13 @@ Ours, where the KernelWarehouse paper is silent: no average of the weights (EMA)
 On 8 devices: optim_wrapper.accumulative_counts=4.
 """
 
-_base_ = 'mmpretrain::convnext/convnext-tiny_32xb128_in1k.py'
+_base_ = [
+    'mmpretrain::_base_/models/convnext/convnext-tiny.py',
+    'mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py',
+    'mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py',
+    'mmpretrain::_base_/default_runtime.py',
+]
 
-custom_hooks = []
+train_dataloader = dict(batch_size=128)
+optim_wrapper = dict(optimizer=dict(lr=0.004))
+auto_scale_lr = dict(base_batch_size=4096)

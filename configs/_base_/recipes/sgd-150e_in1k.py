@@ -6,7 +6,12 @@ Of mmpretrain's MobileNetV2: batch 256, momentum 0.9, random crops and flips.
 Ours, where the paper is silent: no dropout before the classifier.
 """
 
-_base_ = 'mmpretrain::mobilenet_v2/mobilenet-v2_8xb32_in1k.py'
+_base_ = [
+    'mmpretrain::_base_/models/mobilenet_v2_1x.py',
+    'mmpretrain::_base_/datasets/imagenet_bs32_pil_resize.py',
+    'mmpretrain::_base_/schedules/imagenet_bs256_epochstep.py',
+    'mmpretrain::_base_/default_runtime.py',
+]
 
 optim_wrapper = dict(optimizer=dict(lr=0.05))
 param_scheduler = dict(
