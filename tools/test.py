@@ -105,6 +105,8 @@ def main() -> None:
     if args.show or args.show_dir:
         show_predictions(config, args)
     if args.tta:
+        if library_of(config) == 'mmpretrain' and (args.show or args.show_dir):
+            parser.error("--show and --show-dir: MMPretrain's hook draws no pictures with --tta")
         if library_of(config) == 'mmseg' and 'tta_model' not in config:
             parser.error(f'--tta needs tta_model and tta_pipeline, which {args.config} lacks')
         augment_at_test_time(config)
