@@ -11,9 +11,12 @@ import torch
 import yaml
 from command_util import run
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.optim import build_optim_wrapper
-from mmengine.runner import Runner
+from mmengine.registry import MODELS
+from mmengine.runner import Runner, load_checkpoint, load_state_dict
 
+from mmkw.checkpoints import CheckpointMismatchError
 from mmkw.engine.building import build_model
 from mmkw.engine.command_line import PUBLISHED_WEIGHTS
 from mmkw.layers.dynamic_layers import DynamicLayer
@@ -72,7 +75,7 @@ def test_parameters_and_accuracies_of_the_paper():
     assert found == TABLE
 
 
-@pytest.fixture(params=SMALL)
+@pytest.fixture(scope='module', params=SMALL)
 def row(request):
     """A config, and its model made small."""
     pytest.importorskip('mmpretrain', reason='has the classifiers')
@@ -126,6 +129,47 @@ def test_recipe_and_a_step(row):
     assert all(sample.pred_score.shape == (1000,) for sample in predictions)
 
 
+# What the authors call parts of a classifier, by its network.
+PUBLISHED_NAMES = {
+    'resnet': {'head.fc.': 'fc.'},
+    'convnext': {'head.fc.': 'head.', 'backbone.norm3.': 'norm.'},
+    'mobilenet_v2': {
+        'head.fc.': 'classifier.1.',
+        'head.warehouse_manager.weights.0': 'warehouse_manager.weights.9',
+    },
+}
+
+
+def test_files_of_whole_imagenet_networks(row, tmp_path):
+    names = PUBLISHED_NAMES[row.name.split('/')[0]]
+    state = row.model.state_dict()
+    file = {}
+    for key, value in state.items():
+        start = next((start for start in names if key.startswith(start)), 'backbone.')
+        file[key.replace(start, names.get(start, ''), 1)] = value
+    torch.save(dict(model=file), tmp_path / 'published.pth')
+    model = build_model(row.config)
+    load_checkpoint(model, str(tmp_path / 'published.pth'), strict=True)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_file_of_another_budget_is_refused_and_nothing_is_loaded():
+    pytest.importorskip('mmpretrain', reason='has the classifiers')
+    config = Config.fromfile(CONFIGS / 'resnet/kw1x-resnet18_32xb128-300e_in1k.py')
+    config.model.backbone.update(R18)
+    config.model.head.in_channels = 128
+    file = {
+        key.removeprefix('backbone.').removeprefix('head.'): value
+        for key, value in build_model(config).state_dict().items()
+    }
+    config.model.backbone.cell_num_ratio = 2
+    model = build_model(config)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointMismatchError, match='With cell_num_ratio=1 it would fit'):
+        load_state_dict(model, file)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def on(mini_coco):
     """Overrides that shrink the demo to seconds."""
     roots = {part: mini_coco / 'digits' / part for part in ('train', 'val')}
@@ -166,9 +210,11 @@ def test_the_static_twin_trains_and_is_tested_with_flips(root, mini_coco, tmp_pa
     assert not any(isinstance(m, DynamicLayer) for m in runner.model.modules())
     assert 0 <= runner.test()['accuracy/top1'] <= 100
 
-    config.load_from = str(tmp_path / 'epoch_1.pth')
+    # What --tta does.
     runpy.run_path(str(root / 'tools/test.py'))['augment_at_test_time'](config)
-    config.experiment_name = 'flips'
-    tester = Runner.from_cfg(config)
-    assert 0 <= tester.test()['accuracy/top1'] <= 100
-    assert len(tester.test_dataloader.dataset[0]['inputs']) == 2
+    dataset = runner.build_dataloader(config.test_dataloader).dataset
+    batch = pseudo_collate([dataset[0], dataset[1]])
+    assert [len(views) for views in batch['inputs']] == [2, 2]
+    config.model.module.data_preprocessor = config.data_preprocessor
+    predictions = MODELS.build(config.model).eval().test_step(batch)
+    assert [sample.pred_score.shape for sample in predictions] == [(10,), (10,)]

@@ -14,7 +14,14 @@ from mmengine.logging import MMLogger
 from mmengine.runner.checkpoint import load_state_dict
 from published_oracle import Network, convnext_tiny, mobilenet_v2, resnet
 
-from mmkw.backbones import ConvNeXt, KWConvNeXt, KWMobileNetV2, KWResNet, MobileNetV2
+from mmkw.backbones import (
+    ConvNeXt,
+    KWConvNeXt,
+    KWMobileNetV2,
+    KWResNet,
+    MobileNetV2,
+    rewrite_published,
+)
 from mmkw.checkpoints import CheckpointMismatchError
 from mmkw.engine.building import build_model
 from mmkw.layers import set_temperature
@@ -162,21 +169,26 @@ def unused_listed():
     logger.removeHandler(handler)
 
 
-def oracle(name, x, tau, state=None):
+def run_oracle(name, x, tau, state=None):
     _, cells, budget, options, forward, _ = CASES[name]
     net = Network(cells, budget, state=state, **options)
     with torch.no_grad():
-        return net.state, net.run(forward, x, tau), net.logits
+        return net, net.run(forward, x, tau)
+
+
+def oracle(name, x, tau, state=None):
+    net, outputs = run_oracle(name, x, tau, state)
+    return net.state, outputs
 
 
 @pytest.fixture(scope='module', params=CASES)
 def published(request, tmp_path_factory):
     """A published file, and what its network gives for some images at every temperature."""
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    state, features, logits = oracle(request.param, x, 0.5)
-    expected = {0.5: (features, logits)}
-    for tau in (0, 1):
-        expected[tau] = oracle(request.param, x, tau, state)[1:]
+    state, expected = None, {}
+    for tau in (0.5, 0, 1):
+        net, features = run_oracle(request.param, x, tau, state)
+        state, expected[tau] = net.state, (features, net.logits)
     file = tmp_path_factory.mktemp('published') / 'published.pth'
     torch.save(dict(model=state), file)
     yield SimpleNamespace(
@@ -219,6 +231,12 @@ def test_published_file_gives_the_published_logits(published):
     file = {k: v for k, v in published.state.items() if not re.match(r'norm\d', k)}
     missing, unexpected = model.load_state_dict(dict(file), strict=False)
     assert not missing and not unexpected
+    # Rewritten offline it is the same.
+    rewritten, left_out = rewrite_published(dict(state_dict=file), 'mmpretrain')
+    assert not left_out
+    own = model.state_dict()
+    assert set(rewritten) == set(own)
+    assert all(torch.equal(value, own[key]) for key, value in rewritten.items())
     for tau, (_, expected) in published.expected.items():
         set_temperature(model, tau)
         with torch.no_grad():
@@ -246,7 +264,7 @@ def test_half_the_width(name):
 
 
 def test_an_imagenet_convnext_has_no_norms_of_the_outputs():
-    state, *_ = oracle('convnext-tiny-1x', torch.randn(1, 3, 32, 32), 0)
+    state, _ = oracle('convnext-tiny-1x', torch.randn(1, 3, 32, 32), 0)
     norms = {key for key in state if key.startswith(('norm0', 'norm1', 'norm2', 'norm3'))}
     file = {key: value for key, value in state.items() if key not in norms}
     missing, unexpected = KWConvNeXt('tiny').load_state_dict(file, strict=False)
@@ -267,7 +285,7 @@ def test_static_mobilenet_reads_torchvision_s_names():
 
 
 def test_detection_file_loads_under_its_prefix():
-    state, *_ = oracle('mobilenet-1x', torch.randn(1, 3, 32, 32), 0)
+    state, _ = oracle('mobilenet-1x', torch.randn(1, 3, 32, 32), 0)
     detector = torch.nn.ModuleDict(dict(backbone=KWMobileNetV2(), neck=torch.nn.Linear(2, 2)))
     file = {f'backbone.{k}': v for k, v in state.items() if not k.startswith('classifier')}
     file |= {'neck.weight': torch.ones(2, 2), 'neck.bias': torch.zeros(2)}

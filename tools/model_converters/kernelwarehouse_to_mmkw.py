@@ -1,7 +1,7 @@
 """Rewrites a checkpoint of the paper's authors: ``kernelwarehouse_to_mmkw.py SRC DST``.
 
 The networks of mmkw load these checkpoints as they are; rewritten ones hold nothing else than what
-is loaded, under MMDetection's or MMSegmentation's names.
+is loaded, under the names of MMDetection, MMSegmentation or MMPretrain.
 """
 
 import argparse
@@ -20,9 +20,10 @@ def main() -> None:
     parser.add_argument('dst', help='file to write')
     parser.add_argument(
         '--library',
-        choices=['mmdet', 'mmseg'],
+        choices=['mmdet', 'mmseg', 'mmpretrain'],
         default='mmdet',
-        help='whose MobileNetV2 the names are for; other backbones have the same names in both',
+        help='for the MobileNetV2 of mmdet or mmseg (other backbones have the same names in both) '
+        'or for a classifier of mmpretrain',
     )
     args = parser.parse_args()
     if osp.exists(args.dst):
