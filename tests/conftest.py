@@ -20,6 +20,14 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _scope():
+    """Configs set the library in which MMEngine looks for types; the next test starts without."""
+    yield
+    if registry := sys.modules.get('mmengine.registry'):
+        registry.DefaultScope._instance_dict.clear()
+
+
 @pytest.fixture(scope='session')
 def root() -> Path:
     """The top of the source tree."""

@@ -18,7 +18,10 @@ def parse_cells(text):
 
 
 class Network:
-    """Parameters by name, warehouses by index, and the layers a network is made of."""
+    """Parameters by name, warehouses by index, and the layers a network is made of.
+
+    A forward pass leaves the output of the ImageNet classifier in ``logits``.
+    """
 
     def __init__(self, cells, budgets, reduction=1 / 16, basis_ratio=1.0, norm='BN', state=None):
         self.cells = parse_cells(cells)
@@ -68,7 +71,20 @@ class Network:
         weight = self.p(f'{name}.weight', out, x.shape[1] // groups, k, k, scale=fan**-0.5)
         return F.conv2d(x, weight, None, stride, padding, dilation, groups)
 
-    def dynamic(self, name, w, x, out, k, stride=1, padding=0, groups=1, bias=False, dilation=1):
+    def dynamic(
+        self,
+        name,
+        w,
+        x,
+        out,
+        k,
+        stride=1,
+        padding=0,
+        groups=1,
+        bias=False,
+        dilation=1,
+        cell_dims=(1, 1),
+    ):
         """A dynamic convolution of warehouse ``w``; every image by itself."""
         n, co, ci = self.cells[w]
         budget = self.budgets[w]
@@ -88,7 +104,8 @@ class Network:
         alpha = (1 - self.tau) * alpha
         alpha[:, np.arange(mixtures), assigned] += self.tau
         scale = (group_in * k * k) ** -0.5
-        cells = self.p(f'warehouse_manager.weights.{w}', n, co, ci, 1, 1, scale=scale)[..., 0, 0]
+        cells = self.p(f'warehouse_manager.weights.{w}', n, co, ci, *cell_dims, scale=scale)
+        cells = cells.reshape(n, co, ci)
         offset = self.p(f'{name}.bias', out, scale=0.1) if bias else None
         images = []
         for image, weights in zip(x, alpha[:, :, :n]):
@@ -100,6 +117,11 @@ class Network:
                 kernel[out_block, in_block, y, z] = next(mixed)
             images.append(F.conv2d(image[None], kernel, offset, stride, padding, dilation, groups))
         return torch.cat(images)
+
+    def linear(self, name, x, out):
+        fan = x.shape[1]
+        weight = self.p(f'{name}.weight', out, fan, scale=fan**-0.5)
+        return x @ weight.T + self.p(f'{name}.bias', out, scale=0.1)
 
     def attention(self, name, pooled, mixtures, n, start, budget):
         """Tensor[batch, mixtures, n + 1], before the temperature."""
@@ -196,8 +218,7 @@ def resnet(
                     x = net.batch_norm(f'{name}.downsample.{int(part[-1]) + 1}', x)
                 x = (x + y).relu()
             outputs.append(x)
-        net.p('fc.weight', 1000, x.shape[1])
-        net.p('fc.bias', 1000)
+        net.logits = net.linear('fc', x.mean((2, 3)), 1000)
         return outputs
 
     return forward
@@ -225,10 +246,7 @@ def convnext_tiny(net, x):
             y = net.dynamic(f'{name}.pwconv2', pointwise, F.gelu(y), width, 1, bias=True)
             x = x + net.p(f'{name}.gamma', 1, width, 1, 1) * y
         outputs.append(norm(f'norm{stage}', x))
-    net.p('norm.weight', 768)
-    net.p('norm.bias', 768)
-    net.p('head.weight', 1000, 768)
-    net.p('head.bias', 1000)
+    net.logits = net.linear('head', net.layer_norm('norm', x.mean((2, 3)), 1e-6), 1000)
     return outputs
 
 
@@ -283,15 +301,14 @@ def mobilenet_v2(width, pointwise):
             outputs.append(x)
         x = conv('features.18.0', warehouse(6, 'project'), x, max(1280, int(1280 * width)))
         outputs.append(net.batch_norm('features.18.1', x).clamp(0, 6))
-        net.p('classifier.1.bias', 1000)
+        pooled = outputs[-1].mean((2, 3))
         if pointwise == 'last':
             # Dynamic too: cells of all outputs and 32 inputs, half as many as it has mixtures.
-            mixtures = outputs[-1].shape[1] // 32
-            net.p('warehouse_manager.weights.9', mixtures // 2, 1000, 32, 1, scale=0.01)
-            pooled, cells = outputs[-1].mean((2, 3)), mixtures // 2
-            net.attention('classifier.1.attention', pooled, mixtures, cells, 0, 0.5)
+            home, pixel = warehouse('classifier', 'dw'), pooled[:, :, None, None]
+            logits = net.dynamic('classifier.1', home, pixel, 1000, 1, bias=True, cell_dims=(1,))
+            net.logits = logits.flatten(1)
         else:
-            net.p('classifier.1.weight', 1000, outputs[-1].shape[1])
+            net.logits = net.linear('classifier.1', pooled, 1000)
         return [outputs[i] for i in (1, 2, 4, 7)]
 
     return forward

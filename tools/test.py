@@ -1,4 +1,4 @@
-"""Evaluates a detector or segmentor: ``python tools/test.py CONFIG CHECKPOINT [options]``."""
+"""Evaluates a model: ``python tools/test.py CONFIG CHECKPOINT [options]``."""
 
 import argparse
 from copy import deepcopy
@@ -15,6 +15,9 @@ from mmkw.engine.command_line import (
     load_config,
 )
 
+HOOKS = dict(
+    mmdet='DetVisualizationHook', mmseg='SegVisualizationHook', mmpretrain='VisualizationHook'
+)
 # Of MMSegmentation, that write what they are given.
 WRITING_METRICS = ('IoUMetric', 'CityscapesMetric')
 
@@ -22,24 +25,32 @@ WRITING_METRICS = ('IoUMetric', 'CityscapesMetric')
 def show_predictions(config: Config, args: argparse.Namespace) -> None:
     """Has the visualization hook draw the predictions."""
     library = library_of(config)
-    kind = 'Seg' if library == 'mmseg' else 'Det'
-    drawing = ConfigDict(type=f'{library}.{kind}VisualizationHook')
+    drawing = ConfigDict(type=f'{library}.{HOOKS[library]}')
     hook = config.default_hooks.setdefault('visualization', drawing)
-    hook.draw = True
+    hook['enable' if library == 'mmpretrain' else 'draw'] = True
     hook.interval = 1
     hook.show, hook.wait_time = args.show, args.wait_time
     if args.show_dir and library == 'mmseg':
         config.visualizer.save_dir = args.show_dir
     elif args.show_dir:
-        hook.test_out_dir = args.show_dir
+        hook['out_dir' if library == 'mmpretrain' else 'test_out_dir'] = args.show_dir
 
 
 def augment_at_test_time(config: Config) -> None:
-    """Wraps model and pipeline for test-time augmentation; detection has flips as a default."""
+    """Wraps model and pipeline for test-time augmentation.
+
+    Detection and classification have flips as a default.
+    """
     dataset = config.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
-    if library_of(config) != 'mmseg':
+    library = library_of(config)
+    if library == 'mmpretrain':
+        config.setdefault('tta_model', dict(type='mmpretrain.AverageClsScoreTTA'))
+        flips = [dict(type='RandomFlip', prob=p) for p in (1.0, 0.0)]
+        augmentation = dict(type='TestTimeAug', transforms=[flips, [dataset.pipeline[-1]]])
+        config.setdefault('tta_pipeline', [*deepcopy(dataset.pipeline[:-1]), augmentation])
+    elif library == 'mmdet':
         nms = dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
         config.setdefault('tta_model', dict(type='DetTTAModel', tta_cfg=nms))
         meta = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
@@ -52,10 +63,11 @@ def augment_at_test_time(config: Config) -> None:
 
 
 def dump_predictions(parser: argparse.ArgumentParser, config: Config, out: str) -> None:
-    """Has an evaluator keep the predictions: a pickle for detection, a folder for segmentation."""
+    """Has an evaluator keep the predictions: in a folder for segmentation, else in a pickle."""
     evaluators = config.test_evaluator
     evaluators = list(evaluators) if isinstance(evaluators, (list, tuple)) else [evaluators]
-    if library_of(config) == 'mmseg':
+    library = library_of(config)
+    if library == 'mmseg':
         keepers = [e for e in evaluators if e.type.rpartition('.')[2] in WRITING_METRICS]
         if not keepers:
             parser.error(f'--out needs one of {WRITING_METRICS} in test_evaluator')
@@ -64,16 +76,19 @@ def dump_predictions(parser: argparse.ArgumentParser, config: Config, out: str) 
         return
     if not out.endswith(('.pkl', '.pickle')):
         parser.error(f'--out must end in .pkl or .pickle, got {out}')
-    config.test_evaluator = [*evaluators, dict(type='mmdet.DumpDetResults', out_file_path=out)]
+    kind = 'mmdet.DumpDetResults' if library == 'mmdet' else 'DumpResults'
+    config.test_evaluator = [*evaluators, dict(type=kind, out_file_path=out)]
 
 
 def main() -> None:
     """Reads the command line and tests."""
-    parser = argparse.ArgumentParser(description='Test and evaluate a detector or segmentor')
+    parser = argparse.ArgumentParser(
+        description='Test and evaluate a detector, segmentor or classifier'
+    )
     add_common_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
-        '--out', help='keep the predictions: a .pkl file (detection) or a folder (segmentation)'
+        '--out', help='keep the predictions: a folder for segmentation, else a .pkl file'
     )
     parser.add_argument('--show', action='store_true', help='show the predictions on the screen')
     parser.add_argument('--show-dir', help='save pictures of the predictions in this folder')
@@ -90,6 +105,8 @@ def main() -> None:
     if args.show or args.show_dir:
         show_predictions(config, args)
     if args.tta:
+        if library_of(config) == 'mmpretrain' and (args.show or args.show_dir):
+            parser.error("--show and --show-dir: MMPretrain's hook draws no pictures with --tta")
         if library_of(config) == 'mmseg' and 'tta_model' not in config:
             parser.error(f'--tta needs tta_model and tta_pipeline, which {args.config} lacks')
         augment_at_test_time(config)

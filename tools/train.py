@@ -1,4 +1,4 @@
-"""Trains a detector or segmentor: ``python tools/train.py CONFIG [options]``."""
+"""Trains a detector, segmentor or classifier: ``python tools/train.py CONFIG [options]``."""
 
 import argparse
 
@@ -17,7 +17,7 @@ from mmkw.engine.command_line import (
 
 def main() -> None:
     """Reads the command line and trains."""
-    parser = argparse.ArgumentParser(description='Train a detector or segmentor')
+    parser = argparse.ArgumentParser(description='Train a detector, segmentor or classifier')
     add_common_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument(

@@ -1,11 +1,12 @@
 """ConvNeXt, static and with KernelWarehouse.
 
 The static network is written here because neither mmdet nor mmseg has one. Its modules have the
-same names as in the published KernelWarehouse checkpoints.
+same names as in the published KernelWarehouse checkpoints, which mmpretrain's do not have.
 """
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..registry import MODELS
 from ..sharing import convnext_rule
 from .building import Option, make_dynamic
+from .classifiers import name_in_classifiers
 from .residual import checkpoint_blocks, drop_path_rates
 from .static import refuse_small_images
 
@@ -85,6 +87,8 @@ class ConvNeXt(BaseModule):
         drop_path_rate: Stochastic depth of the last block, in [0, 1). The rates grow linearly from
             0 at the first block. Or a sequence with one rate per block.
         layer_scale_init_value: Start of the layer scale; 0 means no layer scale.
+        gap_before_final_norm: Whether outputs are averaged over the image before their norm, as in
+            classifiers. They are then Tensor[batch, channels].
         frozen_stages: -1 freezes nothing, 0 the stem, i the stem and the first i stages.
         with_cp: Whether the blocks' activations are recomputed in the backward pass, to save
             memory.
@@ -110,6 +114,7 @@ class ConvNeXt(BaseModule):
         out_indices: Sequence[int] = (0, 1, 2, 3),
         drop_path_rate: float | Sequence[float] = 0.0,
         layer_scale_init_value: float = 1e-6,
+        gap_before_final_norm: bool = False,
         frozen_stages: int = -1,
         with_cp: bool = False,
         init_cfg: dict | list | None = None,
@@ -123,8 +128,12 @@ class ConvNeXt(BaseModule):
             raise ValueError(f'out_indices must be in 0 to {stages - 1}, got {out_indices}.')
         if not -1 <= frozen_stages <= stages:
             raise ValueError(f'frozen_stages must be in -1 to {stages}, got {frozen_stages}.')
-        self._register_load_state_dict_pre_hook(convnext_names)
         self.out_indices = tuple(out_indices)
+        self.gap_before_final_norm = gap_before_final_norm
+        # The norm of a whole ImageNet network is that of the last output.
+        norm = f'norm{max(self.out_indices)}' if gap_before_final_norm else 'norm'
+        self._register_load_state_dict_pre_hook(partial(convnext_names, norm=norm))
+        self._checkpoint_filter = name_in_classifiers
         self.frozen_stages = frozen_stages
 
         stem = nn.Conv2d(in_channels, channels[0], 4, stride=4)
@@ -167,7 +176,11 @@ class ConvNeXt(BaseModule):
         for index, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             x = stage(downsample(x))
             if index in self.out_indices:
-                outs.append(getattr(self, f'norm{index}')(x))
+                norm = getattr(self, f'norm{index}')
+                if self.gap_before_final_norm:
+                    outs.append(norm(x.mean((2, 3), keepdim=True)).flatten(1))
+                else:
+                    outs.append(norm(x))
         return tuple(outs)
 
     def train(self, mode: bool = True) -> 'ConvNeXt':
@@ -242,7 +255,7 @@ def KWConvNeXt(
     return make_dynamic(network, convnext_rule(network), arguments)
 
 
-def convnext_names(state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def convnext_names(state_dict: dict[str, Tensor], prefix: str, *_: Any, norm: str = 'norm') -> None:
     """Translates a state dict of the original ConvNeXt or of mmpretrain's.
 
     mmpretrain's names of a block's convolutions become the original names. Pointwise weights of
@@ -253,6 +266,7 @@ def convnext_names(state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
         state_dict: Changed in place.
         prefix: The network's place in the state dict. Other names do not change.
         *_: Other arguments that ``load_state_dict`` passes to a hook; not used.
+        norm: What the norm before the ImageNet classifier, ``norm``, is called here.
     """
     for key in [key for key in state_dict if key.startswith(prefix)]:
         value = state_dict.pop(key)
@@ -261,6 +275,7 @@ def convnext_names(state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
             lambda match: _PARTS_IN_MMPRETRAIN[match[1]],
             key[len(prefix) :],
         )
+        name = re.sub(r'^norm\.', f'{norm}.', name)
         if not isinstance(value, Tensor):
             pass  # A later check refuses it and names it.
         elif name.endswith(('pwconv1.weight', 'pwconv2.weight')) and value.dim() == 2:

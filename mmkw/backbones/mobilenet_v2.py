@@ -12,13 +12,14 @@ from ..registry import MODELS
 from ..sharing import mobilenet_v2_rule
 from ..sharing.rules import POINTWISE
 from .building import Option, make_dynamic
+from .classifiers import name_in_classifiers
 from .residual import checkpoint_blocks
 from .static import refuse_small_images, static_network
 
 
 @MODELS.register_module()
 def MobileNetV2(widen_factor: float = 1.0, *, with_cp: bool = False, **arguments: Any) -> nn.Module:
-    """Builds the static MobileNetV2 of mmdet or mmseg: the paper's baseline.
+    """Builds the static MobileNetV2 of mmdet, mmseg or mmpretrain: the paper's baseline.
 
     The network also reads checkpoints with torchvision's names, such as the published checkpoints.
 
@@ -26,7 +27,7 @@ def MobileNetV2(widen_factor: float = 1.0, *, with_cp: bool = False, **arguments
         widen_factor: Width of the network: a factor for the channels.
         with_cp: Whether the blocks' activations are recomputed in the backward pass, to save
             memory.
-        **arguments: The other arguments of the ``MobileNetV2`` of mmdet or mmseg.
+        **arguments: The other arguments of the ``MobileNetV2`` of the library.
 
     Returns:
         The network, of the library's class.
@@ -41,6 +42,7 @@ def MobileNetV2(widen_factor: float = 1.0, *, with_cp: bool = False, **arguments
     nested = hasattr(groups[0][0], 'conv')
     names = partial(mobilenet_v2_names, [len(group) for group in groups], nested)
     network._register_load_state_dict_pre_hook(names)
+    network._checkpoint_filter = name_in_classifiers
     return refuse_small_images(network)
 
 
@@ -60,13 +62,13 @@ def KWMobileNetV2(
     freeze_warehouses: bool = True,
     **static: Any,
 ) -> nn.Module:
-    """Builds the MobileNetV2 of mmdet or mmseg with the paper's sharing.
+    """Builds the MobileNetV2 of a library with the paper's sharing.
 
-    The result is an object of the ``MobileNetV2`` class of mmdet or mmseg, depending on the config.
-    It takes all arguments of that class, and reads the published checkpoints. The paper's 1/2x
-    network has ``pointwise='last_stage'`` and ``reduction=1 / 32``. Its ``cell_num_ratio``,
-    ``cell_inplane_ratio`` and ``cell_outplane_ratio`` are each ``[1] * 6 + [.5, 1, .5]``, for the
-    nine warehouses of the backbone.
+    The result is an object of the ``MobileNetV2`` class of mmdet, mmseg or mmpretrain, depending on
+    the config. It takes all arguments of that class, and reads the published checkpoints. The
+    paper's 1/2x network has ``pointwise='last_stage'`` and ``reduction=1 / 32``. Its
+    ``cell_num_ratio``, ``cell_inplane_ratio`` and ``cell_outplane_ratio`` are each
+    ``[1] * 6 + [.5, 1, .5]``, for the nine warehouses of the backbone.
 
     Args:
         widen_factor: Width of the network: a factor for the channels.

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..checkpoints.beyond import beyond_backbone
 from ..checkpoints.errors import CheckpointMismatchError, shown
 from ..checkpoints.recognising import check_cells, stored_warehouses
+from .classifiers import name_in_classifiers
 from .convnext import convnext_names
 from .mobilenet_v2 import mobilenet_v2_names
 
@@ -26,12 +27,14 @@ def rewrite_published(
 
     Args:
         checkpoint: A result of :func:`~mmkw.checkpoints.read_checkpoint`; not changed.
-        library: ``mmdet`` or ``mmseg``: the library whose MobileNetV2 the names are for. Other
-            backbones have the same names in both libraries.
+        library: ``mmdet``, ``mmseg`` or ``mmpretrain``: the library that the names are for. For
+            mmpretrain the result is a whole classifier. In the others only the names of MobileNetV2
+            differ.
 
     Returns:
-        The state dict, and the names of the tensors that are left out on purpose. These are the
-        ImageNet classifier, and MobileNetV2's last convolution if the library lacks it.
+        The state dict, and the names of the tensors that are left out on purpose. These are, but
+        for mmpretrain, the ImageNet classifier, and MobileNetV2's last convolution if the library
+        lacks it.
 
     Raises:
         CheckpointMismatchError: If the checkpoint has no warehouses, or if it has tensors that no
@@ -41,6 +44,9 @@ def rewrite_published(
     state = checkpoint.get('state_dict', checkpoint)
     # Models that are wrapped for several devices save names with this prefix.
     state = {key.removeprefix('module.'): value for key, value in state.items()}
+    whole = library == 'mmpretrain'
+    if whole:
+        name_in_classifiers(state)
     prefix = 'backbone.' if any(key.startswith('backbone.') for key in state) else ''
     check_cells(state, prefix)
     warehouses = stored_warehouses(state, prefix)
@@ -52,7 +58,7 @@ def rewrite_published(
     if any(key.startswith(f'{prefix}features.') for key in state):
         mobilenet_v2_names(_BLOCKS, library == 'mmseg', state, prefix)
     elif any(key.startswith(f'{prefix}stages.') for key in state):
-        convnext_names(state, prefix)
+        convnext_names(state, prefix, norm='norm3' if whole else 'norm')
     own = () if library == 'mmseg' else ('conv2',)
     unused = beyond_backbone(state, prefix, max(warehouses), own)
     for key in unused:

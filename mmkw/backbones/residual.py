@@ -62,6 +62,10 @@ def add_drop_path(blocks: Sequence[nn.Module], rate: float | Sequence[float]) ->
     if not any(rates):
         return
     for block, probability in zip(blocks, rates):
+        if hasattr(block, 'drop_path'):
+            # mmpretrain's blocks call it themselves.
+            block.drop_path = DropPath(probability)
+            continue
         plugins = getattr(block, 'after_conv3_plugin_names', None)
         norm = 'norm3' if hasattr(block, 'norm3') else 'norm2'
         branch_end = getattr(block, plugins[-1] if plugins else norm)

@@ -8,6 +8,7 @@ from torch import nn
 from ..registry import MODELS
 from ..sharing import resnet_rule
 from .building import Option, make_dynamic
+from .classifiers import name_in_classifiers
 from .residual import add_drop_path, checkpoint_blocks
 from .static import refuse_small_images, static_network
 
@@ -20,7 +21,7 @@ def ResNet(
     with_cp: bool = False,
     **resnet: Any,
 ) -> nn.Module:
-    """Builds the static ResNet of mmdet or mmseg: the paper's baseline.
+    """Builds the static ResNet of mmdet, mmseg or mmpretrain: the paper's baseline.
 
     With an argument ``groups`` it is the library's ``ResNeXt``.
 
@@ -31,7 +32,7 @@ def ResNet(
             KernelWarehouse have ``[0.1] * 16``.
         with_cp: Whether the blocks' activations are recomputed in the backward pass, to save
             memory.
-        **resnet: The other arguments of the ``ResNet`` or ``ResNeXt`` of mmdet or mmseg.
+        **resnet: The other arguments of the ``ResNet`` or ``ResNeXt`` of the library.
 
     Returns:
         The network, of the library's class.
@@ -46,6 +47,7 @@ def ResNet(
     add_drop_path(blocks, drop_path_rate)
     if with_cp:
         checkpoint_blocks(blocks)
+    network._checkpoint_filter = name_in_classifiers
     return refuse_small_images(network)
 
 
@@ -64,12 +66,12 @@ def KWResNet(
     freeze_warehouses: bool = True,
     **static: Any,
 ) -> nn.Module:
-    """Builds the ResNet of mmdet or mmseg with the paper's four warehouses, one per stage.
+    """Builds the ResNet of a library with the paper's four warehouses, one per stage.
 
-    The result is an object of the ``ResNet`` class of mmdet or mmseg, depending on the config. With
-    ``groups`` it is the library's ``ResNeXt``. All arguments keep their meaning, and all modules
-    keep their names. ``frozen_stages`` freezes a warehouse only if all its layers are frozen.
-    ``norm_eval`` also applies to the norms of the attentions.
+    The result is an object of the ``ResNet`` class of mmdet, mmseg or mmpretrain, depending on the
+    config. With ``groups`` it is the library's ``ResNeXt``. All arguments keep their meaning, and
+    all modules keep their names. ``frozen_stages`` freezes a warehouse only if all its layers are
+    frozen. ``norm_eval`` also applies to the norms of the attentions.
 
     Args:
         depth: 18, 34, 50, 101 or 152.

@@ -17,13 +17,14 @@ def static_network(name: str) -> type[nn.Module]:
 
     Returns:
         The class of the current default scope: mmdet's in an mmdet config, mmseg's in an mmseg
-        config. Outside any config mmdet's class, or mmseg's if mmdet is not installed.
+        config, mmpretrain's in an mmpretrain config. Outside any config the class of the first of
+        these libraries that is installed.
 
     Raises:
         ModuleNotFoundError: If no installed library has the backbone.
     """
     current = DefaultScope.get_current_instance()
-    scopes = ['mmdet', 'mmseg']
+    scopes = ['mmdet', 'mmseg', 'mmpretrain']
     if current is not None and current.scope_name not in ('mmengine', 'mmkw'):
         scopes.insert(0, current.scope_name)
     for scope in scopes:
@@ -36,7 +37,7 @@ def static_network(name: str) -> type[nn.Module]:
             return backbone
     raise ModuleNotFoundError(
         f'No static {name} found in {scopes}. Install a library that has it: '
-        "pip install 'mmkw[det]' or pip install 'mmkw[seg]'."
+        "pip install 'mmkw[det]', 'mmkw[seg]' or 'mmkw[cls]'."
     )
 
 

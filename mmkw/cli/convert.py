@@ -1,7 +1,7 @@
 """``mmkw convert SRC DST``: a checkpoint for a KernelWarehouse network.
 
-Of a published checkpoint it keeps what the networks of mmkw load, under MMDetection's or
-MMSegmentation's names. With ``--config`` it gives the KernelWarehouse network of a config the
+Of a published checkpoint it keeps what the networks of mmkw load, under the names of MMDetection,
+MMSegmentation or MMPretrain. With ``--config`` it gives the KernelWarehouse network of a config the
 weights of a static one, and compares both. Both load as they are, too: by ``init_cfg`` or
 ``load_from``.
 """
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ..backbones import rewrite_published
 from ..checkpoints import read_checkpoint
 from ..engine.building import build_model, dynamic_networks
+from ..engine.command_line import library_of
 from ..sharing import static_networks
 from .config import add_config_options, config_of
 
@@ -36,7 +37,7 @@ def calls_of(model: nn.Module, networks: dict[str, nn.Module], image: Tensor) ->
     """Runs a model on an image; notes what its networks are first called with and what they give.
 
     Args:
-        model: A detector, a segmentor or a backbone.
+        model: A detector, a segmentor, a classifier or a backbone.
         networks: Parts of the model, by name.
         image: Tensor[1, 3, height, width].
     """
@@ -65,6 +66,8 @@ def sample_of(model: nn.Module, image: Tensor) -> Any:
     meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape)
     if hasattr(model, 'decode_head'):
         from mmseg.structures import SegDataSample as Sample
+    elif hasattr(model, 'head'):
+        from mmpretrain.structures import DataSample as Sample
     else:
         from mmdet.structures import DetDataSample as Sample
     return Sample(metainfo=dict(meta, scale_factor=(1.0, 1.0), img_id=0))
@@ -106,7 +109,9 @@ def main(argv: Sequence[str]) -> None:
         description='Write a checkpoint for a KernelWarehouse network: of a published '
         'KernelWarehouse checkpoint, or with --config of a static one',
     )
-    parser.add_argument('src', help='checkpoint of a backbone, a detector or a segmentor')
+    parser.add_argument(
+        'src', help='checkpoint of a backbone, a classifier, a detector or a segmentor'
+    )
     parser.add_argument('dst', help='file to write')
     parser.add_argument(
         '--config',
@@ -123,10 +128,10 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument(
         '--library',
-        choices=['mmdet', 'mmseg'],
+        choices=['mmdet', 'mmseg', 'mmpretrain'],
         default='mmdet',
-        help='without --config: whose MobileNetV2 the names are for; other backbones have the '
-        'same names in both',
+        help='without --config: for the MobileNetV2 of mmdet or mmseg (other backbones have the '
+        'same names in both) or for a classifier of mmpretrain',
     )
     args = parser.parse_args(argv)
     if osp.exists(args.dst):
@@ -189,7 +194,8 @@ def warm_started(
     model = build_model(config)
     with static_networks():
         static = build_model(config)
-    if not any(key.startswith('backbone.') for key in state):
+    whole = library_of(config) == 'mmpretrain'  # A classifier takes an ImageNet file whole.
+    if not whole and not any(key.startswith('backbone.') for key in state):
         model, static = model.backbone, static.backbone
     networks = dynamic_networks(model)
     if not networks:

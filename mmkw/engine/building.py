@@ -41,11 +41,14 @@ def build_model(config: Config, on_meta: bool = False) -> nn.Module:
     """Builds the model of a config with random weights. Pretrained weights are not loaded.
 
     Args:
-        config: Config of a detector or segmentor; not changed.
+        config: Config of a detector, segmentor or classifier; not changed.
         on_meta: Whether tensors are on the meta device, without memory. This is enough to count.
     """
     init_default_scope(config.get('default_scope') or 'mmengine')
     cfg = _without_weights(copy.deepcopy(config.model))
+    if 'data_preprocessor' in config:
+        # As MMEngine's runner does.
+        cfg.setdefault('data_preprocessor', config.data_preprocessor)
     if not on_meta:
         return MODELS.build(cfg)
     try:

@@ -19,13 +19,24 @@ from .building import dicts_of, read_config
 PUBLISHED_WEIGHTS = {
     f'checkpoints/{name}.pth': f'{text}, github.com/OSVAI/KernelWarehouse'
     for name, text in (
+        ('resnet18', 'static ResNet18, ImageNet top-1 70.44'),
+        ('kw1d4x_resnet18', 'KernelWarehouse 1/4x ResNet18, ImageNet top-1 72.73'),
+        ('kw1d2x_resnet18', 'KernelWarehouse 1/2x ResNet18, ImageNet top-1 73.33'),
+        ('kw1x_resnet18', 'KernelWarehouse 1x ResNet18, ImageNet top-1 74.77'),
+        ('kw2x_resnet18', 'KernelWarehouse 2x ResNet18, ImageNet top-1 75.19'),
+        ('kw4x_resnet18', 'KernelWarehouse 4x ResNet18, ImageNet top-1 76.05'),
         ('resnet50', 'static ResNet50, ImageNet top-1 78.44'),
         ('kw1d2x_resnet50', 'KernelWarehouse 1/2x ResNet50, ImageNet top-1 79.30'),
         ('kw1x_resnet50', 'KernelWarehouse 1x ResNet50, ImageNet top-1 80.38'),
         ('kw4x_resnet50', 'KernelWarehouse 4x ResNet50, ImageNet top-1 81.05'),
         ('mobilenet_v2', 'static MobileNetV2, ImageNet top-1 72.04'),
+        ('kw1d2x_mobilenet_v2', 'KernelWarehouse 1/2x MobileNetV2, ImageNet top-1 72.59'),
         ('kw1x_mobilenet_v2', 'KernelWarehouse 1x MobileNetV2, ImageNet top-1 74.68'),
         ('kw4x_mobilenet_v2', 'KernelWarehouse 4x MobileNetV2, ImageNet top-1 75.92'),
+        ('mobilenet_v2_0.5', 'static MobileNetV2 0.5, ImageNet top-1 64.32'),
+        ('kw1d2x_mobilenet_v2_0.5', 'KernelWarehouse 1/2x MobileNetV2 0.5, ImageNet top-1 65.20'),
+        ('kw1x_mobilenet_v2_0.5', 'KernelWarehouse 1x MobileNetV2 0.5, ImageNet top-1 68.29'),
+        ('kw4x_mobilenet_v2_0.5', 'KernelWarehouse 4x MobileNetV2 0.5, ImageNet top-1 70.26'),
         ('convnext_tiny', 'static ConvNeXt-Tiny, ImageNet top-1 82.07'),
         ('kw1x_convnext_tiny', 'KernelWarehouse 1x ConvNeXt-Tiny, ImageNet top-1 82.51'),
     )
@@ -35,7 +46,9 @@ PUBLISHED_WEIGHTS = {
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that training and testing share."""
     parser.add_argument(
-        'config', help='config file, or PACKAGE::CONFIG such as mmkw::mask_rcnn/...'
+        'config',
+        help='config file of MMDetection, MMSegmentation or MMPretrain, or PACKAGE::CONFIG such as '
+        'mmkw::mask_rcnn/...',
     )
     parser.add_argument('--work-dir', help='folder for logs and results')
     parser.add_argument(
@@ -122,9 +135,13 @@ def check_weights(parser: argparse.ArgumentParser, config: Config) -> None:
 
 
 def library_of(config: Config) -> str:
-    """The library of a config, ``mmdet`` or ``mmseg``, by its default scope or its model's type."""
+    """The library of a config, by its default scope or its model's type.
+
+    Returns:
+        ``mmdet``, ``mmseg`` or ``mmpretrain``.
+    """
     scope = config.get('default_scope') or str(config.model.get('type')).partition('.')[0]
-    return 'mmseg' if scope == 'mmseg' else 'mmdet'
+    return scope if scope in ('mmseg', 'mmpretrain') else 'mmdet'
 
 
 def check_scopes(parser: argparse.ArgumentParser, config: Config) -> None:

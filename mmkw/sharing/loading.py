@@ -53,6 +53,7 @@ def is_converted(module: nn.Module) -> bool:
 
 def _check_parts(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *more: Any) -> None:
     """Checks all converted parts; a hook of ``load_state_dict`` that changes nothing."""
+    state_dict = _as_translated(model, state_dict, prefix, *more)
     for name, part in model.named_modules():
         # A part with its own _load_from_state_dict may translate names, so it is not checked here.
         if part is model or not is_converted(part) or _reads_itself(part):
@@ -61,6 +62,22 @@ def _check_parts(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *
         own = {key: value for key, value in state_dict.items() if key.startswith(place)}
         with only_checking():
             _run_hooks(part, own, place, *more)
+
+
+def _as_translated(
+    model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *more: Any
+) -> dict[str, Tensor]:
+    """What the model's hooks after :func:`_check_parts` will make of a state dict.
+
+    mmpretrain's classifiers translate the names of ImageNet files in such a hook.
+    """
+    hooks = list(model._load_state_dict_pre_hooks.values())
+    later = hooks[[hook.hook for hook in hooks].index(_check_parts) + 1 :]
+    state_dict, more = dict(state_dict), [list(m) if isinstance(m, list) else m for m in more]
+    with only_checking():
+        for hook in later:
+            hook(state_dict, prefix, *more)
+    return state_dict
 
 
 def run_hooks_always(network: nn.Module) -> None:

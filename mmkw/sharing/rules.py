@@ -77,11 +77,18 @@ _RESNETS = ('ResNet', 'ResNeXt', 'ResNetV1c', 'ResNetV1d')
 
 def _next_stage(network: nn.Module) -> list[KernelShape]:
     number = network.num_stages + 1
+    if hasattr(network, 'inplanes'):
+        channels = dict(
+            inplanes=network.inplanes, planes=network.base_channels * 2**network.num_stages
+        )
+    else:
+        # mmpretrain's ResNet.
+        last = getattr(network, network.res_layers[-1])[-1]
+        channels = dict(in_channels=last.out_channels, out_channels=2 * last.out_channels)
     with torch.device('meta'):
         stage = network.make_res_layer(
+            **channels,
             block=network.block,
-            inplanes=network.inplanes,
-            planes=network.base_channels * 2**network.num_stages,
             num_blocks=1,
             stride=2,
             dilation=1,

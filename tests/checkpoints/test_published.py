@@ -2,20 +2,33 @@
 
 import itertools
 import logging
+import re
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.runner.checkpoint import load_state_dict
 from published_oracle import Network, convnext_tiny, mobilenet_v2, resnet
 
-from mmkw.backbones import ConvNeXt, KWConvNeXt, KWMobileNetV2, KWResNet, MobileNetV2
+from mmkw.backbones import (
+    ConvNeXt,
+    KWConvNeXt,
+    KWMobileNetV2,
+    KWResNet,
+    MobileNetV2,
+    rewrite_published,
+)
 from mmkw.checkpoints import CheckpointMismatchError
+from mmkw.engine.building import build_model
 from mmkw.layers import set_temperature
 
 pytest.importorskip('mmdet', reason="needs MMDetection's static networks")
 
+CONFIGS = Path(__file__).parents[2] / 'configs'
 HALF = dict(cell_inplane_ratio=0.5, cell_outplane_ratio=0.5)
 LAST = [1] * 6 + [0.5, 1, 0.5]
 R18, R50 = resnet(18), resnet(50)
@@ -123,12 +136,20 @@ CASES = {
             cell_outplane_ratio=LAST,
         ),
         '9x(32,3) 36x(32,1) 18x(144,1) 27x(192,1) 36x(384,1) 27x(576,1) 6x(480,80) 27x(960,1) '
-        '40x(80,160)',
-        LAST,
+        '40x(80,160) 20x(1000,32)',
+        [*LAST, 0.5],
         dict(reduction=1 / 32),
         mobilenet_v2(1, 'last'),
         'classifier warehouse_manager',
     ),
+}
+# Configs with a classifier, one of every kind.
+CLASSIFIERS = {
+    'r18-1x': 'resnet/kw1x-resnet18_32xb128-300e_in1k.py',
+    'r50-1d2x': 'resnet/kw1d2x-resnet50_32xb128-300e_in1k.py',
+    'convnext-tiny-1x': 'convnext/kw1x-convnext-tiny_32xb128-300e_in1k.py',
+    'mobilenet-4x': 'mobilenet_v2/kw4x-mobilenet-v2_8xb32-150e_in1k.py',
+    'mobilenet-1d2x': 'mobilenet_v2/kw1d2x-mobilenet-v2_8xb32-150e_in1k.py',
 }
 
 
@@ -148,39 +169,79 @@ def unused_listed():
     logger.removeHandler(handler)
 
 
-def oracle(name, x, tau, state=None):
+def run_oracle(name, x, tau, state=None):
     _, cells, budget, options, forward, _ = CASES[name]
     net = Network(cells, budget, state=state, **options)
     with torch.no_grad():
-        return net.state, net.run(forward, x, tau)
+        return net, net.run(forward, x, tau)
 
 
-@pytest.mark.parametrize('name', CASES)
-def test_published_state_dict_loads_whole_and_gives_the_published_outputs(name, tmp_path):
-    x = torch.randn(2, 3, 32, 32)
-    state, expected = oracle(name, x, 0.5)
-    torch.save(dict(model=state), tmp_path / 'published.pth')
-    network = CASES[name][0]()
-    network.init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'published.pth'))
+def oracle(name, x, tau, state=None):
+    net, outputs = run_oracle(name, x, tau, state)
+    return net.state, outputs
+
+
+@pytest.fixture(scope='module', params=CASES)
+def published(request, tmp_path_factory):
+    """A published file, and what its network gives for some images at every temperature."""
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    state, expected = None, {}
+    for tau in (0.5, 0, 1):
+        net, features = run_oracle(request.param, x, tau, state)
+        state, expected[tau] = net.state, (features, net.logits)
+    file = tmp_path_factory.mktemp('published') / 'published.pth'
+    torch.save(dict(model=state), file)
+    yield SimpleNamespace(
+        name=request.param, file=str(file), state=state, images=x, expected=expected
+    )
+    file.unlink()
+
+
+def difference(ours, theirs):
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def test_published_state_dict_loads_whole_and_gives_the_published_outputs(published):
+    network = CASES[published.name][0]()
+    network.init_cfg = dict(type='Pretrained', checkpoint=published.file)
     with unused_listed() as listed_as_unused:
         network.init_weights()
     network.eval()
 
     # Every tensor is there: loaded, or listed as of the classifier.
-    missing, unexpected = network.load_state_dict(dict(state), strict=False)
+    missing, unexpected = network.load_state_dict(dict(published.state), strict=False)
     assert not missing and not unexpected
-    assert {key.split('.')[0] for key in listed_as_unused} == set(CASES[name][-1].split())
-    assert listed_as_unused <= set(state)
-    for tau in (0.5, 0, 1):
+    assert {key.split('.')[0] for key in listed_as_unused} == set(CASES[published.name][-1].split())
+    assert listed_as_unused <= set(published.state)
+    for tau, (expected, _) in published.expected.items():
         set_temperature(network, tau)
-        if tau != 0.5:
-            expected = oracle(name, x, tau, state)[1]
         with torch.no_grad():
-            outputs = network(x)
+            outputs = network(published.images)
         for ours, theirs in zip(outputs, expected):
-            assert ours.shape == theirs.shape
-            error = (ours - theirs).abs().max() / theirs.abs().max()
-            assert error < 1e-4, (tau, error)
+            assert difference(ours, theirs) < 1e-4, tau
+
+
+@pytest.mark.parametrize('published', CLASSIFIERS, indirect=True)
+def test_published_file_gives_the_published_logits(published):
+    pytest.importorskip('mmpretrain', reason='has the classifiers')
+    config = Config.fromfile(CONFIGS / CLASSIFIERS[published.name])
+    model = build_model(config).eval()
+    # The authors' file has no norms of the detectors' outputs.
+    file = {k: v for k, v in published.state.items() if not re.match(r'norm\d', k)}
+    missing, unexpected = model.load_state_dict(dict(file), strict=False)
+    assert not missing and not unexpected
+    # Rewritten offline it is the same.
+    rewritten, left_out = rewrite_published(dict(state_dict=file), 'mmpretrain')
+    assert not left_out
+    own = model.state_dict()
+    assert set(rewritten) == set(own)
+    assert all(torch.equal(value, own[key]) for key, value in rewritten.items())
+    for tau, (_, expected) in published.expected.items():
+        set_temperature(model, tau)
+        with torch.no_grad():
+            logits = model(published.images)
+        assert difference(logits, expected) < 1e-5, tau
 
 
 @pytest.mark.parametrize('name', ['mobilenet-1x', 'mobilenet-4x', 'mobilenet-1d2x'])
@@ -189,8 +250,10 @@ def test_half_the_width(name):
     network = build(widen_factor=0.5)
     network.eval()
     shapes = [tuple(weight.shape[:3]) for weight in network.warehouse_manager.weights]
-    net = Network(' '.join(f'{n}x({out},{inner})' for n, out, inner in shapes), budget, **options)
     sharing = dict(zip(('1x', '4x', '1d2x'), ('joint', 'separate', 'last')))[name.split('-')[1]]
+    if sharing == 'last':
+        shapes.append((20, 1000, 32))
+    net = Network(' '.join(f'{n}x({out},{inner})' for n, out, inner in shapes), budget, **options)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = net.run(mobilenet_v2(0.5, sharing), x, 0)

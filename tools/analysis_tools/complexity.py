@@ -8,6 +8,7 @@ from mmengine.config import Config
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmkw.engine.building import build_model
+from mmkw.engine.command_line import library_of
 
 
 class Complexity(NamedTuple):
@@ -30,12 +31,11 @@ def count(config: Config, shape: tuple[int, int] | None = None) -> Complexity:
     """Builds the model of a config without memory for its tensors, and counts.
 
     Args:
-        config: Of a detector or segmentor.
-        shape: Height and width of the image; by default the crop of a segmentor, and 800 x 1280
-            for a detector.
+        config: Of a detector, segmentor or classifier.
+        shape: Height and width of the image; by default the crop of a segmentor or classifier, and
+            800 x 1280 for a detector.
     """
-    size = config.model.data_preprocessor.get('size') or (800, 1280)
-    height, width = shape or size
+    height, width = shape or _shape_of(config)
     model = build_model(config, on_meta=True).eval()
     image = torch.empty(1, 3, height, width, device='meta')
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -47,6 +47,14 @@ def count(config: Config, shape: tuple[int, int] | None = None) -> Complexity:
         counter.get_total_flops() // 2,
         (height, width),
     )
+
+
+def _shape_of(config: Config) -> tuple[int, int]:
+    if library_of(config) == 'mmpretrain':
+        pipeline = config.test_dataloader.dataset.pipeline
+        (side,) = [step.crop_size for step in pipeline if step.type == 'CenterCrop']
+        return side, side
+    return config.model.data_preprocessor.get('size') or (800, 1280)
 
 
 def main() -> None:

@@ -22,16 +22,16 @@ HEADER = """# Model zoo
 
 Made by `python tools/analysis_tools/model_zoo.py` from the configs and their `metafile.yml`.
 
-AP is that of the paper ([KernelWarehouse](https://arxiv.org/abs/2406.07879), ICML 2024), not
-measured here; where there is none, the paper has none. Parameters (of the whole model) and FLOPs
-(multiply-adds of the backbone for one image of the given size, attentions and mixing included) are
-measured: `python tools/analysis_tools/complexity.py CONFIG`.
+AP and accuracy are those of the paper ([KernelWarehouse](https://arxiv.org/abs/2406.07879), ICML
+2024), not measured here; where there is none, the paper has none. Parameters (of the whole model)
+and FLOPs (multiply-adds of the backbone for one image of the given size, attentions and mixing
+included) are measured: `python tools/analysis_tools/complexity.py CONFIG`.
 
 ## ImageNet weights
 
 Download the file and save it under this name; other weights in the tables below are downloaded by
-themselves. The published detectors are for `load_from`, `tools/test.py CONFIG FILE` and
-MMDetection's `init_detector` and `DetInferencer`, as downloaded.
+themselves. Published detectors and classifiers are for `load_from`, `tools/test.py CONFIG FILE` and
+the libraries' own `init_detector`, `get_model` and inferencers, as downloaded.
 
 | save as | weights |
 |---|---|
@@ -52,7 +52,10 @@ _base_ = [
 For the ResNet50 of any budget (`kw1d2x-r50.py`, `kw1x-r50.py`, `kw4x-r50.py`, the static `r50.py`)
 that is all. The others have other channels:
 
-- MobileNetV2 (`kw1x-mobilenet-v2.py`, `kw4x-mobilenet-v2.py`, the static `mobilenet-v2.py`):
+- ResNet18 (`kw1d4x-r18.py`, `kw1d2x-r18.py`, `kw1x-r18.py`, `kw2x-r18.py`, `kw4x-r18.py`, the
+  static `r18.py`): `neck=dict(in_channels=[64, 128, 256, 512])`.
+- MobileNetV2 (`kw1d2x-mobilenet-v2.py`, `kw1x-mobilenet-v2.py`, `kw4x-mobilenet-v2.py`, the static
+  `mobilenet-v2.py`):
   `neck=dict(in_channels=[24, 32, 96, 1280])`, as in
   [Mask R-CNN](../configs/mask_rcnn/mask-rcnn_kw4x-mobilenet-v2_fpn_adamw-1x_coco.py). A segmentor
   inherits from one that MMSegmentation has made for MobileNetV2, as
@@ -73,6 +76,7 @@ DATA = dict(
     COCOStuffDataset='COCO-Stuff',
     ADE20KDataset='ADE20K',
     CityscapesDataset='Cityscapes',
+    ImageNet='ImageNet-1k',
 )
 
 
@@ -144,7 +148,7 @@ def table(models: list[dict[str, Any]]) -> list[str]:
     )
     published = any('Published Weights' in model for model in models)
     columns = ['config', 'parameters', 'backbone FLOPs', 'at', *metrics, 'backbone weights']
-    columns += ['published detector'] if published else []
+    columns += ['published weights'] if published else []
     lines = ['| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|']
     for model in models:
         metadata = model['Metadata']
@@ -159,7 +163,8 @@ def table(models: list[dict[str, Any]]) -> list[str]:
             f'`{weights}`' if weights else 'from scratch',
         ]
         if published:
-            cells.append(model.get('Published Weights', ''))
+            weights = model.get('Published Weights', '')
+            cells.append(f'`{weights}`' if weights in PUBLISHED_WEIGHTS else weights)
         lines.append('| ' + ' | '.join(cells) + ' |')
     return lines
 
@@ -173,7 +178,7 @@ def zoo(pool: Executor) -> dict[Path, str]:
     Raises:
         SystemExit: If a folder of configs has no metafile with a collection.
     """
-    files, sections, sources = {}, [], {}
+    files, sections = {}, []
     for folder, paths in leaf_configs().items():
         metafile = ROOT / 'configs' / folder / 'metafile.yml'
         if not metafile.exists():
@@ -187,10 +192,7 @@ def zoo(pool: Executor) -> dict[Path, str]:
         files[metafile] = yaml.safe_dump(content, sort_keys=False, width=100)
         title, url = collection['Paper']['Title'], collection['Paper']['URL']
         sections += ['', f'## {collection["Name"]}', '', f'[{title}]({url})', '', *table(models)]
-        for metadata in (model['Metadata'] for model in models):
-            if 'Backbone Weights Source' in metadata:
-                sources[metadata['Backbone Weights']] = metadata['Backbone Weights Source']
-    rows = [f'| `{path}` | {source} |' for path, source in sorted(sources.items())]
+    rows = [f'| `{path}` | {source} |' for path, source in PUBLISHED_WEIGHTS.items()]
     page = [*rows, BACKBONES.rstrip(), *sections, '']
     files[ROOT / 'docs/model_zoo.md'] = HEADER + '\n'.join(page)
     imports = [str(path.relative_to(ROOT)) for path in files if path.name == 'metafile.yml']

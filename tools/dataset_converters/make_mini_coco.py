@@ -9,6 +9,7 @@ neither photographs nor digits. The same arguments give the same bytes.
     OUT/{train,val}/000000.png                   images
     OUT/semantic/{train,val}/000000.png          semantic maps: 0 background, 1 + digit
     OUT/foreground/{train,val}/000000.png        the same of two classes: 0 background, 1 any digit
+    OUT/digits/{train,val}/0/000001.png          the digits cut out, one folder for every class
 
 Example:
     python tools/dataset_converters/make_mini_coco.py data/mini_coco --train 1000 --val 200 --seed 0
@@ -196,7 +197,8 @@ def make_split(out: Path, split: str, count: int, seed: int) -> None:
     """Writes the images, semantic maps and annotations of one split."""
     material = load_material(split)
     folders = out / split, out / 'semantic' / split, out / 'foreground' / split
-    for folder in folders:
+    digits = [out / 'digits' / split / str(label) for label in range(len(CLASSES))]
+    for folder in (*folders, *digits):
         folder.mkdir(parents=True)
     images, annotations = [], []
     for image_id in range(count):
@@ -210,6 +212,10 @@ def make_split(out: Path, split: str, count: int, seed: int) -> None:
         for mask, label in zip(scene.masks, scene.labels):
             semantic[mask] = 1 + label
             x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
+            cut = scene.image[
+                max(y - h // 8, 0) : y + h + h // 8, max(x - w // 8, 0) : x + w + w // 8
+            ]
+            cv2.imwrite(str(digits[label] / f'{len(annotations) + 1:06d}.png'), cut)
             annotations.append(
                 dict(
                     id=len(annotations) + 1,
@@ -249,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     """Makes the data set, or finds it made."""
     args = parse_args(argv)
     # The version changes with what the files hold.
-    recipe = dict(train=args.train, val=args.val, seed=args.seed, version=2)
+    recipe = dict(train=args.train, val=args.val, seed=args.seed, version=3)
     record = args.out / 'recipe.json'
     if record.is_file() and json.loads(record.read_text()) == recipe:
         print(f'{args.out} is there already: {recipe}')

@@ -1,0 +1,8 @@
+_base_ = ['../_base_/recipes/adamw-300e_in1k.py', '../_base_/backbones/kw1x-r18.py']
+
+model = dict(
+    backbone=dict(_base_.backbone, _delete_=True, init_cfg=None),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(in_channels=512),
+)
+custom_hooks = [dict(type='mmkw.TemperatureHook', length=20)]
