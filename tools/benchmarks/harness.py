@@ -8,19 +8,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from published_form import published_form
-from torch import nn
+from torch import Tensor, nn
 
 import mmkw
 from mmkw.layers.dynamic_layers import DynamicLayer
-from mmkw.ops import modes, why_not_compiled
+from mmkw.ops import SampleConv, modes, why_not_compiled
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class Case:
         name: Such as ``static``, ``kw 4x`` or ``published kw 4x``.
         model: What computes.
         run: Computes outputs (inference) or a loss (training) by it.
-        published: Whether its dynamic layers work in the published form.
+        form: Where it works, such as :func:`published_form`.
     """
 
     name: str
     model: nn.Module
     run: Callable[[], object]
-    published: bool = False
+    form: Callable[[], AbstractContextManager] = nullcontext
 
     def step(self, train: bool) -> None:
         """One inference, or one forward and backward pass from gradients of None."""
-        with published_form() if self.published else nullcontext():
+        with self.form():
             if train:
                 self.model.zero_grad(set_to_none=True)
                 self.run().backward()
@@ -64,6 +64,34 @@ class Row:
     ratio: float
     limit: float | None
     memory: float | None
+
+
+@contextmanager
+def products() -> Iterator[None]:
+    """Has static convolutions of size one compute as the dynamic ones do, as products of matrices.
+
+    For large images this is faster than a convolution. What convolving takes at least is the
+    shorter of both.
+    """
+    theirs = nn.Conv2d._conv_forward
+
+    def conv_forward(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not _is_product(self):
+            return theirs(self, x, weight, bias)
+        conv = SampleConv(self.stride, self.padding, self.dilation, self.groups)
+        return conv(x, weight.expand(len(x), *weight.shape), bias)
+
+    nn.Conv2d._conv_forward = conv_forward
+    try:
+        yield
+    finally:
+        nn.Conv2d._conv_forward = theirs
+
+
+def _is_product(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Conv2d) or any(modes.padding_of(module)):
+        return False
+    return module.kernel_size == (1, 1)
 
 
 def calibrate(case: Case) -> None:
@@ -165,7 +193,10 @@ def make_cases(
     run: Callable[[nn.Module], object],
     only: str | None = None,
 ) -> list[Case]:
-    """Builds the networks to compare; with ``--published`` the dynamic ones serve twice.
+    """Builds the networks to compare.
+
+    Static ones are timed once more with :func:`products`, and with ``--published`` the dynamic ones
+    in the :func:`published_form`.
 
     Args:
         args: Of :func:`parser`.
@@ -175,15 +206,21 @@ def make_cases(
     """
     cases = []
     for name, build in variants.items():
-        published = f'published {name}'
-        if only not in (None, name, published):
+        published, by_products = f'published {name}', f'{name} by products'
+        if only not in (None, name, published, by_products):
             continue
         model = build()
-        dynamic = any(isinstance(module, DynamicLayer) for module in model.modules())
-        if only in (None, name):
-            cases.append(Case(name, model, partial(run, model)))
-        if only == published or (only is None and args.published and dynamic):
-            cases.append(Case(published, model, partial(run, model), published=True))
+        forms = {name: nullcontext}
+        if any(isinstance(module, DynamicLayer) for module in model.modules()):
+            if args.published:
+                forms[published] = published_form
+        elif any(map(_is_product, model.modules())):
+            forms[by_products] = products
+        cases += [
+            Case(form, model, partial(run, model), forms[form])
+            for form in forms
+            if only in (None, form)
+        ]
     return cases
 
 
@@ -217,6 +254,9 @@ def measure(
 ) -> list[Row]:
     """Times cases against the static one, the first.
 
+    The limit of a dynamic network is what convolving takes at least, in either form of the static
+    network, and what mixing does.
+
     Args:
         setting: Name of the lines in the report.
         cases: The first is the reference.
@@ -226,11 +266,13 @@ def measure(
     """
     train = args.mode == 'train'
     seconds = timed(cases, train, args.repeats)
-    reference = statistics.median(seconds[cases[0].name])
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    reference = medians[cases[0].name]
+    convolving = min(medians[case.name] for case in cases if case.model is cases[0].model)
     rows = []
     for case in cases:
         values = seconds[case.name]
-        median = statistics.median(values)
+        median = medians[case.name]
         dynamic = any(isinstance(module, DynamicLayer) for module in case.model.modules())
         limit = mixing_limit(case.model, batch, train, speed) if dynamic else None
         rows.append(
@@ -241,7 +283,7 @@ def measure(
                 1e3 * min(values),
                 1e3 * max(values),
                 median / reference,
-                limit and (reference + limit) / reference,
+                limit and (convolving + limit) / reference,
                 peak_memory(setting, case.name) if train and args.memory else None,
             )
         )
@@ -322,37 +364,7 @@ def report(title: str, rows: Sequence[Row], args: argparse.Namespace, speed: dic
         args.out.parent.mkdir(parents=True, exist_ok=True)
         content = {**about, 'rows': [asdict(row) for row in rows]}
         args.out.with_suffix('.json').write_text(json.dumps(content, indent=1))
-        draw(about['title'], rows, args.out.with_suffix('.png'))
+        # The other outputs do not need matplotlib.
+        from drawing import draw
 
-
-def draw(title: str, rows: Sequence[Row], path: Path) -> None:
-    """Draws the ratios over the settings, a line a network, limits dotted.
-
-    Where there are more networks than settings (budgets), over the networks, a line a setting.
-    """
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    lines = list(dict.fromkeys(row.name for row in rows))
-    places = list(dict.fromkeys(row.setting for row in rows))
-    over_networks = len(lines) > len(places) + 3
-    if over_networks:
-        lines, places = places, lines
-    figure, axes = pyplot.subplots(figsize=(1.5 + 1.3 * max(len(places), 3), 4.2))
-    for name in lines:
-        own = [row for row in rows if name == (row.setting if over_networks else row.name)]
-        x = [places.index(row.name if over_networks else row.setting) for row in own]
-        (line,) = axes.plot(x, [row.ratio for row in own], 'o-', label=name)
-        limits = [(at, row.limit) for at, row in zip(x, own) if row.limit is not None]
-        if limits and not name.startswith('published'):
-            axes.plot(*zip(*limits), ':', color=line.get_color(), label=f'{name}, limit')
-    axes.set_xticks(range(len(places)), places, rotation=20)
-    axes.set_ylabel('time relative to the static network')
-    axes.set_ylim(bottom=0)
-    axes.set_title(title, fontsize='medium')
-    axes.legend(fontsize='small')
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+        draw(content).savefig(args.out.with_suffix('.png'), dpi=110)
