@@ -1,6 +1,6 @@
 """Draws the paper's results against parameters: ``published_results.py OUT.png``.
 
-The numbers are the paper's, from ``published_results.json`` beside this file; none is measured here.
+The numbers are the paper's, from ``published_results.json`` beside this file, not measured here.
 
 Example:
     python tools/analysis_tools/published_results.py published_results.png

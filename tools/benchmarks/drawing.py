@@ -102,7 +102,8 @@ def draw(report: dict) -> Figure:
     axes.grid(axis='y', alpha=0.3)
     axes.set_axisbelow(True)
     axes.set_ylabel('time relative to the static network')
-    machine = f'{report["threads"]} threads of {report["processor"]}, {report["instructions"]}'
+    threads = f'{report["threads"]} thread' + 's' * (report['threads'] > 1)
+    machine = f'{threads} of {report["processor"]}, {report["instructions"]}'
     axes.set_title(f'{report["title"]}\n{machine}', fontsize='small')
     figure.legend(loc='outside lower center', ncols=3, fontsize='small')
     return figure

@@ -111,7 +111,12 @@ def calibrate(case: Case) -> None:
         norm.train(training)
 
 
-def timed(cases: Sequence[Case], train: bool, repeats: int) -> dict[str, list[float]]:
+def timed(
+    cases: Sequence[Case],
+    train: bool,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Times cases in turns, so that what slows the machine for a while meets all of them.
 
     Every timed step follows an untimed one of the same case: what a step frees, the system may take
@@ -121,6 +126,7 @@ def timed(cases: Sequence[Case], train: bool, repeats: int) -> dict[str, list[fl
         cases: Names are unique.
         train: Whether a step is a training step.
         repeats: Timed steps of every case.
+        clock: Gives seconds.
 
     Returns:
         Seconds of every timed step.
@@ -133,13 +139,13 @@ def timed(cases: Sequence[Case], train: bool, repeats: int) -> dict[str, list[fl
     for _ in range(repeats):
         for case in cases:
             case.step(train)
-            begin = time.perf_counter()
+            begin = clock()
             case.step(train)
-            seconds[case.name].append(time.perf_counter() - begin)
+            seconds[case.name].append(clock() - begin)
     return seconds
 
 
-def machine() -> dict[str, float]:
+def machine(clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Measured bandwidth of reading (bytes/s) and speed of a product of matrices (operations/s)."""
     values, square = torch.randn(200_000_000), torch.randn(2048, 2048)
     best = {}
@@ -149,9 +155,9 @@ def machine() -> dict[str, float]:
     ):
         times = []
         for _ in range(7):
-            begin = time.perf_counter()
+            begin = clock()
             work()
-            times.append(time.perf_counter() - begin)
+            times.append(clock() - begin)
         best[name] = amount / min(times)
     return best
 
@@ -237,10 +243,17 @@ def compare(
     if args.peak_of:
         print_peak(*cases_of(*args.peak_of))
         return
-    speed, rows = machine(), []
+    if args.processor_time and torch.get_num_threads() > 1:
+        raise SystemExit('--processor-time adds up threads; run with OMP_NUM_THREADS=1')
+    speed, rows = machine(clock_of(args)), []
     for shape in args.shapes:
         rows += measure(shape, cases_of(shape, None), parse_shape(shape)[0], args, speed)
     report(title, rows, args, speed)
+
+
+def clock_of(args: argparse.Namespace) -> Callable[[], float]:
+    """The clock that a command line asks for."""
+    return time.process_time if args.processor_time else time.perf_counter
 
 
 def parse_shape(shape: str) -> tuple[int, int, int]:
@@ -265,7 +278,7 @@ def measure(
         speed: Of :func:`machine`.
     """
     train = args.mode == 'train'
-    seconds = timed(cases, train, args.repeats)
+    seconds = timed(cases, train, args.repeats, clock_of(args))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     reference = medians[cases[0].name]
     convolving = min(medians[case.name] for case in cases if case.model is cases[0].model)
@@ -318,6 +331,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     shared.add_argument(
         '--memory', action='store_true', help='peak memory of a training step as well (Linux)'
     )
+    shared.add_argument(
+        '--processor-time',
+        action='store_true',
+        help='time of one thread on its processor, for a machine on which others work, too',
+    )
     shared.add_argument('--out', type=Path, help='prefix of a .json and a .png to write')
     shared.add_argument('--peak-of', nargs=2, help=argparse.SUPPRESS)
     return shared
@@ -341,6 +359,7 @@ def report(title: str, rows: Sequence[Row], args: argparse.Namespace, speed: dic
         'processor': processor(),
         'instructions': torch.backends.cpu.get_cpu_capability(),
         'threads': torch.get_num_threads(),
+        'processor time': args.processor_time,
         **speed,
     }
     print(
