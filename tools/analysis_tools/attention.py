@@ -281,18 +281,17 @@ def numbers(records: dict[str, Record], counts: dict[str, int]) -> dict[str, Any
 
 
 def table(records: dict[str, Record]) -> Iterator[str]:
-    """The lines of a table, a warehouse a line."""
-    yield '| warehouse | layers | mixtures | cells | mean magnitude | spread | least used cell |'
+    """The lines of a table: the mean spread of layers, and usage relative to the mean of cells."""
+    yield '| warehouse | layers | mixtures | cells | spread | least used cell | most used cell |'
     yield '|---|---|---|---|---|---|---|'
     for warehouse, layers in by_warehouse(records).items():
         usage = sum(one.usage for one in layers.values())
         values = list(layers.values())
-        magnitude = sum(one.magnitude for one in values) / len(values)
         spread = sum(one.spread for one in values) / len(values)
         yield (
             f'| {warehouse} | {len(layers)} | {sum(len(one.mean) for one in values)} '
-            f'| {len(usage)} | {magnitude:.4f} | {spread:.2f} '
-            f'| {float(usage.min() / usage.mean()):.2f} |'
+            f'| {len(usage)} | {spread:.2f} | {float(usage.min() / usage.mean()):.2f} '
+            f'| {float(usage.max() / usage.mean()):.2f} |'
         )
 
 

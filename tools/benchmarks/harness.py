@@ -115,7 +115,7 @@ def timed(
     cases: Sequence[Case],
     train: bool,
     repeats: int,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float],
 ) -> dict[str, list[float]]:
     """Times cases in turns, so that what slows the machine for a while meets all of them.
 
@@ -145,7 +145,7 @@ def timed(
     return seconds
 
 
-def machine(clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+def machine(clock: Callable[[], float]) -> dict[str, float]:
     """Measured bandwidth of reading (bytes/s) and speed of a product of matrices (operations/s)."""
     values, square = torch.randn(200_000_000), torch.randn(2048, 2048)
     best = {}
