@@ -1,5 +1,7 @@
 """The benchmarks run, report what they say, and their baseline computes what mmkw does."""
 
+import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -91,3 +93,109 @@ def test_memory_is_watched_over_many_steps(root):
     names = [tuple(cell.strip() for cell in row.split('|')[1:3]) for row in rows]
     kinds = ('train', 'saliency')
     assert names == [(network, kind) for network in ('static', 'kw 1x') for kind in kinds]
+
+
+@pytest.fixture
+def tool(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / 'tools/benchmarks'))
+    return importlib.import_module
+
+
+def drawn(tool, rows):
+    keys = ('setting', 'name', 'ratio', 'limit')
+    about = dict(title='R50, inference', processor='a CPU', instructions='AVX2', threads=1)
+    report = dict(about, rows=[dict(zip(keys, row)) for row in rows])
+    return tool('drawing').draw(report).axes[0]
+
+
+def test_settings_without_an_order_are_bars(tool):
+    rows = [
+        (setting, name, ratio * (1 + hard), limit)
+        for setting, hard in (('1x64x64', 1), ('8x32x48', 0))
+        for name, ratio, limit in (
+            ('static', 1, None),
+            ('kw 1x', 2, 1.5),
+            ('published kw 1x', 3, 1.5),
+            ('kw 4x', 2.5, 2),
+        )
+    ]
+    axes = drawn(tool, rows)
+    heights = [patch.get_height() for patch in axes.patches]
+    assert heights == [4, 2, 6, 3, 5, 2.5] and axes.get_yscale() == 'linear'
+    ours, published, larger = (axes.patches[i] for i in (0, 2, 4))
+    assert ours.get_edgecolor() == published.get_edgecolor() != larger.get_edgecolor()
+    assert published.get_hatch() and not ours.get_hatch() and not larger.get_hatch()
+    # The static network, and the limit's sample in the legend.
+    assert [list(line.get_ydata()) for line in axes.lines] == [[1, 1], []]
+    limits = [segment[0][1] for lines in axes.collections for segment in lines.get_segments()]
+    assert limits == [1.5] * 4 + [2] * 2
+
+
+def test_a_value_that_dwarfs_the_others_makes_the_axis_logarithmic(tool):
+    rows = [('1x64x64', name, ratio, None) for name, ratio in (('static', 1), ('kw 1x', 2))]
+    rows += [('1x64x64', 'kw 2x', 2.5, 2), ('1x64x64', 'published kw 2x', 20, 2)]
+    axes = drawn(tool, rows)
+    assert axes.get_yscale() == 'log'
+    # Bars begin at the static network.
+    assert [(p.get_y(), p.get_y() + p.get_height()) for p in axes.patches] == [
+        (1, 2),
+        (1, 2.5),
+        (1, 20),
+    ]
+
+
+@pytest.mark.parametrize(
+    'settings, names, lines, places',
+    [
+        (['1x8x8', '2x8x8', '4x8x8'], ['kw 1x', 'published kw 1x'], 3, [1, 2, 4]),
+        (['1x8x8', '1x64x64', '1x16x16'], ['kw 1x', 'kw 4x'], 4, [8, 16, 64]),
+        (['1x8x8'], ['kw 0.5x', 'kw 1x', 'kw 2x', 'kw 4x'], 2, [0.5, 1, 2, 4]),
+    ],
+)
+def test_what_grows_is_a_line(tool, settings, names, lines, places):
+    rows = [(setting, 'static', 1, None) for setting in settings]
+    rows += [(setting, name, 2, 1.5) for setting in settings for name in names]
+    axes = drawn(tool, rows)
+    own = [line for line in axes.lines if len(line.get_xdata()) == len(places)]
+    assert len(own) == lines and not axes.patches
+    assert all(list(line.get_xdata()) == places for line in own)
+
+
+def test_reports_of_the_documentation_can_be_drawn_again(tool, root, monkeypatch, tmp_path):
+    (tmp_path / 'r.json').write_text((root / 'docs/performance/r50_inference.json').read_text())
+    monkeypatch.setattr(sys, 'argv', ['drawing.py', str(tmp_path / 'r.json')])
+    tool('drawing').main()
+    assert (tmp_path / 'r.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_products_compute_what_convolutions_do(tool):
+    products = tool('harness').products
+    convolutions = torch.nn.Sequential(
+        torch.nn.Conv2d(8, 8, 1, stride=2, groups=2), torch.nn.Conv2d(8, 4, 3), torch.nn.ReLU()
+    )
+    x = torch.randn(3, 8, 9, 10)
+    expected = convolutions(x)
+    with products():
+        torch.testing.assert_close(convolutions(x), expected, atol=1e-6, rtol=1e-5)
+    assert torch.equal(convolutions(x), expected)
+
+
+def test_the_limit_takes_the_shorter_way_to_convolve(tool):
+    harness = tool('harness')
+    args = argparse.Namespace(mode='inference', repeats=3, processor_time=True, published=False)
+    x = torch.randn(2, 8, 9, 9)
+
+    def network(dynamic):
+        model = KWConv2d(8, 8, 1) if dynamic else torch.nn.Conv2d(8, 8, 1)
+        return torch.nn.Sequential(model)
+
+    variants = {'static': lambda: network(False), 'kw 1x': lambda: network(True)}
+    cases = harness.make_cases(args, variants, lambda model: model(x))
+    speed = dict(bandwidth=1e9, peak=1e9)
+    static, products, dynamic = harness.measure('2x9x9', cases, 2, args, speed)
+    assert [static.name, products.name, dynamic.name] == ['static', 'static by products', 'kw 1x']
+    assert static.limit is None and products.limit is None
+    # One cell of 8 x 8 and one mixture: 256 bytes to read, 128 operations an image.
+    mixing = 1e3 * max(256 / 1e9, 2 * 128 / 1e9)
+    expected = (min(static.median, products.median) + mixing) / static.median
+    assert dynamic.limit == pytest.approx(expected)

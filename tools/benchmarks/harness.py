@@ -8,19 +8,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from published_form import published_form
-from torch import nn
+from torch import Tensor, nn
 
 import mmkw
 from mmkw.layers.dynamic_layers import DynamicLayer
-from mmkw.ops import modes, why_not_compiled
+from mmkw.ops import SampleConv, modes, why_not_compiled
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class Case:
         name: Such as ``static``, ``kw 4x`` or ``published kw 4x``.
         model: What computes.
         run: Computes outputs (inference) or a loss (training) by it.
-        published: Whether its dynamic layers work in the published form.
+        form: Where it works, such as :func:`published_form`.
     """
 
     name: str
     model: nn.Module
     run: Callable[[], object]
-    published: bool = False
+    form: Callable[[], AbstractContextManager] = nullcontext
 
     def step(self, train: bool) -> None:
         """One inference, or one forward and backward pass from gradients of None."""
-        with published_form() if self.published else nullcontext():
+        with self.form():
             if train:
                 self.model.zero_grad(set_to_none=True)
                 self.run().backward()
@@ -66,6 +66,34 @@ class Row:
     memory: float | None
 
 
+@contextmanager
+def products() -> Iterator[None]:
+    """Has static convolutions of size one compute as the dynamic ones do, as products of matrices.
+
+    For large images this is faster than a convolution. What convolving takes at least is the
+    shorter of both.
+    """
+    theirs = nn.Conv2d._conv_forward
+
+    def conv_forward(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not _is_product(self):
+            return theirs(self, x, weight, bias)
+        conv = SampleConv(self.stride, self.padding, self.dilation, self.groups)
+        return conv(x, weight.expand(len(x), *weight.shape), bias)
+
+    nn.Conv2d._conv_forward = conv_forward
+    try:
+        yield
+    finally:
+        nn.Conv2d._conv_forward = theirs
+
+
+def _is_product(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Conv2d) or any(modes.padding_of(module)):
+        return False
+    return module.kernel_size == (1, 1)
+
+
 def calibrate(case: Case) -> None:
     """Gives the norms of random weights the statistics of the case's own input.
 
@@ -83,7 +111,12 @@ def calibrate(case: Case) -> None:
         norm.train(training)
 
 
-def timed(cases: Sequence[Case], train: bool, repeats: int) -> dict[str, list[float]]:
+def timed(
+    cases: Sequence[Case],
+    train: bool,
+    repeats: int,
+    clock: Callable[[], float],
+) -> dict[str, list[float]]:
     """Times cases in turns, so that what slows the machine for a while meets all of them.
 
     Every timed step follows an untimed one of the same case: what a step frees, the system may take
@@ -93,6 +126,7 @@ def timed(cases: Sequence[Case], train: bool, repeats: int) -> dict[str, list[fl
         cases: Names are unique.
         train: Whether a step is a training step.
         repeats: Timed steps of every case.
+        clock: Gives seconds.
 
     Returns:
         Seconds of every timed step.
@@ -105,13 +139,13 @@ def timed(cases: Sequence[Case], train: bool, repeats: int) -> dict[str, list[fl
     for _ in range(repeats):
         for case in cases:
             case.step(train)
-            begin = time.perf_counter()
+            begin = clock()
             case.step(train)
-            seconds[case.name].append(time.perf_counter() - begin)
+            seconds[case.name].append(clock() - begin)
     return seconds
 
 
-def machine() -> dict[str, float]:
+def machine(clock: Callable[[], float]) -> dict[str, float]:
     """Measured bandwidth of reading (bytes/s) and speed of a product of matrices (operations/s)."""
     values, square = torch.randn(200_000_000), torch.randn(2048, 2048)
     best = {}
@@ -121,9 +155,9 @@ def machine() -> dict[str, float]:
     ):
         times = []
         for _ in range(7):
-            begin = time.perf_counter()
+            begin = clock()
             work()
-            times.append(time.perf_counter() - begin)
+            times.append(clock() - begin)
         best[name] = amount / min(times)
     return best
 
@@ -165,7 +199,10 @@ def make_cases(
     run: Callable[[nn.Module], object],
     only: str | None = None,
 ) -> list[Case]:
-    """Builds the networks to compare; with ``--published`` the dynamic ones serve twice.
+    """Builds the networks to compare.
+
+    Static ones are timed once more with :func:`products`, and with ``--published`` the dynamic ones
+    in the :func:`published_form`.
 
     Args:
         args: Of :func:`parser`.
@@ -175,15 +212,21 @@ def make_cases(
     """
     cases = []
     for name, build in variants.items():
-        published = f'published {name}'
-        if only not in (None, name, published):
+        published, by_products = f'published {name}', f'{name} by products'
+        if only not in (None, name, published, by_products):
             continue
         model = build()
-        dynamic = any(isinstance(module, DynamicLayer) for module in model.modules())
-        if only in (None, name):
-            cases.append(Case(name, model, partial(run, model)))
-        if only == published or (only is None and args.published and dynamic):
-            cases.append(Case(published, model, partial(run, model), published=True))
+        forms = {name: nullcontext}
+        if any(isinstance(module, DynamicLayer) for module in model.modules()):
+            if args.published:
+                forms[published] = published_form
+        elif any(map(_is_product, model.modules())):
+            forms[by_products] = products
+        cases += [
+            Case(form, model, partial(run, model), forms[form])
+            for form in forms
+            if only in (None, form)
+        ]
     return cases
 
 
@@ -200,10 +243,17 @@ def compare(
     if args.peak_of:
         print_peak(*cases_of(*args.peak_of))
         return
-    speed, rows = machine(), []
+    if args.processor_time and torch.get_num_threads() > 1:
+        raise SystemExit('--processor-time adds up threads; run with OMP_NUM_THREADS=1')
+    speed, rows = machine(clock_of(args)), []
     for shape in args.shapes:
         rows += measure(shape, cases_of(shape, None), parse_shape(shape)[0], args, speed)
     report(title, rows, args, speed)
+
+
+def clock_of(args: argparse.Namespace) -> Callable[[], float]:
+    """The clock that a command line asks for."""
+    return time.process_time if args.processor_time else time.perf_counter
 
 
 def parse_shape(shape: str) -> tuple[int, int, int]:
@@ -217,6 +267,9 @@ def measure(
 ) -> list[Row]:
     """Times cases against the static one, the first.
 
+    The limit of a dynamic network is what convolving takes at least, in either form of the static
+    network, and what mixing does.
+
     Args:
         setting: Name of the lines in the report.
         cases: The first is the reference.
@@ -225,12 +278,14 @@ def measure(
         speed: Of :func:`machine`.
     """
     train = args.mode == 'train'
-    seconds = timed(cases, train, args.repeats)
-    reference = statistics.median(seconds[cases[0].name])
+    seconds = timed(cases, train, args.repeats, clock_of(args))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    reference = medians[cases[0].name]
+    convolving = min(medians[case.name] for case in cases if case.model is cases[0].model)
     rows = []
     for case in cases:
         values = seconds[case.name]
-        median = statistics.median(values)
+        median = medians[case.name]
         dynamic = any(isinstance(module, DynamicLayer) for module in case.model.modules())
         limit = mixing_limit(case.model, batch, train, speed) if dynamic else None
         rows.append(
@@ -241,7 +296,7 @@ def measure(
                 1e3 * min(values),
                 1e3 * max(values),
                 median / reference,
-                limit and (reference + limit) / reference,
+                limit and (convolving + limit) / reference,
                 peak_memory(setting, case.name) if train and args.memory else None,
             )
         )
@@ -276,6 +331,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     shared.add_argument(
         '--memory', action='store_true', help='peak memory of a training step as well (Linux)'
     )
+    shared.add_argument(
+        '--processor-time',
+        action='store_true',
+        help='time of one thread on its processor, for a machine on which others work, too',
+    )
     shared.add_argument('--out', type=Path, help='prefix of a .json and a .png to write')
     shared.add_argument('--peak-of', nargs=2, help=argparse.SUPPRESS)
     return shared
@@ -299,6 +359,7 @@ def report(title: str, rows: Sequence[Row], args: argparse.Namespace, speed: dic
         'processor': processor(),
         'instructions': torch.backends.cpu.get_cpu_capability(),
         'threads': torch.get_num_threads(),
+        'processor time': args.processor_time,
         **speed,
     }
     print(
@@ -322,37 +383,7 @@ def report(title: str, rows: Sequence[Row], args: argparse.Namespace, speed: dic
         args.out.parent.mkdir(parents=True, exist_ok=True)
         content = {**about, 'rows': [asdict(row) for row in rows]}
         args.out.with_suffix('.json').write_text(json.dumps(content, indent=1))
-        draw(about['title'], rows, args.out.with_suffix('.png'))
+        # The other outputs do not need matplotlib.
+        from drawing import draw
 
-
-def draw(title: str, rows: Sequence[Row], path: Path) -> None:
-    """Draws the ratios over the settings, a line a network, limits dotted.
-
-    Where there are more networks than settings (budgets), over the networks, a line a setting.
-    """
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    lines = list(dict.fromkeys(row.name for row in rows))
-    places = list(dict.fromkeys(row.setting for row in rows))
-    over_networks = len(lines) > len(places) + 3
-    if over_networks:
-        lines, places = places, lines
-    figure, axes = pyplot.subplots(figsize=(1.5 + 1.3 * max(len(places), 3), 4.2))
-    for name in lines:
-        own = [row for row in rows if name == (row.setting if over_networks else row.name)]
-        x = [places.index(row.name if over_networks else row.setting) for row in own]
-        (line,) = axes.plot(x, [row.ratio for row in own], 'o-', label=name)
-        limits = [(at, row.limit) for at, row in zip(x, own) if row.limit is not None]
-        if limits and not name.startswith('published'):
-            axes.plot(*zip(*limits), ':', color=line.get_color(), label=f'{name}, limit')
-    axes.set_xticks(range(len(places)), places, rotation=20)
-    axes.set_ylabel('time relative to the static network')
-    axes.set_ylim(bottom=0)
-    axes.set_title(title, fontsize='medium')
-    axes.legend(fontsize='small')
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+        draw(content).savefig(args.out.with_suffix('.png'), dpi=110)
