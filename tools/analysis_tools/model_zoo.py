@@ -29,9 +29,10 @@ included) are measured: `python tools/analysis_tools/complexity.py CONFIG`.
 
 ## ImageNet weights
 
-Download the file and save it under this name; other weights in the tables below are downloaded by
-themselves. Published detectors and classifiers are for `load_from`, `tools/test.py CONFIG FILE` and
-the libraries' own `init_detector`, `get_model` and inferencers, as downloaded.
+Download the file from the [authors' release](https://github.com/OSVAI/KernelWarehouse) and save it
+under this name; other weights in the tables below are downloaded by themselves. Published detectors
+and classifiers are for `load_from`, `tools/test.py CONFIG FILE` and the libraries' own
+`init_detector`, `get_model` and inferencers, as downloaded.
 
 | save as | weights |
 |---|---|
