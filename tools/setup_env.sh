@@ -47,5 +47,5 @@ tested > "$VENV/constraints.txt"
 # two cores. ninja compiles on all of them.
 pip install 'setuptools>=64,<82' wheel ninja "$(tested torch)"
 pip install --no-build-isolation "$(tested mmcv)"
-pip install --no-build-isolation -c "$VENV/constraints.txt" -e ".[${prefix}det,${prefix}seg,dev]"
+pip install --no-build-isolation -c "$VENV/constraints.txt" -e ".[${prefix}det,${prefix}seg,${prefix}cls,dev,docs]"
 touch "$stamp"
