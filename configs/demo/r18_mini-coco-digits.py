@@ -10,7 +10,7 @@ model = dict(
     backbone=dict(stem_channels=16, base_channels=16), head=dict(num_classes=10, in_channels=128)
 )
 
-max_epochs = 8
+max_epochs = 6
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=1)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),

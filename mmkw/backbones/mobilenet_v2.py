@@ -136,7 +136,8 @@ def mobilenet_v2_names(
 
     Args:
         blocks: Number of blocks in each of the seven groups.
-        nested: Whether a block's convolutions are called ``conv.J`` (mmseg) or have names (mmdet).
+        nested: Whether a block's convolutions are called ``conv.J`` (mmseg, mmpretrain) or have
+            names (mmdet).
         state_dict: Changed in place.
         prefix: The network's place in the state dict. Other names do not change.
         *_: Other arguments that ``load_state_dict`` passes to a hook; not used.

@@ -56,7 +56,7 @@ def rewrite_published(
             f'KernelWarehouse. Its first names are {", ".join(map(shown, list(state)[:3]))}.'
         )
     if any(key.startswith(f'{prefix}features.') for key in state):
-        mobilenet_v2_names(_BLOCKS, library == 'mmseg', state, prefix)
+        mobilenet_v2_names(_BLOCKS, library != 'mmdet', state, prefix)
     elif any(key.startswith(f'{prefix}stages.') for key in state):
         convnext_names(state, prefix, norm='norm3' if whole else 'norm')
     own = () if library == 'mmseg' else ('conv2',)
