@@ -32,4 +32,4 @@ def take_place(theirs: ModuleType) -> None:
 
         return nn.Sequential(conv, bn) if isinstance(conv, KWConv2d) else fuse(conv, bn)
 
-    theirs.fuse_conv_and_bn = fuse_conv_and_bn
+    theirs.fuse_conv_and_bn = fuse_conv_and_bn  # type: ignore[attr-defined]
