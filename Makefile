@@ -1,14 +1,11 @@
 # Every command sets up .venv first and may be repeated, also after an interruption.
-.PHONY: demo demo-seg demo-cls docs test env
+.PHONY: demo demo-seg docs test env
 
 demo: env
 	.venv/bin/python tools/demo.py detection
 
 demo-seg: env
 	.venv/bin/python tools/demo.py segmentation
-
-demo-cls: env
-	.venv/bin/python tools/demo.py classification
 
 docs: env
 	.venv/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build

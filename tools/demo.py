@@ -94,21 +94,10 @@ def segmentation() -> None:
     report('Semantic FPN, KernelWarehouse 1x ResNet18', rows, work_dir, start)
 
 
-def classification() -> None:
-    """A KernelWarehouse 1x ResNet18 that tells the digits apart."""
-    start, work_dir = time.time(), 'work_dirs/demo-cls'
-    make_data()
-    metrics = train_and_test(
-        'KernelWarehouse', 'configs/demo/kw1x-r18_mini-coco-digits.py', work_dir
-    )
-    rows = {'top-1 accuracy': f'{metrics["accuracy/top1"]:.1f}'}
-    report('Digits cut out, KernelWarehouse 1x ResNet18', rows, work_dir, start)
-
-
 def main() -> None:
     """Runs a demo and prints its results."""
     parser = argparse.ArgumentParser(description='Train and evaluate a small network')
-    demos = dict(detection=detection, segmentation=segmentation, classification=classification)
+    demos = dict(detection=detection, segmentation=segmentation)
     parser.add_argument('task', choices=demos)
     demos[parser.parse_args().task]()
 

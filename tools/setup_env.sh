@@ -48,4 +48,7 @@ tested > "$VENV/constraints.txt"
 pip install 'setuptools>=64,<82' wheel ninja "$(tested torch)"
 pip install --no-build-isolation "$(tested mmcv)"
 pip install --no-build-isolation -c "$VENV/constraints.txt" -e ".[${prefix}det,${prefix}seg,${prefix}cls,dev,docs]"
+# Networks for the tests. MMPretrain needs torchvision, of which the Python part is enough here; PyPI's
+# wheels of later releases do not import beside the CPU build of torch.
+pip install --no-deps torchvision==0.16.2 timm==1.0.29
 touch "$stamp"

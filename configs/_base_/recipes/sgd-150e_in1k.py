@@ -1,9 +1,8 @@
 """The recipe of MobileNetV2 on ImageNet, but for the network.
 
-Of the KernelWarehouse paper: 150 epochs of SGD, rate 0.05 falling as a cosine, weight decay 4e-5;
-temperature over the first 15 epochs.
-Of mmpretrain's MobileNetV2: batch 256, momentum 0.9, random crops and flips.
-Ours, where the paper is silent: no dropout before the classifier.
+Of the KernelWarehouse paper: 150 epochs, temperature over the first 15.
+Of mmpretrain's MobileNetV2: SGD, batch 256, momentum 0.9, weight decay 4e-5, random crops and flips.
+Ours, as is usual for 150 epochs: rate 0.05 falling as a cosine; no dropout before the classifier.
 """
 
 _base_ = [
