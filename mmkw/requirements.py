@@ -28,7 +28,7 @@ class Range(NamedTuple):
 # module -> the distributions that have it. OneDL maintains copies of OpenMMLab's libraries under
 # names of its own.
 SUPPORTED: dict[str, dict[str, Range]] = {
-    'torch': {'torch': Range('2.1', '2.16', '2.13.0')},
+    'torch': {'torch': Range('2.6', '2.16', '2.13.0')},
     'mmengine': {
         'mmengine': Range('0.10.0', '0.11', '0.10.7'),
         'onedl-mmengine': Range('0.10.8', '0.11', '0.10.12'),
@@ -64,7 +64,7 @@ class UnsupportedVersionError(RuntimeError):
 
 
 def requirement(distribution: str) -> str:
-    """Returns the pip requirement of a supported distribution, such as ``torch>=2.1,<2.16``."""
+    """Returns the pip requirement of a supported distribution, such as ``torch>=2.6,<2.16``."""
     (found,) = (names[distribution] for names in SUPPORTED.values() if distribution in names)
     return f'{distribution}>={found.low},<{found.high}'
 

@@ -34,7 +34,7 @@ def fake(monkeypatch, **installed):
 @pytest.mark.parametrize(
     'module, name, version, needed, remedy',
     [
-        ('torch', 'torch', '1.13.1+cu117', 'torch>=2.1,<2.16', "pip install 'torch==2.13.0'"),
+        ('torch', 'torch', '1.13.1+cu117', 'torch>=2.6,<2.16', "pip install 'torch==2.13.0'"),
         (
             'mmcv',
             'mmcv',
@@ -77,7 +77,7 @@ def test_what_has_use_for_the_rest_of_openmmlab_does_without(monkeypatch):
 
 
 def test_local_and_development_versions_count_by_their_release(monkeypatch):
-    fake(monkeypatch, torch=('torch', '2.1.0a0+git1234'), mmdet=('mmdet', '3.3.0rc1'))
+    fake(monkeypatch, torch=('torch', '2.6.0a0+git1234'), mmdet=('mmdet', '3.3.0rc1'))
     requirements.check_versions(NEEDED, OPTIONAL)
 
 

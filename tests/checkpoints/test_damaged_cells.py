@@ -23,7 +23,7 @@ class Static(nn.Module):
 
 def dynamic():
     plan = SharingPlan.make([('first', 'one'), ('second', 'one')], cell_num_ratio=1)
-    return convert(Static(), plan)
+    return convert(Static(), plan, dict(type='BN1d'))
 
 
 def with_value(value):

@@ -148,7 +148,7 @@ def test_what_cannot_be_rewritten_is_named(root, tmp_path):
     torch.save(dict(model={'conv1.weight': torch.ones(1)}), tmp_path / 'static.pth')
     target, result = rewrite(root, tmp_path / 'static.pth', tmp_path / 'out.pth')
     assert result.returncode == 2 and not target.exists()
-    assert 'no warehouse_manager.weights: it is not of KernelWarehouse' in result.stderr
+    assert 'static.pth is no KernelWarehouse checkpoint' in result.stderr
     _, result = rewrite(root, tmp_path / 'nowhere.pth', target)
     assert 'nowhere.pth does not exist' in result.stderr and 'Traceback' not in result.stderr
     _, result = rewrite(root, tmp_path / 'static.pth', tmp_path / 'static.pth')

@@ -147,7 +147,7 @@ class Net(nn.Module):
 def net(**options):
     start_tau = options.pop('start_tau', 0)
     plan = SharingPlan.make([('a', 'w'), ('b', 'w'), ('c', 'w')], **options)
-    return convert(Net(), plan, start_tau=start_tau)
+    return convert(Net(), plan, dict(type='BN1d'), start_tau=start_tau)
 
 
 @pytest.mark.parametrize('options', [{}, dict(nonlocal_basis_ratio=0.5)])

@@ -135,7 +135,9 @@ def test_tracers_are_seen():
         return x * (2 if modes.is_compiling() else 1) * (3 if modes.is_exporting() else 1)
 
     compiled = torch.compile(by_result, backend='eager', fullgraph=True)
-    assert compiled(torch.ones(())).item() == 2
+    # Before torch 2.7 the two cannot be told apart, and PyTorch's own operators are taken in both.
+    told_apart = hasattr(torch.compiler, 'is_exporting')
+    assert compiled(torch.ones(())).item() == (2 if told_apart else 6)
 
     class Module(nn.Module):
         def forward(self, x):

@@ -49,13 +49,11 @@ def with_statistics(network):
 
 
 NETWORKS = [
-    ('torchvision', 'resnet18', {}, 'layer1.0.conv1'),
-    ('torchvision', 'mobilenet_v2', dict(width_mult=0.5), 'features.18.0'),
+    ('torchvision', 'mobilenet_v2', dict(width_mult=0.25), 'features.18.0'),
     ('torchvision', 'mobilenet_v3_small', dict(width_mult=0.5), 'classifier.0'),
-    ('torchvision', 'shufflenet_v2_x0_5', {}, 'conv5.0'),
     ('torchvision', 'squeezenet1_1', {}, 'features.3.expand3x3'),
-    ('timm', 'convnext_atto', {}, 'stages.0.blocks.0.conv_dw'),
-    ('timm', 'vit_tiny_patch16_224', dict(img_size=32, depth=4), 'blocks.0.mlp.fc1'),
+    ('timm', 'convnext_atto', dict(depths=(1, 1, 1, 1)), 'stages.0.blocks.0.conv_dw'),
+    ('timm', 'vit_tiny_patch16_224', dict(img_size=32, depth=2), 'blocks.0.mlp.fc1'),
     ('timm', 'tf_mobilenetv3_small_minimal_100', {}, 'blocks.1.0.conv_pw'),
 ]
 

@@ -133,8 +133,11 @@ def weights(published: str | None) -> str:
     to download. Without any it only copies the config.
 
     Args:
-        published: What the authors publish, and where; None if they do not.
+        published: What the authors publish, and where, or under which name to save it; None if
+            they publish nothing.
     """
+    if published in PUBLISHED_WEIGHTS:
+        published = f'{published}, github.com/OSVAI/KernelWarehouse'
     text = published.replace(', ', ' at ') if published else 'none are published; train this config'
     return f'{text}/'
 
