@@ -73,10 +73,11 @@ def _as_translated(
     """
     hooks = list(model._load_state_dict_pre_hooks.values())
     later = hooks[[hook.hook for hook in hooks].index(_check_parts) + 1 :]
-    state_dict, more = dict(state_dict), [list(m) if isinstance(m, list) else m for m in more]
+    state_dict = dict(state_dict)
+    copies = [list(m) if isinstance(m, list) else m for m in more]
     with only_checking():
         for hook in later:
-            hook(state_dict, prefix, *more)
+            hook(state_dict, prefix, *copies)
     return state_dict
 
 
