@@ -79,7 +79,8 @@ def _catch_up() -> None:
             continue
         # The current module is checked on every call, because it may have been reloaded.
         part = attrgetter(taken)(theirs)
-        if 'mmkw' not in part if isinstance(part, dict) else part.__module__ != ours:
+        is_ours = 'mmkw' in part if isinstance(part, dict) else part.__module__ == ours
+        if not is_ours:
             _busy.add(name)
             try:
                 import_module(ours).take_place(theirs)

@@ -1,13 +1,3 @@
-_base_ = ['../_base_/recipes/sgd-150e_in1k.py', '../_base_/backbones/kw1x-mobilenet-v2.py']
+_base_ = './kw1x-mobilenet-v2_8xb32-150e_in1k.py'
 
-model = dict(
-    backbone=dict(
-        _base_.backbone,
-        widen_factor=0.5,
-        out_indices=(7,),
-        frozen_stages=-1,
-        norm_eval=False,
-        init_cfg=None,
-    ),
-)
-custom_hooks = [dict(type='mmkw.TemperatureHook', length=15)]
+model = dict(backbone=dict(widen_factor=0.5))

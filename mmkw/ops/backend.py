@@ -98,7 +98,6 @@ def is_one_operator(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bo
     return (
         modes.is_compiling()
         and not modes.is_exporting()
-        and hasattr(torch.library, 'register_autograd')
         and is_compiled(attention, cells)
         and CompiledMixing.serves(cells, grid)
     )

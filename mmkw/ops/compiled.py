@@ -178,7 +178,5 @@ def _register() -> None:
         return 2 * pooled[0] * (math.prod(fc1) + math.prod(rest[-4]))
 
 
-# Older releases of torch have no such functions. There the operators are used only where no
-# transformation looks inside.
-if MISSING is None and hasattr(torch.library, 'register_autograd'):
+if MISSING is None:
     _register()

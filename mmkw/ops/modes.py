@@ -20,28 +20,19 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     device = x.device.type
     if device == 'meta':
         return None
-    if hasattr(torch, 'get_autocast_dtype'):
-        enabled = torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if enabled else None
-    if device == 'cpu':
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
-    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def is_compiling() -> bool:
     """Whether ``torch.compile`` or ``torch.export`` is tracing."""
-    compiler: Any = getattr(torch, 'compiler', None)
-    if hasattr(compiler, 'is_compiling'):
-        return compiler.is_compiling()
-    return torch._dynamo.is_compiling()
+    return torch.compiler.is_compiling()
 
 
 def is_exporting() -> bool:
     """Whether ``torch.export`` or ``torch.jit.trace`` records PyTorch's own operators."""
-    compiler: Any = getattr(torch, 'compiler', None)
-    return torch.jit.is_tracing() or (
-        compiler.is_exporting() if hasattr(compiler, 'is_exporting') else is_compiling()
-    )
+    # torch 2.6 cannot tell exporting from compiling.
+    exporting = getattr(torch.compiler, 'is_exporting', is_compiling)
+    return torch.jit.is_tracing() or exporting()
 
 
 def is_transforming() -> bool:
@@ -69,10 +60,11 @@ def is_seen_through(*tensors: Tensor) -> bool:
 
 def _is_no_plain_tensor(tensor: Tensor) -> bool:
     """Whether a tensor is of a subclass, has no values, or stands for a batch of gradients."""
-    # Older releases of torch have no such question.
-    is_batched = getattr(torch._C._functorch, 'is_legacy_batchedtensor', bool)
-    plain = type(tensor) in (Tensor, nn.Parameter)
-    return not plain or tensor.is_meta or (is_batched is not bool and is_batched(tensor))
+    return (
+        type(tensor) not in (Tensor, nn.Parameter)
+        or tensor.is_meta
+        or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
 
 
 def is_hooked(module: nn.Module) -> bool:
