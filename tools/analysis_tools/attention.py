@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
 from torch import Tensor, nn
 
 from mmkw.checkpoints import read_checkpoint
+from mmkw.cli.config import add_config_options, config_of
 from mmkw.engine.building import build_model
 from mmkw.layers import Attention, set_temperature
 from mmkw.layers.dynamic_layers import DynamicLayer
@@ -139,9 +140,6 @@ def load_model(config: Config, checkpoint: str) -> nn.Module:
         SystemExit: If the model has no dynamic layer, or if the checkpoint does not exist, is
             damaged, is unsafe, or does not fit.
     """
-    # The runner gives it to the model, too.
-    if 'data_preprocessor' in config:
-        config.model.setdefault('data_preprocessor', config.data_preprocessor)
     model = build_model(config)
     if not any(isinstance(module, Attention) for module in model.modules()):
         raise SystemExit(
@@ -414,11 +412,10 @@ def main() -> None:
         'images', nargs='+', help='files, folders, or a folder with one folder a class'
     )
     parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/attention'))
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
+    add_config_options(parser)
     args = parser.parse_args()
     images = find_images(args.images)
-    config = Config.fromfile(args.config)
-    config.merge_from_dict(args.cfg_options)
+    config = config_of(parser, args)
     model = load_model(config, args.checkpoint)
     records = record(model, make_pipeline(config), images)
     if not records:

@@ -8,9 +8,10 @@ import argparse
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import HOOKS
 
+from mmkw.cli.config import add_config_options, config_of
 from mmkw.engine.hooks import TemperatureHook
 
 # The curve over epochs is the same for all lengths of an epoch, except for the size of its steps.
@@ -67,10 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the temperature of a config's training")
     parser.add_argument('config', help='config file')
     parser.add_argument('out', type=Path, help='picture to write, such as temperature.png')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
+    add_config_options(parser)
     args = parser.parse_args()
-    config = Config.fromfile(args.config)
-    config.merge_from_dict(args.cfg_options)
+    config = config_of(parser, args)
     draw(find_hook(config), config).savefig(args.out, dpi=110)
 
 
