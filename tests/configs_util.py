@@ -11,7 +11,7 @@ SIZE = 64
 
 
 def made_small(cfg):
-    """Lowers numbers of proposals and queries, and crops, so that a step takes seconds."""
+    """Lowers numbers of proposals, queries and units, and crops, so that a step takes seconds."""
     if isinstance(cfg, dict):
         if cfg.get('type') == 'RandomSampler':
             cfg.num = min(cfg.num, 16)
@@ -19,6 +19,8 @@ def made_small(cfg):
             cfg.max_per_img = 16
         if 'num_queries' in cfg:
             cfg.num_queries = 16
+        if 'fc_out_channels' in cfg:
+            cfg.fc_out_channels = 16
         if cfg.get('type') == 'SegDataPreProcessor':
             cfg.size = (SIZE, SIZE)
         if cfg.get('mode') == 'slide':

@@ -1,7 +1,6 @@
 """Shared by all tests: determinism and the helpers that several folders need."""
 
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
+
+import command_util  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +42,7 @@ def mini_coco(tmp_path_factory) -> Path:
     pytest.importorskip('sklearn', reason='the digits are scikit-learn data')
     out = tmp_path_factory.mktemp('data') / 'mini_coco'
     script = ROOT / 'tools/dataset_converters/make_mini_coco.py'
-    arguments = [str(out), '--train', '4', '--val', '2', '--seed', '1']
-    subprocess.run([sys.executable, str(script), *arguments], check=True)
+    arguments = [out, '--train', '4', '--val', '2', '--seed', '1']
+    result, output = command_util.run(ROOT, sys.executable, script, *arguments)
+    assert result.returncode == 0, output
     return out

@@ -126,20 +126,23 @@ def work_sharded(rank, port, path):
     os._exit(0)
 
 
-def work(rank, port, path, with_cp, tau):
-    """Takes a step on this process's image; process 0 saves the averaged gradients."""
+def work(rank, port, path, ways):
+    """Takes steps on this process's image; process 0 saves the averaged gradients of each way."""
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group('gloo', rank=rank, world_size=2)
     from mmengine.model import MMDistributedDataParallel
 
-    network = MMDistributedDataParallel(make_network(with_cp, tau), broadcast_buffers=False)
-    for _ in range(2):
-        # DDP reports parameters that took no part in a step at the start of the next.
-        network.zero_grad()
-        loss_of(network, images()[rank : rank + 1]).backward()
+    averaged = {}
+    for with_cp, tau in ways:
+        network = MMDistributedDataParallel(make_network(with_cp, tau), broadcast_buffers=False)
+        for _ in range(2):
+            # DDP reports parameters that took no part in a step at the start of the next.
+            network.zero_grad()
+            loss_of(network, images()[rank : rank + 1]).backward()
+        averaged[with_cp, tau] = gradients(network)
     if rank == 0:
-        torch.save(gradients(network), path)
+        torch.save(averaged, path)
     dist.barrier()
     # Without taking the process group apart: torch does so holding the interpreter's lock, for
     # which the group's own thread may be waiting to let go of the barrier.

@@ -37,14 +37,16 @@ BUILD = """
 """
 
 
-@pytest.mark.parametrize('scope, other', [('mmdet', 'mmseg'), ('mmseg', 'mmdet')])
-@pytest.mark.parametrize('other_missing', [False, True])
-def test_types_resolve_in_configs_of_both_libraries(scope, other, other_missing):
+@pytest.mark.parametrize(
+    'scope, missing', [('mmdet', ['mmseg']), ('mmseg', ['mmdet']), ('mmdet', [])]
+)
+def test_types_resolve_in_configs_of_both_libraries(scope, missing):
     if importlib.util.find_spec(scope) is None:
         pytest.skip(f'{scope} is not installed')
-    missing = [other] if other_missing else []
     output = check(BUILD.format(scope=scope), *missing)
-    assert output.split() == [f'{scope}.models.backbones.resnet', 'KWConv2d', 'TemperatureHook']
+    # OneDL's libraries print what they do without.
+    lines = [line for line in output.splitlines() if not line.startswith('Could not import')]
+    assert lines == [f'{scope}.models.backbones.resnet', 'KWConv2d TemperatureHook']
 
 
 def test_convolutions_of_an_fpn_and_a_head_become_dynamic():

@@ -134,12 +134,20 @@ def test_parameters_may_be_sharded_with_their_layers(tmp_path):
         assert 'wrap the module that has warehouse_manager' in found[kind, True]
 
 
-@pytest.mark.parametrize('with_cp', [False, True])
-@pytest.mark.parametrize('tau', [0, 1])
+WAYS = [(with_cp, tau) for with_cp in (False, True) for tau in (0, 1)]
+
+
+@pytest.fixture(scope='module')
+def averaged_gradients(tmp_path_factory):
+    """Of every way, averaged over the two processes."""
+    return in_two_processes(work, tmp_path_factory.mktemp('two') / 'results.pth', WAYS)
+
+
+@pytest.mark.parametrize('with_cp, tau', WAYS)
 def test_averaged_gradients_of_two_processes_equal_those_of_the_joined_batch(
-    tmp_path, with_cp, tau
+    averaged_gradients, with_cp, tau
 ):
-    averaged = in_two_processes(work, tmp_path / 'results.pth', with_cp, tau)
+    averaged = averaged_gradients[with_cp, tau]
     network = make_network(with_cp=False, tau=tau)
     loss_of(network, images()).backward()
     expected = gradients(network)

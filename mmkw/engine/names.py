@@ -7,6 +7,8 @@ MMEngine looks for both in tables and folders of OpenMMLab's packages. Our confi
 import logging
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +29,11 @@ def take_place(theirs: ModuleType) -> None:
         # MMEngine takes the folder of a distribution of this name, which is wrong in an editable
         # installation, or else of a module. So this is a module of ours, which is always right.
         theirs.MODULE2PACKAGE['mmkw'] = 'mmkw.autoload'
+        # OneDL's MMEngine looks for ``mmseg::`` in OpenMMLab's distribution, which is not there.
+        if not list(metadata.distributions(name=theirs.MODULE2PACKAGE['mmseg'])):
+            theirs.MODULE2PACKAGE['mmseg'] = 'mmseg'
+        # MMEngine reads all metafiles of a library, a hundred, for every base of a config.
+        vars(theirs)['load'] = cache(theirs.load)
     elif theirs.__name__ == 'mmengine.config.config':
         theirs.Config._get_cfg_path = staticmethod(_base_finder(theirs.Config._get_cfg_path))
     else:

@@ -1,8 +1,10 @@
 """A static network's weights make a KernelWarehouse network that computes the same, and learns."""
 
 import contextlib
+import copy
 import logging
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,15 @@ def build(name, **wrapper):
     return exactness.build(library, config, **wrapper)
 
 
+@cache
+def static_twin(name):
+    """State, and outputs in both precisions."""
+    side, static = NETWORKS[name][2], build_static(name)
+    state = static.state_dict()
+    single = outputs(static, side)
+    return state, single, outputs(copy.deepcopy(static).double(), side, torch.double)
+
+
 def build_static(name):
     library, config, _ = NETWORKS[name]
     pytest.importorskip('mmdet' if library == 'mmkw' else library, reason='the network is its')
@@ -106,20 +117,17 @@ def build_static(name):
 @pytest.mark.parametrize('name', NETWORKS)
 def test_outputs_equal_those_of_the_static_network(name, budget, tau):
     side = NETWORKS[name][2]
-    static = build_static(name)
-    expected = outputs(static, side)
+    state, expected, expected_double = static_twin(name)
     single = build(name, cell_num_ratio=budget, start_tau=tau)
-    result = single.load_state_dict(static.state_dict())
+    result = single.load_state_dict(state)
     assert not result.missing_keys
     before = [p.detach().clone() for p in single.parameters()]
     assert difference(outputs(single, side), expected) < 1e-4
     assert all(p.equal(q) for p, q in zip(single.parameters(), before))
 
-    static = static.double()
     double = build(name, cell_num_ratio=budget, start_tau=tau).double()
-    load_state_dict(double, static.state_dict(), strict=True)
-    expected = outputs(static, side, torch.double)
-    assert difference(outputs(double, side, torch.double), expected) < 1e-9
+    load_state_dict(double, {name: value.double() for name, value in state.items()}, strict=True)
+    assert difference(outputs(double, side, torch.double), expected_double) < 1e-9
 
 
 def test_all_layers_of_the_plan_are_dynamic():

@@ -16,7 +16,11 @@ import sys
 import time
 from pathlib import Path
 
+# A training imports these on its way.
+import matplotlib.pyplot  # noqa: F401
+import mmcv.ops  # noqa: F401
 import torch
+import torch._dynamo
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn

@@ -1,6 +1,7 @@
 """Rates and decays of an optimizer, for a static network and for its dynamic twin."""
 
 import logging
+from functools import cache
 
 import pytest
 import torch
@@ -68,6 +69,12 @@ class Model(nn.Module):
         self.other = nn.Conv2d(3, 3, 1)
 
 
+@cache
+def models(kind):
+    """The static model and its dynamic twin."""
+    return Model(kind, False), Model(kind, True)
+
+
 # Some heads use a layer at several places.
 PARAMWISE = {
     'names': dict(
@@ -96,7 +103,7 @@ PARAMWISE = {
 @pytest.mark.parametrize('paramwise', PARAMWISE)
 @pytest.mark.parametrize('kind', [*BACKBONES, *HEADS])
 def test_a_warehouse_is_given_what_its_layers_are(kind, paramwise, constructor):
-    static, dynamic = Model(kind, False), Model(kind, True)
+    static, dynamic = models(kind)
     expected = settings_of(static, PARAMWISE[paramwise], constructor)
     found = settings_of(dynamic, PARAMWISE[paramwise], constructor)
     of_static = {name: expected[parameter] for name, parameter in static.named_parameters()}

@@ -193,8 +193,8 @@ def repeatedly(network, image):
 
 
 def until_an_error(network, image):
-    # Not the leaf itself: where saved tensors have hooks, torch 2.6 does not call the hooks of a leaf
-    # that is an input of any autograd.Function.
+    # Not the leaf itself: where saved tensors have hooks, torch 2.6 does not call the hooks of a
+    # leaf that is an input of any autograd.Function.
     image = image * 1
     y = network(image)
     image.register_hook(lambda grad: 1 / 0)

@@ -19,8 +19,7 @@ DEMO = 'configs/demo/mask-rcnn_kw1x-r18_fpn_warm-start_mini-coco.py'
 
 def run(root, *arguments):
     """The command in a process of its own."""
-    command = [sys.executable, '-W', 'ignore', '-m', 'mmkw', *arguments]
-    result, output = command_util.run(root, *command, PYTHONPATH=str(root))
+    result, output = command_util.run(root, sys.executable, '-m', 'mmkw', *arguments)
     assert result.returncode == 0, output
     return result.stdout
 

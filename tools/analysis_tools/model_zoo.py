@@ -183,6 +183,7 @@ def zoo(pool: Executor) -> dict[Path, str]:
         SystemExit: If a folder of configs has no metafile with a collection.
     """
     files, sections = {}, []
+    contents, entries = {}, {}
     for folder, paths in leaf_configs().items():
         metafile = ROOT / 'configs' / folder / 'metafile.yml'
         if not metafile.exists():
@@ -191,8 +192,12 @@ def zoo(pool: Executor) -> dict[Path, str]:
         (collection,) = content['Collections']
         old = {model['Name']: model for model in content.get('Models') or []}
         before = [old.get(path.stem, {}) for path in paths]
-        models = list(pool.map(entry, paths, before, repeat(collection['Name'])))
-        content['Models'] = models
+        contents[metafile] = content
+        # They are counted at the same time, those of all folders.
+        entries[metafile] = pool.map(entry, paths, before, repeat(collection['Name']))
+    for metafile, content in contents.items():
+        (collection,) = content['Collections']
+        content['Models'] = models = list(entries[metafile])
         files[metafile] = yaml.safe_dump(content, sort_keys=False, width=100)
         title, url = collection['Paper']['Title'], collection['Paper']['URL']
         sections += ['', f'## {collection["Name"]}', '', f'[{title}]({url})', '', *table(models)]

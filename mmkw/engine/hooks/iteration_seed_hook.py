@@ -1,8 +1,8 @@
 """Makes a resumed run repeat the uninterrupted one."""
 
-import itertools
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class IterationSeedHook(Hook):
         """Makes an iteration-based loop seed before every batch, also before skipped batches."""
         loop = runner.train_loop
         if isinstance(loop, IterBasedTrainLoop):
-            loop.dataloader_iterator = _seeded(loop.dataloader_iterator, runner.seed)
+            loop.dataloader_iterator = _Seeded(loop.dataloader_iterator, runner.seed)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Seeds the random numbers that are drawn before the first iteration of an epoch."""
@@ -45,10 +45,28 @@ class IterationSeedHook(Hook):
         _seed_everything(runner.seed, get_rank(), runner.iter, 1)
 
 
-def _seeded(batches: Iterator[DATA_BATCH], seed: int) -> Iterator[DATA_BATCH]:
-    for index in itertools.count():
-        _seed_everything(seed, get_rank(), index, 0)
-        yield next(batches)
+class _Seeded:
+    """The batches of an endless loop, seeded before each one by its number."""
+
+    def __init__(self, batches: Any, seed: int) -> None:
+        self._batches = batches
+        self._seed = seed
+        self._next = 0
+
+    def __iter__(self) -> Iterator[DATA_BATCH]:
+        return self
+
+    def __next__(self) -> DATA_BATCH:
+        # Making an iterator draws a random number. OneDL's loop makes it late.
+        getattr(self._batches, '_ensure_iterator', lambda: None)()
+        _seed_everything(self._seed, get_rank(), self._next, 0)
+        self._next += 1
+        return next(self._batches)
+
+    def skip_iter(self, count: int) -> None:
+        """What OneDL's loop calls instead of taking the batches that a resumed run has had."""
+        self._next += count
+        self._batches.skip_iter(count)
 
 
 def _seed_everything(*entropy: int) -> None:
