@@ -8,6 +8,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 SAFETENSORS = 'safetensors>=0.4,<1'
+ONNX = ['onnx>=1.18,<2', 'onnxscript>=0.5,<1', 'onnxruntime>=1.20,<2']
 ROOT = Path(__file__).parent
 requirement = runpy.run_path(str(ROOT / 'mmkw' / 'requirements.py'))['requirement']
 
@@ -117,6 +118,7 @@ setup(
     extras_require={
         **libraries(),
         'safetensors': [SAFETENSORS],
+        'deploy': ONNX,
         'docs': ['sphinx>=8,<10', 'myst-parser>=4,<6', 'furo>=2024.8'],
         # Tests, checks and the demo's data set, made from images inside these packages.
         'dev': [
@@ -130,6 +132,7 @@ setup(
             'scikit-image>=0.22,<1',
             'scikit-learn>=1.3,<2',
             SAFETENSORS,
+            *ONNX,
         ],
     },
     **native_extension(),

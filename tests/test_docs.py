@@ -10,7 +10,7 @@ import pytest
 import mmkw
 
 PAGES = ('README.md', 'CHANGELOG.md', 'SECURITY.md', 'mmkw/ops/csrc/README.md', 'docs/*.md')
-ROOMS = 'backbones checkpoints engine.hooks engine.optimizers layers ops sharing'
+ROOMS = 'backbones checkpoints engine.hooks engine.optimizers layers ops sharing deploy'
 # A file or folder of this repository, in prose or in a command.
 PATH = re.compile(r'(?<![\w./:-])(?:configs|docs|mmkw|tests|tools)/[\w./-]*\w')
 

@@ -1,4 +1,4 @@
-"""The command ``mmkw``: ``mmkw info``, ``mmkw plan CONFIG`` and ``mmkw convert SRC DST``."""
+"""The command ``mmkw``: ``mmkw info``, ``plan``, ``convert`` and ``export``."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ COMMANDS = {
     'info': 'what is installed, and what computes',
     'plan': 'the warehouses of a config, before it is trained',
     'convert': 'write a checkpoint for a KernelWarehouse network, from a static or a published one',
+    'export': 'write a network as ONNX or as a program of torch.export',
 }
 
 

@@ -327,7 +327,7 @@ class _KWConvNd(DynamicLayer):
                 f'{type(self).__name__} expects an input of shape (batch, {self.in_channels}, '
                 f'{dims} spatial sizes) or the same without batch, got {tuple(x.shape)}.'
             )
-        if not x.shape[2:].numel():
+        if 0 in x.shape[2:]:
             raise ValueError(
                 f'{type(self).__name__} expects an input with pixels, got {tuple(x.shape)}.'
             )
@@ -419,7 +419,7 @@ class KWLinear(DynamicLayer):
                 f'KWLinear expects an input of shape (batch, ..., {self.in_features}), '
                 f'got {tuple(x.shape)}.'
             )
-        if x.shape[0] and not x.shape[1:-1].numel():
+        if x.shape[0] and 0 in x.shape[1:-1]:
             # There is no token to average over.
             return x.new_zeros(*x.shape[:-1], self.out_features)
         pooled = x

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backend, modes
+from .exported import convolve
 from .gradient import Token
 from .kernels import assembled_shape, mix_cells
 from .mixing import Mixing
@@ -81,6 +82,9 @@ def _apply_plainly(
     x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None, settings: _Settings
 ) -> Tensor:
     grid, sample_map, dtype = settings
+    if modes.is_exporting() and not modes.is_tracing() and isinstance(sample_map, SampleConv):
+        y = convolve(x, attention, cells, grid, sample_map)
+        return y if bias is None else y + bias.view(-1, *[1] * (x.dim() - 2))
     return sample_map(x, _mixed_plainly(attention, cells, grid).to(dtype), bias)
 
 

@@ -35,6 +35,11 @@ def is_exporting() -> bool:
     return torch.jit.is_tracing() or exporting()
 
 
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` records, for one batch and one size of image."""
+    return torch.jit.is_tracing()
+
+
 def is_transforming() -> bool:
     """Whether ``torch.func`` or forward-mode differentiation is running."""
     return (
@@ -146,6 +151,9 @@ def reshaped(temporary: Tensor, shape: Sequence[int]) -> Tensor:
         temporary: A contiguous tensor that nothing else uses.
         shape: The new shape, with as many values.
     """
+    if is_exporting():
+        # Exporters and runtimes do not know PyTorch's own operator for this.
+        return temporary.reshape(shape)
     return torch.ops.aten._unsafe_view(temporary, shape)
 
 
@@ -170,3 +178,20 @@ def will_run(node: Any) -> bool:
         node: The node, a ``grad_fn``.
     """
     return torch._C._will_engine_execute_node(node)
+
+
+def scan(step: Callable, state: Tensor, operands: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """A loop over the first dimension of some tensors, as one operator of an exported program.
+
+    Args:
+        step: ``state, operands of one -> state, result of one``.
+        state: The first state.
+        operands: Tensors of the same length.
+
+    Returns:
+        The last state, and the stacked results.
+    """
+    # Imported here, because it takes a second and only exporting needs it.
+    from torch._higher_order_ops.scan import scan as scan_operator
+
+    return scan_operator(step, state, operands)

@@ -1,5 +1,6 @@
 """Convolution and linear map with one kernel per image of the batch."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -66,6 +67,15 @@ class SampleConv:
         images = (self._conv(x[i : i + 1], kernels[i], bias, self.groups) for i in range(batch))
         return _gathered(images, batch)
 
+    def one(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """Convolves all images with one kernel.
+
+        Args:
+            x: Tensor[batch, in_channels, *size].
+            kernel: Tensor[out_channels, in_channels / groups, *kernel_size].
+        """
+        return self._conv(x, kernel, None, self.groups)
+
     def backward_kernels(
         self, grad: Tensor, x: Tensor, shape: tuple[int, ...], scratch: Scratch
     ) -> Tensor | Sequence[Tensor]:
@@ -128,7 +138,9 @@ class SampleConv:
 
     def _columns(self, x: Tensor) -> Tensor:
         """Tensor[batch * groups, in_channels / groups, pixels]."""
-        return x.reshape(x.shape[0] * self.groups, x.shape[1] // self.groups, x.shape[2:].numel())
+        return x.reshape(
+            x.shape[0] * self.groups, x.shape[1] // self.groups, math.prod(x.shape[2:])
+        )
 
     def _sampled(self, x: Tensor) -> Tensor:
         """The pixels that a kernel of size one uses, by the stride."""
@@ -199,7 +211,7 @@ class SampleLinear:
 
 def _tokens(x: Tensor) -> Tensor:
     """Tensor[batch, tokens, features]."""
-    return x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 def _gathered(images: Iterator[Tensor], batch: int) -> Tensor:

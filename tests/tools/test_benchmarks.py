@@ -95,6 +95,23 @@ def test_memory_is_watched_over_many_steps(root):
     assert names == [(network, kind) for network in ('static', 'kw 1x') for kind in kinds]
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_exported_files_are_timed(root, monkeypatch, capsys):
+    for package in ('onnx', 'onnxruntime', 'onnxscript'):
+        pytest.importorskip(package, reason='writes and runs ONNX')
+    pytest.importorskip('mmdet', reason='the static ResNet is its')
+    monkeypatch.syspath_prepend(str(root / 'tools/benchmarks'))
+    deployment = importlib.import_module('deployment')
+    one = dict(num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))
+    thin = dict(depth=18, base_channels=8, stem_channels=8, **one)
+    monkeypatch.setitem(deployment.BACKBONES, 'thin', ('mmkw.ResNet', 'mmkw.KWResNet', thin))
+    arguments = ['thin', '--shapes', '2x64x64', '--repeats', '1']
+    monkeypatch.setattr(sys, 'argv', ['deployment.py', *arguments])
+    deployment.main()
+    output = capsys.readouterr().out
+    assert '| 2x64x64 | ONNX Runtime |' in output and '| 2x64x64 | PyTorch |' in output
+
+
 @pytest.fixture
 def tool(root, monkeypatch):
     monkeypatch.syspath_prepend(str(root / 'tools/benchmarks'))

@@ -1,0 +1,61 @@
+"""``mmkw export CONFIG CHECKPOINT OUT``: a network as ONNX, or as a program of ``torch.export``."""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from mmengine.model import revert_sync_batchnorm
+from mmengine.runner import load_checkpoint
+
+from ..deploy import DenseNetwork, ExportError, export
+from ..deploy.export import DYNAMIC, FORMS
+from ..engine.building import build_model
+from ..layers import set_temperature
+from ..sharing import is_converted
+from .config import add_config_options, config_of
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments; by default those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        prog='mmkw export',
+        description='Write backbone, neck and dense head of a detector, or the logits of a '
+        'segmentor or classifier, to one file, and compare it with the network',
+    )
+    parser.add_argument('config', help='config file, or PACKAGE::CONFIG')
+    parser.add_argument('checkpoint', help='its checkpoint')
+    parser.add_argument('out', help='file to write, .onnx or .pt2')
+    parser.add_argument(
+        '--shape', nargs=2, type=int, default=(256, 256), help='height and width of the example'
+    )
+    parser.add_argument(
+        '--fixed', nargs='+', default=[], choices=DYNAMIC, help='what stays as in the example'
+    )
+    parser.add_argument('--form', default='scan', choices=FORMS, help='see mmkw.deploy.export')
+    parser.add_argument('--backbone', action='store_true', help='export the backbone alone')
+    add_config_options(parser)
+    args = parser.parse_args(argv)
+    model = build_model(config_of(parser, args))
+    checkpoint = load_checkpoint(model, args.checkpoint, map_location='cpu')
+    meta = checkpoint.get('meta')
+    tau = meta.get('temperature', 0.0) if isinstance(meta, dict) else 0.0
+    if tau and any(map(is_converted, model.modules())):
+        set_temperature(model, tau)
+    # SyncBatchNorm does not compute on a CPU.
+    model = revert_sync_batchnorm(model)
+    dynamic = [name for name in DYNAMIC if name not in args.fixed]
+    try:
+        network = model.backbone if args.backbone else DenseNetwork(model)
+        example = torch.rand(2, 3, *args.shape)
+        parity = export(network, example, args.out, dynamic=dynamic, form=args.form)
+    except (ExportError, ValueError) as error:
+        parser.error(str(error))
+    print('| images | difference | ms of the file | ms in PyTorch |\n|---|---|---|---|')
+    for shape, difference, seconds in parity:
+        times = ' | '.join(f'{1e3 * second:.1f}' for second in seconds)
+        print(f'| {"x".join(map(str, shape))} | {difference:.1e} | {times} |')
+    print(f'Written: {args.out}')

@@ -1,0 +1,248 @@
+"""Writes a network to a file, and compares what the file computes with the network."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.exported import FORM
+
+FORMS = ('scan', 'matmul')
+DYNAMIC = ('batch', 'size')
+BATCHES = (1, 2, 3, 5, 8)
+# Pixels that are added to the sides of the example, of two-dimensional images height and width.
+# Multiples of 64, since most networks halve images up to six times.
+GROWTHS = ((64, 0), (128, 64))
+
+
+class ExportError(RuntimeError):
+    """A network cannot be exported as asked, or the file computes something else."""
+
+
+class Parity(NamedTuple):
+    """How a file computes images of one shape.
+
+    Attributes:
+        shape: Of the images.
+        difference: The largest difference of a value from the network's, relative to the largest
+            magnitude in this output.
+        seconds: Of the file, and of the network in PyTorch.
+    """
+
+    shape: tuple[int, ...]
+    difference: float
+    seconds: tuple[float, float]
+
+
+def export(
+    model: nn.Module,
+    example: Tensor,
+    path: str | Path,
+    dynamic: Sequence[str] = DYNAMIC,
+    form: str = 'scan',
+    tolerance: float = 1e-4,
+) -> list[Parity]:
+    """Writes a network to one file for any batch and any size of image, and checks the file.
+
+    An ``.onnx`` file is checked by ``onnx`` and run in ONNX Runtime. A ``.pt2`` file is a program
+    of ``torch.export`` and run in PyTorch. Both hold the network in evaluation mode, at its current
+    temperature and in its precision. They are compared with the network at several batches and
+    sizes.
+
+    Args:
+        model: A network, a layer, or any module that maps one tensor to tensors (or to lists and
+            tuples of tensors).
+        example: ``Tensor[batch, channels, *size]``, images as the network gets them; one is enough.
+            Of Tensor[batch, ..., features] for a linear layer the batch alone may be dynamic.
+        path: Where to write, ``*.onnx`` or ``*.pt2``.
+        dynamic: What may differ from the example: ``'batch'``, ``'size'``, both or nothing.
+        form: How convolutions are written. ``'scan'`` convolves large maps image by image, in a
+            loop. ``'matmul'`` has matrix products only, for runtimes that refuse loops or
+            convolutions with computed kernels; it takes more memory.
+        tolerance: The largest relative difference that is accepted.
+
+    Returns:
+        What was compared, one entry a shape.
+
+    Raises:
+        ExportError: If the network cannot be exported, if what should be dynamic cannot be, or if
+            the file does not compute what the network does. The file is then not left behind.
+        ValueError: If an argument is out of range.
+        ModuleNotFoundError: If ``.onnx`` is asked for without the extra ``deploy``.
+
+    Example:
+        >>> network, image = mmkw.KWConv2d(8, 16, 3, padding=1), torch.rand(1, 8, 32, 32)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     parity = mmkw.deploy.export(network, image, f'{folder}/network.pt2')
+        >>> max(found.difference for found in parity) < 1e-4
+        True
+    """
+    path = Path(path)
+    _check(model, example, path, dynamic, form)
+    write = _write_onnx if path.suffix == '.onnx' else _write_program
+    if 'batch' in dynamic and len(example) == 1:
+        # PyTorch takes a size of one for a constant.
+        example = example.repeat(2, *[1] * (example.dim() - 1))
+    with _as_exported(model, form):
+        program = _program(model, example, dynamic)
+        unfinished = path.with_name(f'{path.stem}.part{path.suffix}')
+        try:
+            run = write(program, unfinished)
+            parity = list(_compared(model, run, example, dynamic))
+            worst = max(parity, key=lambda found: found.difference)
+            if not worst.difference <= tolerance:
+                raise ExportError(
+                    f'{path} would differ from the network by {worst.difference:.2g} at '
+                    f'{worst.shape}, more than tolerance={tolerance:g}.'
+                )
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return parity
+
+
+def _check(
+    model: nn.Module, example: Tensor, path: Path, dynamic: Sequence[str], form: str
+) -> None:
+    if path.suffix not in ('.onnx', '.pt2'):
+        raise ValueError(f'path must end in .onnx or .pt2, got {str(path)!r}.')
+    if not path.parent.is_dir():
+        raise ValueError(f'path: the folder {str(path.parent)!r} does not exist.')
+    if isinstance(dynamic, str) or not set(dynamic) <= set(DYNAMIC):
+        raise ValueError(f"dynamic must be some of ('batch', 'size'), got {dynamic!r}.")
+    if form not in FORMS:
+        raise ValueError(f"form must be 'scan' or 'matmul', got {form!r}.")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f'model must be a torch.nn.Module, got a {type(model).__name__}.')
+    if not isinstance(example, Tensor) or example.dim() < 2 or not example.numel():
+        found = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        raise ValueError(f'example must be a tensor of images, got {found}.')
+    if 'size' in dynamic and (example.dim() < 3 or min(example.shape[2:]) < 2):
+        raise ValueError(
+            f"dynamic has 'size', but example is of {tuple(example.shape)}: it needs spatial sizes "
+            "of at least two. Or take dynamic=('batch',)."
+        )
+    if path.suffix == '.onnx':
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"ONNX needs {error.name}, which is not installed. Run: pip install 'mmkw[deploy]'",
+                name=error.name,
+            ) from error
+
+
+@contextmanager
+def _as_exported(model: nn.Module, form: str) -> Iterator[None]:
+    """Has a model compute as its file will, and gives it back as it was."""
+    training = {module: module.training for module in model.modules()}
+    token = FORM.set(form)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        FORM.reset(token)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _program(
+    model: nn.Module, example: Tensor, dynamic: Sequence[str]
+) -> torch.export.ExportedProgram:
+    sizes: dict[int, Any] = {}
+    if 'batch' in dynamic:
+        sizes[0] = torch.export.Dim.DYNAMIC
+    if 'size' in dynamic:
+        sizes |= {dim: torch.export.Dim.DYNAMIC for dim in range(2, example.dim())}
+    # Not chained: some networks' eval() returns nothing.
+    model.eval()
+    try:
+        return torch.export.export(model, (example,), dynamic_shapes=(sizes,))
+    except Exception as error:
+        fewer = [f'dynamic={tuple(d for d in dynamic if d != other)}' for other in dynamic]
+        remedy = f' Or try {" or ".join(fewer)}.' if fewer else ''
+        raise ExportError(
+            f'{type(model).__name__} cannot be exported with dynamic={tuple(dynamic)}: '
+            f'{str(error).strip()}{remedy}'
+        ) from error
+
+
+def _write_program(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Any]:
+    torch.export.save(program, path)
+    return torch.export.load(path).module()
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Any]:
+    import onnx
+    import onnxruntime
+
+    try:
+        written: Any = torch.onnx.export(
+            program, (), dynamo=True, verbose=False, input_names=['images']
+        )
+    except Exception as error:
+        raise ExportError(f'The program cannot be written as ONNX: {error}') from error
+    # One file. Weights beside it would be lost when it is moved.
+    written.save(path, external_data=False)
+    onnx.checker.check_model(str(path))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, ['CPUExecutionProvider'])
+    (images,) = session.get_inputs()
+    return lambda x: session.run(None, {images.name: x.numpy()})
+
+
+def _compared(
+    model: nn.Module, run: Callable, example: Tensor, dynamic: Sequence[str]
+) -> Iterator[Parity]:
+    """Runs the file and the network at every batch, and then at every size."""
+    shapes = [tuple(example.shape)]
+    if 'batch' in dynamic:
+        shapes = [(batch, *example.shape[1:]) for batch in BATCHES]
+    if 'size' in dynamic:
+        batch, channels, *size = example.shape
+        for growth in GROWTHS:
+            grown = (side + growth[min(dim, 1)] for dim, side in enumerate(size))
+            shapes.append((batch, channels, *grown))
+    generator = torch.Generator().manual_seed(0)
+    deviation, mean = torch.std_mean(example.float())
+    for shape in shapes:
+        # Different images, whose kernels differ.
+        x = torch.randn(shape, generator=generator) * (deviation + 0.1) + mean
+        x = x.to(example)
+        try:
+            found, of_file = _timed(run, x)
+        except Exception as error:
+            raise ExportError(f'The file does not take images of {shape}: {error}') from error
+        expected, of_network = _timed(model, x)
+        difference = _difference(_tensors(found), _tensors(expected))
+        yield Parity(shape, difference, (of_file, of_network))
+
+
+def _timed(run: Callable, x: Tensor) -> tuple[Any, float]:
+    """A result, and the seconds of the second run: the first one asks for memory."""
+    run(x)
+    begin = time.perf_counter()
+    result = run(x)
+    return result, time.perf_counter() - begin
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """The tensors of nested lists, tuples and dicts."""
+    leaves, _ = torch.utils._pytree.tree_flatten(outputs)
+    return [torch.as_tensor(leaf) for leaf in leaves]
+
+
+def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
+        return float('inf')
+    return max(
+        float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-12))
+        for a, b in zip(found, expected)
+    )

@@ -1,0 +1,137 @@
+"""The operator in an exported program: PyTorch's operators, for any batch and any size of image.
+
+Nothing here depends on how many images the example has. A program that did would apply the kernel
+of the first image to all, or fail.
+
+The kernels of a large layer are never assembled. Their pieces, one for each place in space, are
+matrices that multiply the image moved by that place; the results are added. This spares a pass over
+the kernels, which are larger than the map of such a layer. Kernels of other layers are assembled,
+and a scan over the images convolves one after the other. ``FORM`` can have all layers multiply.
+"""
+
+import math
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import modes
+from .sample_conv import SampleConv
+
+# From so many input channels on, kernels are larger than the map that they are applied to.
+LARGE = 256
+
+# 'scan', or 'matmul' where a runtime refuses loops or convolutions with computed kernels.
+FORM: ContextVar[str] = ContextVar('form of exported layers', default='scan')
+
+
+def convolve(
+    x: Tensor, attention: Tensor, cells: Tensor, grid: Sequence[int], sample_map: SampleConv
+) -> Tensor:
+    """Mixes and applies the kernels, as ``sample_map(x, mix_cells(attention, cells, grid))``.
+
+    The kernels are applied in the precision of ``x``.
+
+    Args:
+        x: Tensor[batch, channels, *size].
+        attention: Tensor[batch, mixtures, cells].
+        cells: ``Tensor[cells, cell_out, cell_in, *cell_kernel]``, where either the cell or the grid
+            has a size of one in space.
+        grid: Cells of the kernel along ``(*spatial, out, in)``.
+        sample_map: The convolution.
+
+    Returns:
+        Tensor[batch, out_channels, *output_size], without a bias.
+    """
+    kernel_size = tuple(map(math.prod, zip(grid[:-2], cells.shape[3:])))
+    large = sample_map.groups == 1 and grid[-1] * cells.shape[2] >= LARGE
+    if large and 2 * cells.shape[2] >= LARGE and cells.shape[3:].numel() == 1:
+        return _multiplied(x, _blocks(attention, cells, grid, x.dtype), kernel_size, sample_map)
+    kernels = _kernels(attention, cells, grid, x.dtype)
+    if large or math.prod(kernel_size) == 1 or FORM.get() == 'matmul':
+        return _multiplied(x, kernels.movedim(3, 1), kernel_size, sample_map)
+    return _scanned(x, kernels.unflatten(3, kernel_size), sample_map)
+
+
+def _blocks(attention: Tensor, cells: Tensor, grid: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The mixtures as they are: Tensor[batch, places * in blocks, out, cell_in]."""
+    *spatial, out_blocks, in_blocks = grid
+    # Attentions are moved, which are small. The order of the mixtures follows.
+    order = (math.prod(spatial), out_blocks, in_blocks)
+    attention = attention.unflatten(1, order).transpose(2, 3).flatten(1, 3)
+    rows = (attention @ cells.flatten(1)).to(dtype)
+    cell_out, cell_in = cells.shape[1:3]
+    return rows.flatten(1).unflatten(1, (order[0] * in_blocks, out_blocks * cell_out, cell_in))
+
+
+def _kernels(attention: Tensor, cells: Tensor, grid: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The kernels, assembled: Tensor[batch, out, in, places]."""
+    *spatial, out_blocks, in_blocks = grid
+    cell_out, cell_in, *cell_kernel = cells.shape[1:]
+    places, inside = math.prod(spatial), math.prod(cell_kernel)
+    rows = (attention @ cells.flatten(1)).to(dtype)
+    blocks = rows.flatten(1).unflatten(
+        1, (places, out_blocks, in_blocks, cell_out, cell_in * inside)
+    )
+    # Runtimes are slow at general permutations, so here whole rows move, and then one axis.
+    shape = (places, out_blocks * cell_out, in_blocks * cell_in, inside)
+    kernels = blocks.transpose(3, 4).flatten(1).unflatten(1, shape)
+    return kernels.squeeze(1) if inside > 1 else kernels.squeeze(4).movedim(1, 3)
+
+
+def _multiplied(
+    x: Tensor, matrices: Tensor, kernel_size: Sequence[int], sample_map: SampleConv
+) -> Tensor:
+    """Adds the products of the matrix of each place and the image moved by that place.
+
+    Args:
+        x: Tensor[batch, in_channels, *size].
+        matrices: Tensor[batch, places, out_channels, in_channels / groups], or the input channels
+            in blocks: Tensor[batch, places * blocks, out_channels, in_channels / blocks].
+        kernel_size: Sizes whose product is ``places``.
+        sample_map: The convolution.
+    """
+    moved, size = _moved(x, kernel_size, sample_map)
+    groups, terms, channels = sample_map.groups, matrices.shape[1], matrices.shape[3]
+    # (batch, places * blocks, groups, channels, pixels)
+    moved = moved.flatten(3).flatten(1, 2).unflatten(1, (terms, groups, channels))
+    matrices = matrices.unflatten(2, (groups, matrices.shape[2] // groups))
+    y = matrices * moved if matrices.shape[3:] == (1, 1) else matrices @ moved
+    y = y.squeeze(1) if y.shape[1] == 1 else y.sum(1)
+    return y.flatten(1, 2).unflatten(2, size)
+
+
+def _moved(
+    x: Tensor, kernel_size: Sequence[int], sample_map: SampleConv
+) -> tuple[Tensor, Sequence[int]]:
+    """The image as each place of the kernel sees it: Tensor[batch, places, channels, *size]."""
+    size, views = [], [x]
+    settings = zip(kernel_size, sample_map.stride, sample_map.padding, sample_map.dilation)
+    for dim, (side, stride, padding, dilation) in enumerate(settings, 2):
+        reach, length = dilation * (side - 1), x.shape[dim]
+        if stride > 1 or 2 * padding != reach:
+            length = (length + 2 * padding - reach - 1) // stride + 1
+        size.append(length)
+        index: list[Any] = [slice(None)] * x.dim()
+        narrowed = []
+        for view in views:
+            padded = F.pad(view, [0, 0] * (x.dim() - dim - 1) + [padding] * 2) if padding else view
+            for begin in range(0, reach + 1, dilation):
+                index[dim] = slice(begin, begin + (length - 1) * stride + 1, stride)
+                narrowed.append(padded[tuple(index)])
+        views = narrowed
+    return torch.stack(views, 1), size
+
+
+def _scanned(x: Tensor, kernels: Tensor, sample_map: SampleConv) -> Tensor:
+    """Convolves image by image."""
+
+    def convolved(state: Tensor, operands: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        image, kernel = operands
+        return state.clone(), sample_map.one(image.unsqueeze(0), kernel).squeeze(0)
+
+    # A scan needs a state, which is not used.
+    return modes.scan(convolved, x.new_zeros(1), (x, kernels))[1]

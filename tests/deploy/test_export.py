@@ -1,0 +1,226 @@
+"""Exported files compute what their networks do, for any batch and any size of image."""
+
+import contextlib
+import copy
+import sys
+
+import pytest
+import torch
+from command_util import run
+from torch import nn
+
+import mmkw
+from mmkw.deploy import DenseNetwork, ExportError, export
+from mmkw.ops import exported
+
+CONV = dict(kernel_size=3, padding=1)
+LAYERS = {
+    'plain': (lambda: mmkw.KWConv2d(8, 16, **CONV), (8, 9, 11)),
+    '4x': (lambda: mmkw.KWConv2d(8, 16, 3, stride=2, cell_num_ratio=4), (8, 9, 11)),
+    'dilated': (
+        lambda: mmkw.KWConv2d(8, 16, 3, stride=2, padding=2, dilation=2, bias=False),
+        (8, 12, 11),
+    ),
+    'same': (lambda: mmkw.KWConv2d(8, 16, 3, padding='same'), (8, 9, 11)),
+    'circular': (lambda: mmkw.KWConv2d(8, 8, padding_mode='circular', **CONV), (8, 9, 11)),
+    'grouped': (lambda: mmkw.KWConv2d(8, 8, groups=2, cell_inplane_ratio=0.5, **CONV), (8, 9, 11)),
+    'depthwise': (lambda: mmkw.KWConv2d(8, 8, groups=8, **CONV), (8, 9, 11)),
+    'matrix': (lambda: mmkw.KWConv2d(8, 16, 1, 2, cell_inplane_ratio=0.5), (8, 9, 11)),
+    'padded matrix': (lambda: mmkw.KWConv2d(8, 16, 1, padding=1), (8, 9, 11)),
+    'whole cells': (
+        lambda: mmkw.KWConv2d(
+            8, 16, (3, 5), padding=(1, 2), spatial_partition=False, cell_outplane_ratio=0.5
+        ),
+        (8, 9, 11),
+    ),
+    '1d': (lambda: mmkw.KWConv1d(8, 16, **CONV), (8, 20)),
+    '3d': (lambda: mmkw.KWConv3d(8, 8, **CONV), (8, 5, 6, 7)),
+    'linear': (lambda: mmkw.KWLinear(8, 16), (7, 8)),
+}
+
+
+def needs(suffix):
+    for package in ('onnx', 'onnxruntime', 'onnxscript') if suffix == '.onnx' else ():
+        pytest.importorskip(package, reason='writes and runs ONNX')
+
+
+# Both kinds of files hold the same operators. A program is written in less time.
+CASES = [
+    *((name, 'scan', '.pt2') for name in LAYERS),
+    *((name, 'matmul', '.pt2') for name in ('dilated', 'grouped', 'depthwise', 'whole cells')),
+    *((name, 'large', '.pt2') for name in ('4x', 'matrix')),
+    *((name, 'scan', '.onnx') for name in ('plain', 'depthwise', 'matrix', 'linear')),
+    ('plain', 'matmul', '.onnx'),
+    ('4x', 'large', '.onnx'),
+]
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name, form, suffix', CASES)
+def test_every_layer_from_one_image(name, form, suffix, tmp_path, monkeypatch):
+    needs(suffix)
+    if form == 'large':
+        monkeypatch.setattr(exported, 'LARGE', 1)
+    make, shape = LAYERS[name]
+    layer, file = make(), tmp_path / f'layer{suffix}'
+    dynamic = ('batch',) if name == 'linear' else ('batch', 'size')
+    form = 'scan' if form == 'large' else form
+    parity = export(layer, torch.randn(1, *shape), file, dynamic=dynamic, form=form)
+    assert {found.shape[0] for found in parity} == {1, 2, 3, 5, 8}
+    assert len({found.shape[1:] for found in parity}) == (1 if name == 'linear' else 3)
+    assert max(found.difference for found in parity) < 1e-5
+    assert layer.training and list(tmp_path.iterdir()) == [file]
+
+
+# Thin, of one stage, with a head of two levels.
+DETECTOR = dict(
+    type='RetinaNet',
+    backbone=dict(
+        type='mmkw.KWResNet',
+        depth=18,
+        base_channels=8,
+        stem_channels=8,
+        num_stages=1,
+        strides=(1,),
+        dilations=(1,),
+        out_indices=(0,),
+    ),
+    neck=dict(type='FPN', in_channels=[8], out_channels=8, num_outs=2),
+    bbox_head=dict(
+        type='RetinaHead',
+        num_classes=3,
+        in_channels=8,
+        stacked_convs=1,
+        feat_channels=8,
+        anchor_generator=dict(type='AnchorGenerator', ratios=[1.0], scales=[8], strides=[4, 8]),
+    ),
+)
+
+
+@pytest.fixture
+def detector():
+    registry = pytest.importorskip('mmdet.registry', reason='has the detector')
+    return registry.MODELS.build(copy.deepcopy(DETECTOR))
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_detector_s_dense_outputs(detector, tmp_path):
+    needs('.onnx')
+    file = tmp_path / 'detector.onnx'
+    network = DenseNetwork(detector)
+    parity = export(network, torch.randn(1, 3, 64, 64), file)
+    assert max(found.difference for found in parity) < 1e-4
+    # Named as the library computes them: scores and boxes of both levels.
+    x = torch.randn(3, 3, 64, 96)
+    with torch.no_grad():
+        scores, boxes = detector.eval()(x, mode='tensor')
+    results = onnxruntime().InferenceSession(file).run(None, {'images': x.numpy()})
+    for found, expected in zip(results, [*scores, *boxes], strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
+
+
+def onnxruntime():
+    return pytest.importorskip('onnxruntime', reason='runs the files')
+
+
+def test_the_command(root, detector, tmp_path):
+    from mmengine.config import Config
+
+    config, checkpoint, out = (str(tmp_path / name) for name in ('a.py', 'a.pth', 'a.pt2'))
+    Config(dict(default_scope='mmdet', model=DETECTOR)).dump(config)
+    torch.save(dict(state_dict=detector.state_dict()), checkpoint)
+    command = [sys.executable, '-m', 'mmkw', 'export', config, checkpoint]
+    options = ['--backbone', '--shape', '64', '96', '--fixed', 'size']
+    result, output = run(root, *command, out, *options)
+    assert result.returncode == 0, output
+    assert '| 8x3x64x96 |' in output and f'Written: {out}' in output
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        (found,), (expected,) = torch.export.load(out).module()(x), detector.eval().backbone(x)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    result, output = run(root, *command, tmp_path / 'a.txt', *options)
+    assert result.returncode == 2 and 'path must end in .onnx or .pt2' in output
+
+
+def test_a_model_without_a_dense_head_is_named():
+    with pytest.raises(ValueError, match=r'Sequential has no head that .* of the images alone'):
+        DenseNetwork(nn.Sequential())
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_no_exporter_makes_a_wrong_file_from_one_image(tmp_path):
+    """Other images get their own kernels, or the file refuses them; the same of the static twin."""
+    needs('.onnx')
+    for make in (nn.Conv2d, mmkw.KWConv2d):
+        layer = make(8, 8, 3).eval()
+        image, images = torch.randn(1, 8, 6, 6), torch.randn(3, 8, 6, 6)
+        with torch.no_grad():
+            expected = layer(images)
+        batch = ({0: torch.export.Dim.DYNAMIC},)
+        with torch.no_grad():
+            for name, options in {
+                'dynamo': dict(dynamo=True, dynamic_shapes=batch),
+                'old': dict(dynamo=False, dynamic_axes={'x': [0]}, input_names=['x']),
+            }.items():
+                path = tmp_path / f'{make.__name__}-{name}.onnx'
+                try:
+                    torch.onnx.export(layer, (image,), path, verbose=False, **options)
+                    session = onnxruntime().InferenceSession(path)
+                    (results,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+                except Exception as error:
+                    # The exporter or the file refuses, not this test.
+                    assert not isinstance(error, (TypeError, NameError)), (name, error)
+                else:
+                    torch.testing.assert_close(torch.from_numpy(results), expected)
+            traced = torch.jit.trace(layer, image)
+            with contextlib.suppress(RuntimeError):
+                torch.testing.assert_close(traced(images), expected)
+            with pytest.raises(Exception, match='specialized'):
+                torch.export.export(layer, (image,), dynamic_shapes=batch)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(path='a.txt'), r"path must end in .onnx or .pt2, got 'a.txt'"),
+        (dict(path='no/a.pt2'), r"path: the folder 'no' does not exist"),
+        (dict(dynamic='batch'), r"dynamic must be some of \('batch', 'size'\), got 'batch'"),
+        (dict(dynamic=('time',)), r'dynamic must be some of'),
+        (dict(form='loop'), r"form must be 'scan' or 'matmul', got 'loop'"),
+        (dict(model=torch.relu), r'model must be a torch.nn.Module, got a builtin_function'),
+        (dict(example=[1]), r'example must be a tensor of images, got list'),
+        (dict(example=torch.rand(1, 8)), r"dynamic has 'size', but example is of \(1, 8\)"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    arguments = dict(model=mmkw.KWConv2d(8, 8, 3), example=torch.rand(1, 8, 6, 6), path='a.pt2')
+    with pytest.raises(ValueError, match=message):
+        export(**{**arguments, **change})
+
+
+class Wrong(nn.Module):
+    """Computes something else in a file."""
+
+    def forward(self, x):
+        return x + torch.compiler.is_exporting()
+
+
+class Fixed(nn.Module):
+    """Takes one size only."""
+
+    def forward(self, x):
+        return x.view(-1, 36)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize(
+    'model, message',
+    [
+        (Wrong(), 'would differ from the network by'),
+        (Fixed(), r'not take images of \(2, 1, 70, 6\)'),
+    ],
+)
+def test_no_file_is_left_that_computes_something_else(model, message, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        export(model, torch.rand(2, 1, 6, 6), tmp_path / 'a.pt2')
+    assert not list(tmp_path.iterdir())
