@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.exported import FORM
+from ..ops import exported
 
 FORMS = ('scan', 'matmul')
 DYNAMIC = ('batch', 'size')
@@ -142,12 +142,12 @@ def _check(
 def _as_exported(model: nn.Module, form: str) -> Iterator[None]:
     """Has a model compute as its file will, and gives it back as it was."""
     training = {module: module.training for module in model.modules()}
-    token = FORM.set(form)
+    exported.form = form
     try:
         with torch.no_grad():
             yield
     finally:
-        FORM.reset(token)
+        exported.form = 'scan'
         for module, mode in training.items():
             module.training = mode
 

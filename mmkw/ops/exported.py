@@ -6,12 +6,11 @@ of the first image to all, or fail.
 The kernels of a large layer are never assembled. Their pieces, one for each place in space, are
 matrices that multiply the image moved by that place; the results are added. This spares a pass over
 the kernels, which are larger than the map of such a layer. Kernels of other layers are assembled,
-and a scan over the images convolves one after the other. ``FORM`` can have all layers multiply.
+and a scan over the images convolves one after the other. ``form`` can have all layers multiply.
 """
 
 import math
 from collections.abc import Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,8 +23,9 @@ from .sample_conv import SampleConv
 # From so many input channels on, kernels are larger than the map that they are applied to.
 LARGE = 256
 
-# 'scan', or 'matmul' where a runtime refuses loops or convolutions with computed kernels.
-FORM: ContextVar[str] = ContextVar('form of exported layers', default='scan')
+# 'scan', or 'matmul' where a runtime refuses loops or convolutions with computed kernels. A plain
+# variable, since torch.export does not trace others.
+form = 'scan'
 
 
 def convolve(
@@ -51,7 +51,7 @@ def convolve(
     if large and 2 * cells.shape[2] >= LARGE and cells.shape[3:].numel() == 1:
         return _multiplied(x, _blocks(attention, cells, grid, x.dtype), kernel_size, sample_map)
     kernels = _kernels(attention, cells, grid, x.dtype)
-    if large or math.prod(kernel_size) == 1 or FORM.get() == 'matmul':
+    if large or math.prod(kernel_size) == 1 or form == 'matmul':
         return _multiplied(x, kernels.movedim(3, 1), kernel_size, sample_map)
     return _scanned(x, kernels.unflatten(3, kernel_size), sample_map)
 
@@ -129,7 +129,8 @@ def _moved(
 def _scanned(x: Tensor, kernels: Tensor, sample_map: SampleConv) -> Tensor:
     """Convolves image by image."""
 
-    def convolved(state: Tensor, operands: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    # torch.export does not trace generic types in annotations.
+    def convolved(state: Tensor, operands: tuple) -> tuple:
         image, kernel = operands
         return state.clone(), sample_map.one(image.unsqueeze(0), kernel).squeeze(0)
 
