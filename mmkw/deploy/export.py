@@ -147,7 +147,7 @@ def _as_exported(model: nn.Module, form: str) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        exported.form = 'scan'
+        exported.form = None
         for module, mode in training.items():
             module.training = mode
 

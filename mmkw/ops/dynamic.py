@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, modes
-from .exported import convolve
+from . import backend, exported, modes
 from .gradient import Token
 from .kernels import assembled_shape, mix_cells
 from .mixing import Mixing
@@ -82,8 +81,8 @@ def _apply_plainly(
     x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None, settings: _Settings
 ) -> Tensor:
     grid, sample_map, dtype = settings
-    if modes.is_exporting() and not modes.is_tracing() and isinstance(sample_map, SampleConv):
-        y = convolve(x, attention, cells, grid, sample_map)
+    if isinstance(sample_map, SampleConv) and exported.is_wanted():
+        y = exported.convolve(x, attention, cells, grid, sample_map)
         return y if bias is None else y + bias.view(-1, *[1] * (x.dim() - 2))
     return sample_map(x, _mixed_plainly(attention, cells, grid).to(dtype), bias)
 

@@ -23,9 +23,14 @@ from .sample_conv import SampleConv
 # From so many input channels on, kernels are larger than the map that they are applied to.
 LARGE = 256
 
-# 'scan', or 'matmul' where a runtime refuses loops or convolutions with computed kernels. A plain
-# variable, since torch.export does not trace others.
-form = 'scan'
+# Set while mmkw.deploy exports: 'scan', or 'matmul' where a runtime refuses loops or convolutions
+# with computed kernels. A plain variable, since torch.export does not trace others.
+form: str | None = None
+
+
+def is_wanted() -> bool:
+    """Whether a program is being exported, by mmkw or by PyTorch itself."""
+    return form is not None or modes.is_surely_exporting()
 
 
 def convolve(
@@ -130,6 +135,7 @@ def _scanned(x: Tensor, kernels: Tensor, sample_map: SampleConv) -> Tensor:
     """Convolves image by image."""
 
     # torch.export does not trace generic types in annotations.
+    # torch 2.6 does not trace generic types in annotations.
     def convolved(state: Tensor, operands: tuple) -> tuple:
         image, kernel = operands
         return state.clone(), sample_map.one(image.unsqueeze(0), kernel).squeeze(0)

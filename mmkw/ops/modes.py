@@ -35,9 +35,9 @@ def is_exporting() -> bool:
     return torch.jit.is_tracing() or exporting()
 
 
-def is_tracing() -> bool:
-    """Whether ``torch.jit.trace`` records, for one batch and one size of image."""
-    return torch.jit.is_tracing()
+def is_surely_exporting() -> bool:
+    """Whether ``torch.export`` is tracing. In torch 2.6 this cannot be told: False."""
+    return hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()
 
 
 def is_transforming() -> bool:
