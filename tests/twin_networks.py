@@ -4,6 +4,7 @@ import copy
 
 import torch
 from mmcv.cnn.bricks import build_norm_layer
+from mmengine import ConfigDict
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from mmengine.utils import is_installed
@@ -74,6 +75,40 @@ def config_of(kind, num_classes=5, **more):
     if kind in HEADS:
         config['num_classes'] = num_classes
     return config
+
+
+def thin_retinanet(backbone):
+    """The config of a thin detector of one stage; its heads are small, too."""
+    return ConfigDict(
+        type='RetinaNet',
+        data_preprocessor=dict(type='DetDataPreprocessor'),
+        backbone=dict(
+            type=backbone,
+            depth=18,
+            base_channels=8,
+            stem_channels=8,
+            num_stages=1,
+            strides=(1,),
+            dilations=(1,),
+            out_indices=(0,),
+        ),
+        neck=dict(type='FPN', in_channels=[8], out_channels=8, num_outs=2),
+        bbox_head=dict(
+            type='RetinaHead',
+            num_classes=3,
+            in_channels=8,
+            stacked_convs=1,
+            feat_channels=8,
+            anchor_generator=dict(
+                type='AnchorGenerator',
+                octave_base_scale=4,
+                scales_per_octave=1,
+                ratios=[1.0],
+                strides=[4, 8],
+            ),
+        ),
+        test_cfg=dict(nms_pre=10, min_bbox_size=0, score_thr=0.0, max_per_img=5),
+    )
 
 
 def build(kind, dynamic, num_classes=5, **more):

@@ -5,13 +5,10 @@ from collections.abc import Sequence
 
 import torch
 from mmengine.model import revert_sync_batchnorm
-from mmengine.runner import load_checkpoint
 
 from ..deploy import DenseNetwork, ExportError, export
 from ..deploy.export import DYNAMIC, FORMS
-from ..engine.building import build_model
-from ..layers import set_temperature
-from ..sharing import is_converted
+from ..engine.building import build_model, load_trained
 from .config import add_config_options, config_of
 
 
@@ -40,11 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_config_options(parser)
     args = parser.parse_args(argv)
     model = build_model(config_of(parser, args))
-    checkpoint = load_checkpoint(model, args.checkpoint, map_location='cpu')
-    meta = checkpoint.get('meta')
-    tau = meta.get('temperature', 0.0) if isinstance(meta, dict) else 0.0
-    if tau and any(map(is_converted, model.modules())):
-        set_temperature(model, tau)
+    try:
+        load_trained(model, args.checkpoint)
+    except (FileNotFoundError, RuntimeError, ValueError) as error:
+        parser.error(f'checkpoint {args.checkpoint}: {error}')
     # SyncBatchNorm does not compute on a CPU.
     model = revert_sync_batchnorm(model)
     dynamic = [name for name in DYNAMIC if name not in args.fixed]

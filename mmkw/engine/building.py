@@ -9,6 +9,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from ..checkpoints import read_checkpoint
+from ..layers import Attention, set_temperature
 from ..sharing import is_converted
 
 
@@ -57,6 +59,30 @@ def build_model(config: Config, on_meta: bool = False) -> nn.Module:
     except RuntimeError:
         # Some networks read numbers from tensors while they are built.
         return MODELS.build(cfg).to('meta')
+
+
+def load_trained(model: nn.Module, path: str) -> None:
+    """Loads a trained model's weights and temperature from a file.
+
+    Args:
+        model: Of :func:`build_model`; its dynamic layers must be in the file.
+        path: The checkpoint's file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        RuntimeError: If the file is damaged, is unsafe, or does not fit.
+        ValueError: If tensors of dynamic layers are not in the file.
+    """
+    stored = read_checkpoint(path, map_location='cpu')
+    missing = model.load_state_dict(stored.get('state_dict', stored), strict=False).missing_keys
+    learnt = [name for name in missing if '.attention.' in name or 'warehouse_manager' in name]
+    if learnt:
+        raise ValueError(
+            f'{path} lacks {learnt[0]} and {len(learnt) - 1} more tensors of dynamic layers; '
+            'give a checkpoint of the whole model, as the runner saves it'
+        )
+    if any(isinstance(module, Attention) for module in model.modules()):
+        set_temperature(model, stored.get('meta', {}).get('temperature', 0.0))
 
 
 def dynamic_networks(model: nn.Module) -> dict[str, nn.Module]:

@@ -191,7 +191,7 @@ def scan(step: Callable, state: Tensor, operands: tuple[Tensor, ...]) -> tuple[T
     Returns:
         The last state, and the stacked results.
     """
-    # Imported here, because it takes a second and only exporting needs it.
+    # Imported here, because only exporting needs it.
     from torch._higher_order_ops.scan import scan as scan_operator
 
     return scan_operator(step, state, operands)

@@ -1,13 +1,14 @@
 """Exported files compute what their networks do, for any batch and any size of image."""
 
 import contextlib
-import copy
 import sys
 
 import pytest
 import torch
 from command_util import run
+from mmengine.registry import init_default_scope
 from torch import nn
+from twin_networks import thin_retinanet
 
 import mmkw
 from mmkw.deploy import DenseNetwork, ExportError, export
@@ -72,35 +73,11 @@ def test_every_layer_from_one_image(name, form, suffix, tmp_path, monkeypatch):
     assert layer.training and list(tmp_path.iterdir()) == [file]
 
 
-# Thin, of one stage, with a head of two levels.
-DETECTOR = dict(
-    type='RetinaNet',
-    backbone=dict(
-        type='mmkw.KWResNet',
-        depth=18,
-        base_channels=8,
-        stem_channels=8,
-        num_stages=1,
-        strides=(1,),
-        dilations=(1,),
-        out_indices=(0,),
-    ),
-    neck=dict(type='FPN', in_channels=[8], out_channels=8, num_outs=2),
-    bbox_head=dict(
-        type='RetinaHead',
-        num_classes=3,
-        in_channels=8,
-        stacked_convs=1,
-        feat_channels=8,
-        anchor_generator=dict(type='AnchorGenerator', ratios=[1.0], scales=[8], strides=[4, 8]),
-    ),
-)
-
-
 @pytest.fixture
 def detector():
     registry = pytest.importorskip('mmdet.registry', reason='has the detector')
-    return registry.MODELS.build(copy.deepcopy(DETECTOR))
+    init_default_scope('mmdet')
+    return registry.MODELS.build(thin_retinanet('mmkw.KWResNet'))
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -127,7 +104,8 @@ def test_the_command(root, detector, tmp_path):
     from mmengine.config import Config
 
     config, checkpoint, out = (str(tmp_path / name) for name in ('a.py', 'a.pth', 'a.pt2'))
-    Config(dict(default_scope='mmdet', model=DETECTOR)).dump(config)
+    model = thin_retinanet('mmkw.KWResNet')
+    Config(dict(default_scope='mmdet', model=model)).dump(config)
     torch.save(dict(state_dict=detector.state_dict()), checkpoint)
     command = [sys.executable, '-m', 'mmkw', 'export', config, checkpoint]
     options = ['--backbone', '--shape', '64', '96', '--fixed', 'size']
@@ -138,6 +116,13 @@ def test_the_command(root, detector, tmp_path):
     with torch.no_grad():
         (found,), (expected,) = torch.export.load(out).module()(x), detector.eval().backbone(x)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    # What would be exported without the backbone's weights is random.
+    state = {k: v for k, v in detector.state_dict().items() if not k.startswith('backbone.')}
+    torch.save(dict(state_dict=state), checkpoint)
+    result, output = run(root, *command, tmp_path / 'b.pt2', *options)
+    assert result.returncode == 2 and f'checkpoint {checkpoint}: ' in output
+    assert not (tmp_path / 'b.pt2').exists()
+    torch.save(dict(state_dict=detector.state_dict()), checkpoint)
     result, output = run(root, *command, tmp_path / 'a.txt', *options)
     assert result.returncode == 2 and 'path must end in .onnx or .pt2' in output
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from mmengine import ConfigDict
 from mmengine.registry import init_default_scope
 from torch._dynamo.utils import counters
+from twin_networks import thin_retinanet
 
 from mmkw import backbones  # noqa: F401  (registers them)
 
@@ -14,41 +14,9 @@ detection = pytest.importorskip('mmdet.registry', reason='needs MMDetection')
 
 
 def retinanet(kind):
-    """A thin detector of one stage; its heads are small, too."""
     init_default_scope('mmdet')
     torch.manual_seed(0)
-    return detection.MODELS.build(
-        ConfigDict(
-            type='RetinaNet',
-            data_preprocessor=dict(type='DetDataPreprocessor'),
-            backbone=dict(
-                type=kind,
-                depth=18,
-                base_channels=8,
-                stem_channels=8,
-                num_stages=1,
-                strides=(1,),
-                dilations=(1,),
-                out_indices=(0,),
-            ),
-            neck=dict(type='FPN', in_channels=[8], out_channels=8, num_outs=2),
-            bbox_head=dict(
-                type='RetinaHead',
-                num_classes=3,
-                in_channels=8,
-                stacked_convs=1,
-                feat_channels=8,
-                anchor_generator=dict(
-                    type='AnchorGenerator',
-                    octave_base_scale=4,
-                    scales_per_octave=1,
-                    ratios=[1.0],
-                    strides=[4, 8],
-                ),
-            ),
-            test_cfg=dict(nms_pre=10, min_bbox_size=0, score_thr=0.0, max_per_img=5),
-        )
-    )
+    return detection.MODELS.build(thin_retinanet(kind))
 
 
 def learned(model, x):

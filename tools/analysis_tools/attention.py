@@ -29,10 +29,9 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
 from torch import Tensor, nn
 
-from mmkw.checkpoints import read_checkpoint
 from mmkw.cli.config import add_config_options, config_of
-from mmkw.engine.building import build_model
-from mmkw.layers import Attention, set_temperature
+from mmkw.engine.building import build_model, load_trained
+from mmkw.layers import Attention
 from mmkw.layers.dynamic_layers import DynamicLayer
 
 IMAGE_TYPES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
@@ -147,17 +146,9 @@ def load_model(config: Config, checkpoint: str) -> nn.Module:
             "backbone such as 'mmkw.KWResNet'"
         )
     try:
-        stored = read_checkpoint(checkpoint, map_location='cpu')
-        missing = model.load_state_dict(stored.get('state_dict', stored), strict=False).missing_keys
-    except (FileNotFoundError, RuntimeError) as error:
+        load_trained(model, checkpoint)
+    except (FileNotFoundError, RuntimeError, ValueError) as error:
         raise SystemExit(str(error)) from error
-    learnt = [name for name in missing if '.attention.' in name or 'warehouse_manager' in name]
-    if learnt:
-        raise SystemExit(
-            f'{checkpoint} lacks {learnt[0]} and {len(learnt) - 1} more tensors of dynamic layers; '
-            'give a checkpoint of the whole model, as the runner saves it'
-        )
-    set_temperature(model, stored.get('meta', {}).get('temperature', 0.0))
     return model.to(get_device()).eval()
 
 
