@@ -14,6 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import command_util  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """Those that take longest start first: at the end no process waits for one of them."""
+    items.sort(key=lambda item: item.get_closest_marker('slow') is None)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     random.seed(0)

@@ -157,6 +157,7 @@ for name in ('rtmdet_tiny_8xb32-300e_coco', 'nothing'):
 """.replace('PATH', PATH)
 
 
+@pytest.mark.slow
 @needs_mmdet
 def test_configs_and_models_by_name(tmp_path):
     """MMEngine's, MMDetection's and MMSegmentation's own look-ups, dynamic and static names."""
@@ -191,6 +192,23 @@ def test_names_that_do_not_exist_are_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no config 'mask_rcnn/r50.py', but .*{NAME[:9]}"):
         config_path('mask_rcnn/r50.py')
     assert model_of('nothing') is None
+
+
+@needs_mmdet
+def test_a_package_is_looked_up_once_for_its_bases(monkeypatch):
+    from mmengine.config import Config, config
+
+    asked = []
+    monkeypatch.setattr(
+        config, 'is_installed', lambda package: asked.append(package) or len(asked) > 1
+    )
+    name = 'mmdet::_base_/models/retinanet_r50_fpn.py'
+    with pytest.raises(ModuleNotFoundError, match='mmdet is not installed'):
+        Config._get_cfg_path(name, 'my_config.py')
+    first = Config._get_cfg_path(name, 'my_config.py')
+    assert first == Config._get_cfg_path(name, 'other_config.py') and first[1] == 'mmdet'
+    assert asked == ['mmdet', 'mmdet']
+    assert Config._get_cfg_path('base.py', 'folder/my_config.py') == ('folder/base.py', None)
 
 
 def test_every_model_of_the_index_is_found_with_words_about_its_weights(root):

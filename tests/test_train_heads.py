@@ -220,6 +220,7 @@ def runner_of(path, work_dir, *hooks, **options):
     return runner
 
 
+@pytest.mark.slow
 def test_from_a_static_checkpoint_of_other_classes(case, root, mini_coco, tmp_path):
     static_path, dynamic_path = configs_of(case, root, mini_coco, tmp_path)
     stored = save_other_classes(case, static_path, tmp_path / 'other_classes.pth')

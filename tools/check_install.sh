@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Installs as README.md says, in a new environment, and tries the package outside the clone: takes
+# Installs as README.md says, in new environments, and tries the package outside the clone: takes
 # minutes and needs the network. It runs on a copy of the clone; wheels beside the clone are used.
-#   [PYTHON=python3] [FOLDER=/new/folder] tools/check_install.sh
+# First PyTorch alone, with networks of torchvision and timm; `core` ends there.
+#   [PYTHON=python3] [FOLDER=/new/folder] tools/check_install.sh [core]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -27,12 +28,58 @@ mkdir -p "$FOLDER/clone" "$FOLDER/elsewhere"
 git ls-files -z | xargs -0 cp --parents --no-dereference -t "$FOLDER/clone"
 blocks bash 'pip install' | grep '^pip install' > "$FOLDER/install.sh"
 blocks python _base_ > "$FOLDER/elsewhere/my_config.py"
-"$PYTHON" -m venv --clear "$FOLDER/venv"
-export PATH="$FOLDER/venv/bin:$PATH"
+# install ENVIRONMENT SCRIPT: makes an environment, makes it current, and installs in the clone.
+install() {
+    "$PYTHON" -m venv --clear "$FOLDER/$1"
+    export PATH="$FOLDER/$1/bin:$PATH"
+    cat "$FOLDER/$2"
+    (cd "$FOLDER/clone" && bash -euo pipefail "$FOLDER/$2" > "$FOLDER/$1.log")
+}
+
+say 'PyTorch alone'
+# The README's lines without mmcv and extras.
+sed -e '/mmcv/d' -e "s/'\.\[.*\]'/./" "$FOLDER/install.sh" > "$FOLDER/install-core.sh"
+install core install-core.sh
+say 'mmkw is installed; now torchvision and timm'
+# Of torchvision the Python part is enough, and it needs no operators of CUDA's torch.
+pip install numpy pillow requests pyyaml huggingface_hub safetensors > "$FOLDER/networks.log"
+pip install --no-deps torchvision==0.16.2 timm==1.0.29 >> "$FOLDER/networks.log"
+(cd "$FOLDER/elsewhere" && python -W ignore - <<'PY'
+import copy
+import sys
+import timm
+import torch
+import torchvision
+import mmkw
+assert not {'mmengine', 'mmcv'} & set(sys.modules)
+torch.manual_seed(0)
+for name, static in {
+    'torchvision resnet18': torchvision.models.resnet18(num_classes=10),
+    'timm convnext_atto': timm.create_model('convnext_atto', num_classes=10),
+}.items():
+    dynamic = mmkw.convert(copy.deepcopy(static))
+    images, labels = torch.rand(4, 3, 64, 64), torch.arange(4)
+    with torch.no_grad():
+        expected = static.eval()(images)
+        difference = float((dynamic.eval()(images) - expected).abs().max() / expected.abs().max())
+    assert difference < 1e-5, (name, difference)
+    optimizer = torch.optim.AdamW(dynamic.train().parameters(), 1e-4)
+    losses = []
+    for step in range(10):
+        loss = torch.nn.functional.cross_entropy(dynamic(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0], (name, losses)
+    print(f'{name}: differs by {difference:.1e}, loss {losses[0]:.2f} -> {losses[-1]:.2f}')
+PY
+)
+say 'two networks are converted and trained'
+[ "${1:-}" = core ] && exit
 
 say 'installing as the README says'
-cat "$FOLDER/install.sh"
-(cd "$FOLDER/clone" && bash -euo pipefail "$FOLDER/install.sh" > "$FOLDER/install.log")
+install venv install.sh
 rm -r "$FOLDER/clone"
 say 'installed; now mim, and what the mini data set is made of'
 pip install openmim==0.3.9 scikit-image scikit-learn > "$FOLDER/install-mim.log"

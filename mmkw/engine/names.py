@@ -81,10 +81,17 @@ def model_of(name: str) -> dict[str, Any] | None:
 def _base_finder(others: Callable) -> Callable:
     """MMEngine's function that finds the files of ``_base_``, preceded by ours."""
 
+    # MMEngine lists all installed distributions anew for each. What is not found is not remembered.
+    @cache
+    def of_another_package(cfg_path: str) -> tuple[str, str | None]:
+        return others(cfg_path, '')
+
     def _get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
-        package, _, name = cfg_path.partition('::')
-        if package != 'mmkw':
+        package, external, name = cfg_path.partition('::')
+        if not external:
             return others(cfg_path, filename)
+        if package != 'mmkw':
+            return of_another_package(cfg_path)
         # Without a scope: types without a prefix are those of the library of the config.
         return str(config_path(name)), None
 

@@ -183,10 +183,13 @@ def oracle(name, x, tau, state=None):
 
 @pytest.fixture(scope='module', params=CASES)
 def published(request, tmp_path_factory):
-    """A published file, and what its network gives for some images at every temperature."""
+    """A published file, and what its network gives for some images at every temperature.
+
+    The largest is looked at in between only: it takes as long as all others.
+    """
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     state, expected = None, {}
-    for tau in (0.5, 0, 1):
+    for tau in (0.5,) if request.param == 'r50-4x' else (0.5, 0, 1):
         net, features = run_oracle(request.param, x, tau, state)
         state, expected[tau] = net.state, (features, net.logits)
     file = tmp_path_factory.mktemp('published') / 'published.pth'

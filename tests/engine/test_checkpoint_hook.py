@@ -299,6 +299,7 @@ def test_a_full_disk_loses_the_file_being_written_only(tmp_path, trained, dynami
     assert all(map(torch.equal, result(folder, 4), expected))
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     """To the bit, with one and with two kept files; ``--kills 50`` takes a minute."""
     # A process that has not trained yet and can fork.

@@ -48,13 +48,13 @@ def settings_of(model, paramwise, constructor='DefaultOptimWrapperConstructor'):
             paramwise_cfg=paramwise,
         ),
     )
-    found = {}
+    found, by_name = {}, dict(model.named_parameters())
     for group in wrapper.optimizer.param_groups:
         names = group.get('param_names', [None] * len(group['params']))
         assert len(names) == len(group['params']) > 0
         for parameter, name in zip(group['params'], names):
             assert parameter not in found
-            assert name is None or dict(model.named_parameters())[name] is parameter
+            assert name is None or by_name[name] is parameter
             found[parameter] = (group['lr'], group['weight_decay'])
     learning = {parameter for parameter in model.parameters() if parameter.requires_grad}
     assert set(found) == learning

@@ -45,6 +45,7 @@ def test_the_published_form_computes_the_same(published_form, layer, shape):
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_layer_is_timed_against_the_static_one(root, tmp_path):
     arguments = ['--channels', '8', '8', '--layers', '2', '--budgets', '2']
     arguments += ['--shapes', '2x8x8', '--repeats', '2', '--published', '--memory']
@@ -87,6 +88,7 @@ def test_reading(root):
     assert 'MB, 954 tensors' in output and 'ratio: ' in output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='counts the pages of Linux')
 def test_memory_is_watched_over_many_steps(root):
     rows = run(root, 'long_run.py', '--steps', '1').splitlines()[2:]
@@ -95,6 +97,7 @@ def test_memory_is_watched_over_many_steps(root):
     assert names == [(network, kind) for network in ('static', 'kw 1x') for kind in kinds]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 def test_exported_files_are_timed(root, monkeypatch, capsys):
     for package in ('onnx', 'onnxruntime', 'onnxscript'):

@@ -16,6 +16,7 @@ def model_zoo(folder, *options):
     return result.returncode, output
 
 
+@pytest.mark.slow
 def test_page_and_metafiles_agree_with_the_configs(root):
     code, output = model_zoo(root, '--check')
     assert code == 0, output
@@ -37,6 +38,7 @@ def small_zoo(root, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_check_notices_what_is_out_of_date(small_zoo):
     metafile = small_zoo / 'configs/retinanet/metafile.yml'
     before = metafile.read_text()

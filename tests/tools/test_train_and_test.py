@@ -85,6 +85,7 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_two_processes(root, mini_coco, tmp_path):
     options = ['--work-dir', tmp_path, '--auto-scale-lr', '--cfg-options', *tiny(mini_coco)]
     options += ['train_cfg.max_epochs=1', 'train_dataloader.batch_size=1']
