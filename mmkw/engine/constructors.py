@@ -12,12 +12,13 @@ and mmpretrain.
 
 import io
 import logging
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from torch import nn
 
 if TYPE_CHECKING:
@@ -49,6 +50,25 @@ def take_place(theirs: ModuleType) -> None:
     theirs.DefaultOptimWrapperConstructor.__call__ = __call__
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing is logged meanwhile; without a logger MMEngine prints."""
+
+    def set_disabled(level: int) -> None:
+        logging.disable(level)
+        # MMEngine's loggers remember which levels are enabled; this has them forget it.
+        logger = MMLogger.get_current_instance()
+        logger.setLevel(logger.level)
+
+    disabled = logging.root.manager.disable
+    set_disabled(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        set_disabled(disabled)
+
+
 def _add_params(
     constructor: 'DefaultOptimWrapperConstructor', params: list[dict], model: nn.Module
 ) -> None:
@@ -62,14 +82,8 @@ def _add_params(
     given: dict[nn.Parameter, list[dict]] = {}
     with static_twins(model, taking_values=False) as twins:
         asked: list[dict] = []
-        disabled = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            # Without a logger MMEngine prints.
-            with redirect_stdout(io.StringIO()):
-                constructor.add_params(asked, model)
-        finally:
-            logging.disable(disabled)
+        with _silence():
+            constructor.add_params(asked, model)
         settings = {parameter: _settings(g) for g in asked for parameter in g['params']}
         for dynamic, twin in twins.of.items():
             for parameter, own in dynamic.counterparts(twin):

@@ -164,6 +164,16 @@ def test_where_layers_differ_it_is_logged(chain, caplog):
     assert logging.root.manager.disable == 0
 
 
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_everything_is_logged_again_afterwards(chain, dynamic):
+    logger = MMLogger.get_current_instance()
+    # MMEngine's loggers remember which levels are enabled; here they forget.
+    logger.setLevel(logger.level)
+    model = chain if dynamic else nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1))
+    settings_of(model, dict(custom_keys={'0': dict(lr_mult=0.5), 'a': dict(lr_mult=0.5)}))
+    assert logger.isEnabledFor(logging.INFO) and logger.isEnabledFor(logging.WARNING)
+
+
 def test_a_rate_that_is_not_the_logged_one_is_logged(chain, caplog):
     logger = MMLogger.get_current_instance()
     logger.addHandler(caplog.handler)
