@@ -129,6 +129,8 @@ setup(
             'mypy>=2.4,<3',
             'pre-commit>=4,<5',
             'types-PyYAML',
+            # Runs the GPU kernels on the CPU, in its interpreter.
+            'triton>=3.9,<4; sys_platform == "linux" and platform_machine == "x86_64"',
             'scikit-image>=0.22,<1',
             'scikit-learn>=1.3,<2',
             SAFETENSORS,

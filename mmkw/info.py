@@ -38,7 +38,11 @@ def _of_operators() -> list[tuple[str, str]]:
         return [('compiled kernels', f'not used: {error}')]
     missing = backend.why_not_compiled()
     used = f'used in float32 on the CPU, for {cpu_level()}' if missing is None else None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'
+    gpu = 'none'
+    if torch.cuda.is_available():
+        lacking = backend.why_no_gpu_kernels()
+        kernels = 'used' if lacking is None else f'not used: {lacking}'
+        gpu = f'{torch.cuda.get_device_name()}, kernels for it {kernels}'
     return [
         ('compiled kernels', used or f'not used: {missing}'),
         (

@@ -1,5 +1,6 @@
 """Shared by all tests: determinism and the helpers that several folders need."""
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 
 import command_util  # noqa: E402
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is imported. Its interpreter then runs GPU kernels on the CPU.
+    os.environ.setdefault('TRITON_INTERPRET', '1')
 
 
 def pytest_collection_modifyitems(items):

@@ -90,6 +90,7 @@ class Attention(nn.Module):
 
         # Not saved, since the plan determines these numbers. num_cells stands for the zero cell.
         self._assigned = [num_cells if cell is None else cell for cell in share.assigned]
+        self._assigned_there: Tensor | None = None
         self.reset_parameters()
 
     @property
@@ -163,9 +164,9 @@ class Attention(nn.Module):
         Returns:
             Tensor[batch, mixtures, cells], without the zero cell.
         """
-        compiled = self._compiled(pooled)
-        if compiled is not None:
-            return compiled
+        quick = self._fused(pooled) if pooled.is_cuda else self._compiled(pooled)
+        if quick is not None:
+            return quick
         # torch has no autocast for the meta device.
         device = pooled.device.type
         with nullcontext() if pooled.is_meta else torch.autocast(device, enabled=False):
@@ -185,13 +186,62 @@ class Attention(nn.Module):
         weight = getattr(self.fc1, 'weight', None)
         return weight.dtype if isinstance(weight, Tensor) else pooled.dtype
 
+    @property
+    def _is_as_made(self) -> bool:
+        """Whether nobody has replaced, parametrised or hooked the layers."""
+        norm = self.norm1
+        return (
+            not self.has_nonlocal_basis
+            and all(map(_is_as_made, (self.fc1, norm, self.fc2)))
+            and norm.weight is not None
+            and norm.bias is not None
+        )
+
+    def _fused(self, pooled: Tensor) -> Tensor | None:
+        """Computes :meth:`forward` by the GPU kernels, or returns None where they cannot."""
+        kernels, norm = backend.gpu_kernels(), self.norm1
+        if kernels is None or not self._is_as_made:
+            return None
+        if len(pooled) > kernels.MOST_IMAGES or self.num_cells > kernels.MOST_CELLS:
+            return None
+        parameters = kernels.Parameters(
+            self.fc1.weight, self.fc1.bias, norm.weight, norm.bias, self.fc2.weight, self.fc2.bias
+        )
+        if not backend.is_fused(pooled, *parameters):
+            return None
+        if isinstance(norm, nn.LayerNorm):
+            description = kernels.Norm('layer', norm.eps)
+        elif norm.running_mean is None or (
+            norm.training and (norm.momentum is None or _joins_processes(norm))
+        ):
+            return None
+        else:
+            # A batch of one has no variance; see _norm.
+            kind = 'batch' if norm.training and len(pooled) > 1 else 'running'
+            description = kernels.Norm(
+                kind,
+                norm.eps,
+                norm.momentum or 0.0,
+                norm.running_mean,
+                norm.running_var,
+                norm.num_batches_tracked,
+            )
+        start = kernels.Start(self.temperature, self._assigned_on(pooled.device))
+        return kernels.attend(pooled, parameters, description, start, DENOMINATOR_EPS)
+
+    def _assigned_on(self, device: torch.device) -> Tensor:
+        """The cells of the one-to-one start, copied to a device once: a copy waits for the GPU."""
+        if self._assigned_there is None or self._assigned_there.device != device:
+            self._assigned_there = torch.tensor(self._assigned, device=device)
+        return self._assigned_there
+
     def _compiled(self, pooled: Tensor) -> Tensor | None:
         """Computes :meth:`forward` by one compiled operator, or returns None where it cannot.
 
         It can where nothing learns. One operator is faster than many small ones.
         """
         norm, fc1, fc2 = self.norm1, self.fc1, self.fc2
-        if self.temperature > 0 or self.has_nonlocal_basis or not all(map(_is_as_made, (fc1, fc2))):
+        if self.temperature > 0 or not self._is_as_made:
             return None
         statistics: tuple[Tensor | None, Tensor | None] = (None, None)
         if isinstance(norm, modes.BATCH_NORM):
@@ -199,8 +249,6 @@ class Attention(nn.Module):
                 return None
             statistics = (norm.running_mean, norm.running_var)
         elif not isinstance(norm, nn.LayerNorm):
-            return None
-        if not _is_as_made(norm) or norm.weight is None or norm.bias is None:
             return None
         hidden = (pooled, fc1.weight, fc1.bias, *statistics, norm.weight, norm.bias)
         output = (fc2.weight, fc2.bias)

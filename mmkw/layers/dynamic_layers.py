@@ -455,8 +455,28 @@ def _average(x: Tensor, first: int, last: int) -> Tensor:
     """Averages over dimensions [first, last) in at least float32, as half precision loses values.
 
     ``mean`` is not used: its gradient would be a new tensor of the input's size. The gradient of a
-    sum needs no memory.
+    sum needs no memory, unless the sum has another precision.
     """
-    dims = tuple(range(first, last))
-    total = x.sum(dims, dtype=torch.promote_types(x.dtype, torch.float32))
+    precise = torch.promote_types(x.dtype, torch.float32)
+    if precise != x.dtype and x.requires_grad and not modes.is_seen_through(x):
+        return _Average.apply(x, first, last)
+    total = x.sum(tuple(range(first, last)), dtype=precise)
     return total / math.prod(x.shape[first:last])
+
+
+class _Average(torch.autograd.Function):
+    """The average of a tensor in half precision. Its gradient is cast before it is expanded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: int, last: int) -> Tensor:
+        ctx.first, ctx.last, ctx.like = first, last, (x.shape, x.dtype)
+        total = x.sum(tuple(range(first, last)), dtype=torch.float32)
+        return total / math.prod(x.shape[first:last])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        shape, dtype = ctx.like
+        grad = (grad / math.prod(shape[ctx.first : ctx.last])).to(dtype)
+        for dim in range(ctx.first, ctx.last):
+            grad = grad.unsqueeze(dim)
+        return grad.expand(shape), None, None

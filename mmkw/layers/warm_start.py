@@ -92,7 +92,7 @@ def _pieces(kernel: Tensor, share: LayerShare, cells: Tensor) -> Tensor:
     """Tensor[mixtures, cell_out, cell_in, *cell_kernel], in double precision."""
     kernel = kernel.detach().double().cpu().reshape(share.kernel.shape)
     rows = kernel.new_empty(1, share.num_mixtures, *cells.shape[1:])
-    cut_kernels([kernel], share.grid, rows)
+    cut_kernels([kernel.unsqueeze(0)], share.grid, rows)
     return rows[0]
 
 

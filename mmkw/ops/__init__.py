@@ -1,10 +1,10 @@
 """The operator on tensors: it mixes kernels from cells and applies them.
 
 - ``kernels`` defines mixing.
-- ``backend`` chooses what computes: PyTorch, ``mixing`` or ``compiled``.
+- ``backend`` chooses what computes: PyTorch, ``mixing``, ``compiled`` (CPU) or ``fused`` (GPU).
 - ``dynamic`` is the whole operator with its gradient.
 - ``gradient`` sums up the gradient of a warehouse over its layers.
-- ``sample_conv`` applies kernels to images.
+- ``sample_conv`` applies kernels to images, in one of several ``ways``; ``choosing`` times them.
 - ``modes`` and ``memory`` are about PyTorch.
 """
 

@@ -4,31 +4,37 @@ The choice is made once per call, for the forward and the backward pass together
 
 - PyTorch's own operators on the whole batch, if a transformation looks inside the operator;
 - :class:`~mmkw.ops.compiled.CompiledMixing`, for float32 on the CPU;
+- :class:`~mmkw.ops.fused.FusedMixing`, for half precision and TF32 on a GPU with Triton;
 - :class:`~mmkw.ops.mixing.Mixing`, which works on blocks of images, in all other cases.
 
-``MMKW_COMPILED=0`` in the environment, or :func:`use_compiled`, switches the compiled kernels off.
+``MMKW_COMPILED=0`` in the environment, or :func:`use_compiled`, switches the compiled kernels and
+the GPU kernels off.
 """
 
 import logging
 import os
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import modes
 from .compiled import MISSING, CompiledMixing
+from .kernels import assembled_shape, is_regular
 from .mixing import Mixing
+
+_HALF = (torch.float16, torch.bfloat16)
 
 _switched_on = os.environ.get('MMKW_COMPILED', '1') != '0'
 
 
 def use_compiled(on: bool) -> None:
-    """Switches the compiled kernels on or off for the process.
+    """Switches the compiled kernels and the GPU kernels on or off for the process.
 
     Args:
-        on: Whether the compiled kernels compute where they can.
+        on: Whether these kernels compute where they can.
     """
     global _switched_on
     _switched_on = on
@@ -64,25 +70,102 @@ def _could_be_compiled(*tensors: Tensor | None) -> bool:
     )
 
 
-def mixing_of(x: Tensor, attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Mixing | None:
-    """Chooses the object that mixes the kernels of a call.
+def mixing_of(
+    x: Tensor,
+    attention: Tensor,
+    cells: Tensor,
+    grid: Sequence[int],
+    sample_map: Any,
+    dtype: torch.dtype,
+) -> Callable[[Tensor], Mixing] | None:
+    """Chooses what mixes the kernels of a call.
 
     Args:
         x: The images.
         attention: Tensor[batch, mixtures, cells].
         cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
         grid: Cells of the kernel along ``(*spatial, out, in)``.
+        sample_map: The map that applies the kernels.
+        dtype: Precision of the map.
 
     Returns:
-        The object, or None if PyTorch's own operators must compute.
+        What makes the object from the cells, or None if PyTorch's own operators must compute.
     """
     if x.shape[0] == 0 or modes.is_seen_through(x, attention, cells):
         return None
-    if is_compiled(attention, cells) and CompiledMixing.serves(cells, grid):
-        return CompiledMixing(cells, grid)
+    if is_compiled(attention, cells) and is_regular(cells, grid):
+        return partial(CompiledMixing, grid=grid, dtype=dtype)
     if MISSING is not None and _switched_on and _could_be_compiled(attention, cells):
         _tell(MISSING)
-    return Mixing(cells, grid)
+    if (
+        _is_on_current_gpu(cells)
+        and cells.dtype in (torch.float32, *_HALF)
+        and (dtype in _HALF or torch.backends.cuda.matmul.allow_tf32)
+        and cells.is_contiguous()
+        and is_regular(cells, grid)
+        and (kernels := gpu_kernels()) is not None
+    ):
+        shape = assembled_shape(cells.shape[1:], grid)
+        channels_last = sample_map.wants_channels_last(x, shape)
+        return partial(kernels.FusedMixing, grid=grid, dtype=dtype, channels_last=channels_last)
+    return partial(Mixing, grid=grid, dtype=dtype)
+
+
+def computes_by_tiles(x: Tensor) -> bool:
+    """Whether the GPU kernels may convolve: in half precision, or in TF32 where it is allowed.
+
+    Args:
+        x: The images.
+    """
+    rounds = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    return _is_on_current_gpu(x) and (x.dtype in _HALF or rounds) and gpu_kernels() is not None
+
+
+def _is_on_current_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor lies on the GPU on which Triton starts kernels."""
+    return tensor.is_cuda and tensor.get_device() == torch.cuda.current_device()
+
+
+def gpu_kernels() -> Any:
+    """The module :mod:`mmkw.ops.fused`, or None where its kernels are not used."""
+    return _gpu_kernels() if _switched_on else None
+
+
+@cache
+def _gpu_kernels() -> Any:
+    missing = why_no_gpu_kernels()
+    if missing is not None:
+        logging.getLogger('mmkw').warning('mmkw computes without its GPU kernels: %s', missing)
+        return None
+    from . import fused
+
+    return fused
+
+
+def why_no_gpu_kernels() -> str | None:
+    """The reason why no GPU kernel is used; None if they are used."""
+    if torch.version.cuda is None:
+        return 'they are for CUDA'
+    devices = range(torch.cuda.device_count())
+    if any(torch.cuda.get_device_capability(device) < (8, 0) for device in devices):
+        return 'they need GPUs of compute capability 8.0 or more'
+    try:
+        from . import fused  # noqa: F401
+    except ImportError as error:
+        return f'Triton is missing ({error}); PyTorch for CUDA brings it on Linux'
+    return None
+
+
+def is_fused(*tensors: Tensor | None) -> bool:
+    """Whether the GPU kernels can take these tensors: contiguous float32 on the current GPU.
+
+    Args:
+        *tensors: Of any shapes.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    return all(
+        _is_on_current_gpu(t) and t.dtype == torch.float32 and t.is_contiguous() for t in given
+    ) and not modes.is_seen_through(*given)
 
 
 def is_one_operator(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bool:
@@ -99,7 +182,7 @@ def is_one_operator(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bo
         modes.is_compiling()
         and not modes.is_exporting()
         and is_compiled(attention, cells)
-        and CompiledMixing.serves(cells, grid)
+        and is_regular(cells, grid)
     )
 
 

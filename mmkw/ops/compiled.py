@@ -53,14 +53,6 @@ def cpu_level() -> str:
 class CompiledMixing(Mixing):
     """Mixing by the compiled kernels. They mix and assemble in one step."""
 
-    @staticmethod
-    def serves(cells: Tensor, grid: Sequence[int]) -> bool:
-        """Whether the compiled kernels can mix cells of this shape.
-
-        A cell must cover one place of the layer's kernel in space, or all places.
-        """
-        return 1 in (math.prod(grid[:-2]), cells.shape[3:].numel())
-
     def parts(self, attention: Tensor) -> list[slice]:
         """All images in one part."""
         return [slice(None)]
@@ -80,17 +72,18 @@ class CompiledMixing(Mixing):
 
     def backward(
         self,
-        grad_kernels: Iterable[Tensor],
+        grad_kernels: Iterable[Tensor | Sequence[Tensor]],
         attention: Tensor,
         total: CellSum | None,
         kept: Tensor | None,
         again: bool,
     ) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
         """See :class:`Mixing`. The same pass over the warehouse mixes the kernels, if needed."""
-        place = rows = None if total is None else total.place(attention)
+        place = rows = None if total is None else total.place(attention, self.cells.dtype)
         if total is not None and place is None:
             rows = self._rows(attention, 'rows')
-        gradients = [kernel.to(self.cells.dtype) for kernel in grad_kernels]
+        dtype = self.cells.dtype
+        gradients = [kernel.to(dtype) for part in grad_kernels for kernel in part]
         mixed = self._kernels(attention) if again and kept is None else None
         grad_attention = torch.ops.mmkw.mix_backward(
             gradients, attention, self.cells, self.grid, mixed, rows

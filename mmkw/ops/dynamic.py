@@ -5,7 +5,7 @@ at a time. The backward pass mixes them again, unless that takes too long; see
 :meth:`~mmkw.ops.mixing.Mixing.is_kept`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,17 +64,17 @@ def apply_mixed(
 def _apply(
     x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None, settings: _Settings
 ) -> Tensor:
-    mixing = backend.mixing_of(x, attention, cells, settings.grid)
-    if mixing is None:
+    mixing_of = backend.mixing_of(x, attention, cells, *settings)
+    if mixing_of is None:
         return _apply_plainly(x, attention, cells, bias, settings)
     learning = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, attention, cells, bias)
     )
     if not learning:
-        return _apply_in_parts(x, attention, bias, settings, mixing)
+        return _apply_in_parts(x, attention, bias, settings, mixing_of(cells))
     token = Token.of(cells) if cells.requires_grad else None
     tensor = None if token is None else token.tensor
-    return _ApplyMixed.apply(x, attention, cells, bias, tensor, token, settings, type(mixing))
+    return _ApplyMixed.apply(x, attention, cells, bias, tensor, token, settings, mixing_of)
 
 
 def _apply_plainly(
@@ -128,13 +128,13 @@ class _ApplyMixed(torch.autograd.Function):
         token_tensor: Tensor | None,
         token: Token | None,
         settings: _Settings,
-        kind: type[Mixing],
+        mixing_of: Callable[[Tensor], Mixing],
     ) -> Tensor:
         kept: list[Tensor | None] = []
-        mixing = kind(cells, settings.grid)
+        mixing = mixing_of(cells)
         result = _apply_in_parts(x, attention, bias, settings, mixing, kept)
         ctx.save_for_backward(x, attention, cells, bias, *kept)
-        ctx.token, ctx.settings, ctx.kind = token, settings, kind
+        ctx.token, ctx.settings, ctx.mixing_of = token, settings, mixing_of
         return result
 
     @staticmethod
@@ -157,7 +157,7 @@ def _backward_in_parts(
 ) -> tuple[Tensor | None, ...]:
     need_x, need_attention, _, need_bias = ctx.needs_input_grad[:4]
     grid, sample_map, dtype = ctx.settings
-    mixing = ctx.kind(cells, grid)
+    mixing = ctx.mixing_of(cells)
     need_cells = ctx.token is not None and ctx.token.is_awaited()
     total = ctx.token.sum(mixing) if need_cells else None
     shape = assembled_shape(cells.shape[1:], grid)
@@ -167,11 +167,8 @@ def _backward_in_parts(
         grad_block, x_block, weights = grad[block], x[block], attention[block]
         if need_attention or need_cells:
             grad_kernels = (
-                kernel
+                sample_map.backward_kernels(grad_block[part], x_block[part], shape, mixing.scratch)
                 for part in mixing.parts(weights)
-                for kernel in sample_map.backward_kernels(
-                    grad_block[part], x_block[part], shape, mixing.scratch
-                )
             )
             grad_attention, mixed = mixing.backward(grad_kernels, weights, total, kernels, need_x)
             grads_attention.append(grad_attention)

@@ -97,11 +97,12 @@ class CellSum:
         self._weights: list[Tensor] = []
         self._waiting = 0
 
-    def place(self, attention: Tensor) -> Tensor | None:
+    def place(self, attention: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Gives memory in which the gradients of some kernels, cut into cells, can wait.
 
         Args:
             attention: Tensor[images, mixtures, cells], the attentions of these kernels.
+            dtype: Precision of the gradients.
 
         Returns:
             Tensor[images, mixtures, cell_out, cell_in, *cell_kernel]. The caller fills it and then
@@ -109,11 +110,12 @@ class CellSum:
         """
         cell = self._cells[0]
         count = attention.shape[:2].numel()
-        fitting = self.WAITING_BYTES // (cell.numel() * cell.element_size())
+        fitting = self.WAITING_BYTES // (cell.numel() * dtype.itemsize)
         if count > fitting:
             return None
-        if self._rows is None:
-            self._rows = cell.new_empty(fitting, *cell.shape)
+        if self._rows is None or self._rows.dtype != dtype:
+            self._flush()
+            self._rows = cell.new_empty(fitting, *cell.shape, dtype=dtype)
         if self._waiting + count > fitting:
             self._flush()
         rows = self._rows[self._waiting : self._waiting + count]

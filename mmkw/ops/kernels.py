@@ -33,7 +33,7 @@ def assemble(rows: Tensor, grid: Sequence[int]) -> Tensor:
         grid: As in :func:`mix_cells`.
 
     Returns:
-        Tensor[batch, out, in, *kernel_size].
+        Tensor[batch, out, in, *kernel_size], of the same memory where strides can describe it.
     """
     dims = len(grid) - 2
     cells = rows.unflatten(1, tuple(grid))
@@ -68,17 +68,23 @@ def cut(kernels: Tensor, grid: Sequence[int], cell_shape: Sequence[int]) -> Tens
     return kernels.reshape(shape).permute(order)
 
 
-def cut_kernels(kernels: Iterable[Tensor], grid: Sequence[int], rows: Tensor) -> None:
+def cut_kernels(
+    kernels: Iterable[Tensor | Sequence[Tensor]], grid: Sequence[int], rows: Tensor
+) -> None:
     """Cuts the kernels of some images into rows, one for every mixture.
 
     Args:
-        kernels: For every image a Tensor[out, in, *kernel_size].
+        kernels: Part by part, the images' kernels: Tensor[images, out, in, *kernel_size], or for
+            every image a Tensor[out, in, *kernel_size].
         grid: As in :func:`mix_cells`.
         rows: Tensor[images, mixtures, cell_out, cell_in, *cell_kernel] for the result.
     """
-    for kernel, mixtures in zip(kernels, rows):
-        (pieces,) = cut(kernel.unsqueeze(0), grid, rows.shape[2:])
-        mixtures.view(pieces.shape).copy_(pieces)
+    begin = 0
+    for part in kernels:
+        for some in [part] if isinstance(part, Tensor) else (one.unsqueeze(0) for one in part):
+            pieces = cut(some, grid, rows.shape[2:])
+            rows[begin : begin + len(some)].view(pieces.shape).copy_(pieces)
+            begin += len(some)
 
 
 def assembled_shape(cell_shape: Sequence[int], grid: Sequence[int]) -> tuple[int, ...]:
@@ -95,6 +101,14 @@ def assembled_shape(cell_shape: Sequence[int], grid: Sequence[int]) -> tuple[int
     cell_out, cell_in, *cell_kernel = cell_shape
     size = (blocks * side for blocks, side in zip(spatial, cell_kernel))
     return (out_blocks * cell_out, in_blocks * cell_in, *size)
+
+
+def is_regular(cells: Tensor, grid: Sequence[int]) -> bool:
+    """Whether a cell covers one place of the layer's kernel in space, or all places.
+
+    Our kernels mix such cells only. Plans make no others.
+    """
+    return 1 in (math.prod(grid[:-2]), cells.shape[3:].numel())
 
 
 def flops_of_mixing(attention_shape: Sequence[int], cells_shape: Sequence[int]) -> int:

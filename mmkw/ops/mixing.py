@@ -40,11 +40,13 @@ class Mixing:
     Args:
         cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
         grid: Cells of the kernel along ``(*spatial, out, in)``.
+        dtype: Precision of the map that applies the kernels.
     """
 
-    def __init__(self, cells: Tensor, grid: Sequence[int]) -> None:
+    def __init__(self, cells: Tensor, grid: Sequence[int], dtype: torch.dtype) -> None:
         self.cells = cells
         self.grid = grid
+        self.dtype = dtype
         self.scratch = Scratch.of_thread()
 
     def blocks(self, attention: Tensor) -> list[slice]:
@@ -114,7 +116,7 @@ class Mixing:
 
     def backward(
         self,
-        grad_kernels: Iterable[Tensor],
+        grad_kernels: Iterable[Tensor | Sequence[Tensor]],
         attention: Tensor,
         total: 'CellSum | None',
         kept: Tensor | None,
@@ -123,8 +125,8 @@ class Mixing:
         """Computes the gradients of attentions and cells from the gradients of kernels.
 
         Args:
-            grad_kernels: The gradient of every image's kernel. The gradients of one of the
-                :meth:`parts` are valid only until the next part.
+            grad_kernels: For each of the :meth:`parts` the gradients of its images' kernels. They
+                are valid only until the next part.
             attention: Tensor[images, mixtures, cells] of one block.
             total: The sum to which the gradient of the cells is added; None if it is not needed.
             kept: The kernels, if the forward pass has kept them.
@@ -133,7 +135,7 @@ class Mixing:
         Returns:
             The gradient of ``attention``, and the kernels as from :meth:`mixed`.
         """
-        place = None if total is None else total.place(attention)
+        place = None if total is None else total.place(attention, self.cells.dtype)
         rows = self._rows(attention, 'mixing') if place is None else place
         cut_kernels(grad_kernels, self.grid, rows)
         grad_attention = rows.flatten(0, 1).flatten(1) @ self.cells.flatten(1).t()

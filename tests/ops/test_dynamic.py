@@ -14,6 +14,7 @@ from torch import nn
 from mmkw.layers import KWConv2d, KWLinear
 from mmkw.ops import SampleConv, SampleLinear, apply_mixed, backend, gradient, mix_cells, mixing
 from mmkw.ops.compiled import MISSING, CompiledMixing
+from mmkw.ops.kernels import is_regular
 from mmkw.sharing import SharingPlan, convert
 
 needs_native = pytest.mark.skipif(MISSING is not None, reason=f'compiled kernels: {MISSING}')
@@ -140,13 +141,13 @@ def test_compiled_kernels_equal_pytorch(threads, batch, cells, blocks, channels,
     grid = (*spatial, *blocks)
     attention = torch.randn(batch, math.prod(grid), cells)
     store = torch.randn(cells, *channels, *size)
-    assert backend.is_compiled(attention, store) and CompiledMixing.serves(store, grid)
-    compiled = CompiledMixing(store, grid)
+    assert backend.is_compiled(attention, store) and is_regular(store, grid)
+    compiled = CompiledMixing(store, grid, store.dtype)
     kernels = compiled.kernels(attention)
     gradients = list(torch.randn_like(kernels))
     total = gradient.CellSum(compiled)
     for _ in range(2):
-        grad_attention, parts = compiled.backward(gradients, attention, total, None, True)
+        grad_attention, parts = compiled.backward([gradients], attention, total, None, True)
     [(_, mixed)] = parts
     results = [kernels, mixed, grad_attention, total.total() / 2]
 
@@ -183,12 +184,16 @@ def test_the_choice_is_made_once_for_a_call(monkeypatch):
 def test_the_compiled_kernels_are_chosen_where_they_serve(monkeypatch):
     x, attention, cells = torch.randn(1, 4, 5, 5), torch.randn(1, 9, 9), torch.randn(9, 4, 4, 1, 1)
     grid = (3, 3, 1, 1)
-    assert type(backend.mixing_of(x, attention, cells, grid)) is CompiledMixing
-    double = attention.double(), cells.double()
-    assert type(backend.mixing_of(x, *double, grid)) is mixing.Mixing
-    assert type(backend.mixing_of(x, attention, cells.view(9, 4, 2, 1, 2), grid)) is mixing.Mixing
+
+    def kind(attention, cells):
+        sample_map = SampleConv((1, 1), (1, 1), (1, 1))
+        return type(backend.mixing_of(x, attention, cells, grid, sample_map, cells.dtype)(cells))
+
+    assert kind(attention, cells) is CompiledMixing
+    assert kind(attention.double(), cells.double()) is mixing.Mixing
+    assert kind(attention, cells.view(9, 4, 2, 1, 2)) is mixing.Mixing
     monkeypatch.setattr(backend, '_switched_on', False)
-    assert type(backend.mixing_of(x, attention, cells, grid)) is mixing.Mixing
+    assert kind(attention, cells) is mixing.Mixing
     assert 'switched off' in backend.why_not_compiled()
 
 
@@ -201,9 +206,9 @@ def test_compiled_kernels_give_the_same_bits_every_time(threads, batch):
     gradients = list(torch.randn(batch, 128, 128, 3, 3))
     found = set()
     for _ in range(30):
-        compiled = CompiledMixing(cells, (3, 3, 1, 1))
+        compiled = CompiledMixing(cells, (3, 3, 1, 1), cells.dtype)
         total = gradient.CellSum(compiled)
-        result, parts = compiled.backward(gradients, attention, total, None, True)
+        result, parts = compiled.backward([gradients], attention, total, None, True)
         [(_, mixed)] = parts
         tensors = (result, mixed, total.total())
         found.add(b''.join(tensor.numpy().tobytes() for tensor in tensors))

@@ -229,7 +229,7 @@ def test_random_calls_are_right_or_refused(attention_shape, cells_shape, grid):
         return
     torch.testing.assert_close(mixed, mix_cells(attention, cells, grid), atol=1e-5, rtol=1e-4)
     rows = cells.new_empty(*attention.shape[:2], *cells.shape[1:])
-    cut_kernels(mixed, grid, rows)
+    cut_kernels([mixed], grid, rows)
     found = ops.mix_backward(list(mixed), attention, cells, grid, None, None)
     expected = rows.flatten(0, 1).flatten(1) @ cells.flatten(1).t()
     torch.testing.assert_close(found, expected.view_as(found), atol=1e-4, rtol=1e-4)

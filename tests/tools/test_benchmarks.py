@@ -1,6 +1,7 @@
 """The benchmarks run, report what they say, and their baseline computes what mmkw does."""
 
 import argparse
+import copy
 import importlib
 import json
 import sys
@@ -10,6 +11,7 @@ import command_util
 import pytest
 import torch
 
+import mmkw
 from mmkw.layers import KWConv2d, KWLinear
 
 
@@ -26,6 +28,41 @@ def published_form(root, monkeypatch):
     from published_form import published_form
 
     return published_form
+
+
+def test_the_command_for_gpus_checks_and_measures(root, tmp_path, monkeypatch):
+    """As on a machine without GPU; no network is measured, since they are large."""
+    out = tmp_path / 'report'
+    arguments = ['--device', 'cpu', '--precisions', 'float32', 'bfloat16', '--minutes', '0']
+    printed = run(root, 'gpu.py', *arguments, '--out', str(out))
+    report = json.loads(out.with_suffix('.json').read_text())
+    assert report['R50'] == report['ConvNeXt-T'] == []
+    assert 0 < max(report['errors']['float32'].values()) < 1e-5
+    assert 1e-4 < max(report['errors']['bfloat16'].values()) < 2e-2
+    assert all(f'| {layer} |' in printed for layer in report['errors']['float32'])
+
+    monkeypatch.syspath_prepend(str(root / 'tools/benchmarks'))
+    gpu = importlib.import_module('gpu')
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Sequential(*(torch.nn.Conv2d(c, 32, 3) for c in (3, 32, 32)))
+
+        def forward(self, x):
+            return self.layers(x)
+
+    static = Network()
+    networks = {'static': static, 'kw 1x': mmkw.convert(copy.deepcopy(static), cell_num_ratio=1)}
+    speed = report['speeds']['bfloat16']
+    rows = gpu.measure(networks, 'train', (2, 16, 16), 'bfloat16', 'cpu', speed)
+    assert [row.name for row in rows] == ['static', 'kw 1x', 'published kw 1x']
+    for row in rows:
+        assert row.setting == 'train 2x16x16 bfloat16'
+        assert 0 < row.low <= row.median <= row.high
+        assert (row.limit is None) == (row.name == 'static')
+    gpu.draw(rows, 'A network', tmp_path / 'picture.png')
+    assert (tmp_path / 'picture.png').read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+"""All ways of convolving give the same, and the fastest is chosen and remembered."""
+
+import pytest
+import torch
+
+from mmkw.ops import SampleConv, choosing
+from mmkw.ops.memory import Scratch
+from mmkw.ops.sample_conv import _WAYS
+
+DEVICES = [
+    'cpu',
+    pytest.param(
+        'cuda',
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='this machine has no GPU'),
+    ),
+]
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Ways are timed on the CPU, too, and what was measured before is forgotten."""
+    monkeypatch.setattr(choosing, 'TIMED', {'cpu', 'cuda'})
+    choosing.forget()
+    yield
+    choosing.forget()
+
+
+CONVS = {
+    '1d': (SampleConv((1,), (1,), (1,)), (8, 12, 3), (8, 20)),
+    '2d': (SampleConv((2, 1), (1, 0), (1, 2)), (8, 12, 3, 3), (8, 9, 11)),
+    'grouped': (SampleConv((1, 1), (1, 1), (1, 1), 2), (4, 12, 3, 3), (8, 9, 11)),
+    '3d': (SampleConv((1, 1, 1), (1, 1, 1), (1, 1, 1)), (8, 12, 3, 3, 3), (8, 4, 5, 6)),
+}
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('kind', CONVS)
+def test_all_ways_agree(kind, channels_last, device):
+    conv, (into, out, *kernel), shape = CONVS[kind]
+    x = torch.randn(3, *shape, dtype=torch.float64, device=device)
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    kernels = torch.randn(3, out, into, *kernel, dtype=torch.float64, device=device)
+    bias = torch.randn(out, dtype=torch.float64, device=device)
+    results = {}
+    for name in ('images', 'groups'):
+        way = _WAYS[name]
+        y = way.forward(conv, x, kernels, bias)
+        grad = y.sin()
+        gradients = way.kernels(conv, grad, x, kernels, Scratch())
+        results[name] = [y, way.x(conv, grad, x, kernels), *gradients]
+    for one, other in zip(*results.values()):
+        assert torch.allclose(one, other)
+
+
+def test_the_fastest_is_chosen_once_for_a_kind_of_shape(timed, monkeypatch):
+    calls = []
+
+    def way(name):
+        return lambda: calls.append(name)
+
+    costs = dict(slow=3.0, fast=1.0, rule=2.0)
+    monkeypatch.setattr(choosing, '_time', lambda x, way: costs[(way(), calls[-1])[1]])
+    ways = {name: way(name) for name in costs}
+
+    def chosen(x, kind=('forward', 3)):
+        return choosing.choose(kind, x, 'rule', ways)
+
+    assert chosen(torch.rand(2, 3, 100, 100)) == 'fast'
+    timed_calls = len(calls)
+    assert chosen(torch.rand(2, 3, 104, 98)) == 'fast'
+    assert len(calls) == timed_calls, 'a size of the same class is not timed again'
+    costs['fast'] = 9.0
+    # Another size, batch, layout, precision, or operation may have another fastest way.
+    for x in (
+        torch.rand(2, 3, 200, 200),
+        torch.rand(3, 3, 100, 100),
+        torch.rand(2, 3, 100, 100).to(memory_format=torch.channels_last),
+        torch.rand(2, 3, 100, 100, dtype=torch.float64),
+    ):
+        assert chosen(x) == 'rule'
+    assert chosen(torch.rand(2, 3, 100, 100), ('x', 3)) == 'rule'
+    assert chosen(torch.rand(2, 3, 100, 100)) == 'fast'
+    choosing.forget()
+    assert chosen(torch.rand(2, 3, 100, 100)) == 'rule'
+
+
+def test_a_way_without_enough_memory_is_not_chosen(timed):
+    def too_large():
+        raise torch.OutOfMemoryError
+
+    ways = dict(large=too_large, small=lambda: None)
+    assert choosing.choose(('a',), torch.rand(2, 3, 4, 4), 'large', ways) == 'small'
+
+
+@pytest.mark.parametrize('where', ['algorithms', 'cudnn'])
+def test_nothing_is_timed_where_all_runs_must_compute_the_same_bits(timed, where, monkeypatch):
+    if where == 'cudnn':
+        monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+    else:
+        torch.use_deterministic_algorithms(True)
+    try:
+        ways = dict(rule=lambda: 1 / 0)
+        assert choosing.choose(('a',), torch.rand(2, 3, 4, 4), 'rule', ways) == 'rule'
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_layer_computes_the_same_while_its_ways_are_timed(timed):
+    conv = SampleConv((1, 1), (1, 1), (1, 1))
+    x, kernels = torch.rand(3, 4, 9, 9), torch.rand(3, 6, 4, 3, 3)
+    expected = torch.cat([conv.one(image[None], kernel) for image, kernel in zip(x, kernels)])
+    for _ in range(2):
+        assert torch.allclose(conv(x, kernels), expected, atol=1e-5)
+    assert [key[0] for key in choosing._chosen] == ['forward']
