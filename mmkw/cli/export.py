@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 from mmengine.model import revert_sync_batchnorm
 
-from ..deploy import DenseNetwork, ExportError, export
+from ..deploy import DenseNetwork, ExportError, export, to_static
 from ..deploy.export import DYNAMIC, FORMS
 from ..engine.building import build_model, load_trained
+from ..engine.images import ImageLoader
 from .config import add_config_options, config_of
 
 
@@ -34,9 +35,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--form', default='scan', choices=FORMS, help='see mmkw.deploy.export')
     parser.add_argument('--backbone', action='store_true', help='export the backbone alone')
+    parser.add_argument(
+        '--images',
+        nargs='+',
+        help='with --form static: images, or folders, to average kernels over',
+    )
+    parser.add_argument(
+        '--keep', default=(), help="for --form static: what stays dynamic, such as 'top 30 %%'"
+    )
     add_config_options(parser)
     args = parser.parse_args(argv)
-    model = build_model(config_of(parser, args))
+    if (args.form == 'static') != bool(args.images) or (args.keep and not args.images):
+        parser.error('--form static needs --images; --images and --keep are for it alone')
+    config = config_of(parser, args)
+    model = build_model(config)
     try:
         load_trained(model, args.checkpoint)
     except (FileNotFoundError, RuntimeError, ValueError) as error:
@@ -45,10 +57,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = revert_sync_batchnorm(model)
     dynamic = [name for name in DYNAMIC if name not in args.fixed]
     try:
+        form = args.form
+        if form == 'static':
+            model, report = to_static(model, ImageLoader(config, args.images), args.keep)
+            print(f'{report}\n')
+            form = 'scan'
         network = model.backbone if args.backbone else DenseNetwork(model)
         example = torch.rand(2, 3, *args.shape)
-        parity = export(network, example, args.out, dynamic=dynamic, form=args.form)
-    except (ExportError, ValueError) as error:
+        parity = export(network, example, args.out, dynamic=dynamic, form=form)
+    except (ExportError, FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     print('| images | difference | ms of the file | ms in PyTorch |\n|---|---|---|---|')
     for shape, difference, seconds in parity:

@@ -1,6 +1,15 @@
-"""Networks as files that need no mmkw: ONNX, and programs of ``torch.export``."""
+"""Networks as files that need no mmkw, and as static networks."""
 
 from .export import ExportError, Parity, export
 from .networks import DenseNetwork
+from .static import LayerSpread, StaticReport, to_static
 
-__all__ = ['DenseNetwork', 'ExportError', 'Parity', 'export']
+__all__ = [
+    'DenseNetwork',
+    'ExportError',
+    'LayerSpread',
+    'Parity',
+    'StaticReport',
+    'export',
+    'to_static',
+]

@@ -1,7 +1,8 @@
 """Writes a network to a file, and compares what the file computes with the network."""
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import exported
+from .networks import evaluating, tensors_of
+from .static import to_static
 
-FORMS = ('scan', 'matmul')
+LOGGER = logging.getLogger('mmkw')
+
+FORMS = ('scan', 'matmul', 'static')
 DYNAMIC = ('batch', 'size')
 BATCHES = (1, 2, 3, 5, 8)
 # Pixels that are added to the sides of the example, of two-dimensional images height and width.
@@ -45,6 +50,8 @@ def export(
     dynamic: Sequence[str] = DYNAMIC,
     form: str = 'scan',
     tolerance: float = 1e-4,
+    loader: Iterable[Any] | None = None,
+    keep: str | Collection[str] = (),
 ) -> list[Parity]:
     """Writes a network to one file for any batch and any size of image, and checks the file.
 
@@ -62,8 +69,12 @@ def export(
         dynamic: What may differ from the example: ``'batch'``, ``'size'``, both or nothing.
         form: How convolutions are written. ``'scan'`` convolves large maps image by image, in a
             loop. ``'matmul'`` has matrix products only, for runtimes that refuse loops or
-            convolutions with computed kernels; it takes more memory.
+            convolutions with computed kernels; it takes more memory. ``'static'`` writes the static
+            network of :func:`~mmkw.deploy.to_static`, and compares the file with that; what it
+            loses is logged. Layers to keep are written as by ``'scan'``.
         tolerance: The largest relative difference that is accepted.
+        loader: For ``form='static'`` the images, as in :func:`~mmkw.deploy.to_static`.
+        keep: For ``form='static'`` the layers that stay dynamic, as there.
 
     Returns:
         What was compared, one entry a shape.
@@ -83,6 +94,12 @@ def export(
     """
     path = Path(path)
     _check(model, example, path, dynamic, form)
+    if (form == 'static') != (loader is not None) or (keep and form != 'static'):
+        raise ValueError(f"form='static' takes a loader, and keep; other forms do not: {form!r}.")
+    if loader is not None:
+        model, report = to_static(model, loader, keep)
+        LOGGER.info(str(report))
+        form = 'scan'
     write = _write_onnx if path.suffix == '.onnx' else _write_program
     if 'batch' in dynamic and len(example) == 1:
         # PyTorch takes a size of one for a constant.
@@ -115,7 +132,7 @@ def _check(
     if isinstance(dynamic, str) or not set(dynamic) <= set(DYNAMIC):
         raise ValueError(f"dynamic must be some of ('batch', 'size'), got {dynamic!r}.")
     if form not in FORMS:
-        raise ValueError(f"form must be 'scan' or 'matmul', got {form!r}.")
+        raise ValueError(f"form must be 'scan', 'matmul' or 'static', got {form!r}.")
     if not isinstance(model, nn.Module):
         raise ValueError(f'model must be a torch.nn.Module, got a {type(model).__name__}.')
     if not isinstance(example, Tensor) or example.dim() < 2 or not example.numel():
@@ -141,15 +158,12 @@ def _check(
 @contextmanager
 def _as_exported(model: nn.Module, form: str) -> Iterator[None]:
     """Has a model compute as its file will, and gives it back as it was."""
-    training = {module: module.training for module in model.modules()}
     exported.form = form
     try:
-        with torch.no_grad():
+        with evaluating(model):
             yield
     finally:
         exported.form = None
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _program(
@@ -160,8 +174,6 @@ def _program(
         sizes[0] = torch.export.Dim.DYNAMIC
     if 'size' in dynamic:
         sizes |= {dim: torch.export.Dim.DYNAMIC for dim in range(2, example.dim())}
-    # Not chained: some networks' eval() returns nothing.
-    model.eval()
     try:
         return torch.export.export(model, (example,), dynamic_shapes=(sizes,))
     except Exception as error:
@@ -221,7 +233,7 @@ def _compared(
         except Exception as error:
             raise ExportError(f'The file does not take images of {shape}: {error}') from error
         expected, of_network = _timed(model, x)
-        difference = _difference(_tensors(found), _tensors(expected))
+        difference = _difference(tensors_of(found), tensors_of(expected))
         yield Parity(shape, difference, (of_file, of_network))
 
 
@@ -231,12 +243,6 @@ def _timed(run: Callable, x: Tensor) -> tuple[Any, float]:
     begin = time.perf_counter()
     result = run(x)
     return result, time.perf_counter() - begin
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    """The tensors of nested lists, tuples and dicts."""
-    leaves, _ = torch.utils._pytree.tree_flatten(outputs)
-    return [torch.as_tensor(leaf) for leaf in leaves]
 
 
 def _difference(found: list[Tensor], expected: list[Tensor]) -> float:

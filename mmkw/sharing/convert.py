@@ -80,8 +80,9 @@ def convert(
             decides; see :func:`~mmkw.sharing.family_rule`.
         attention_norm_cfg: Norm of the attentions: ``BN1d``, ``SyncBN``, ``LN`` or ``GN``. By
             default SyncBN or BatchNorm if the network has it, else LayerNorm.
-        absent: Kernels of planned layers that the network lacks. Their cells stay in the
-            warehouses, and the other layers mix them. So checkpoints of the whole network fit.
+        absent: Kernels of planned layers that the network lacks, or that stay static. Their cells
+            stay in the warehouses, and the other layers mix them. So checkpoints of the whole
+            network fit.
         start_tau: The temperature at which a static checkpoint starts the network: 0, or 1 with a
             :class:`~mmkw.engine.hooks.TemperatureHook`. See :func:`~mmkw.layers.warm_start`.
         freeze_warehouses: Whether a warehouse is frozen while all its layers are frozen. If not,
@@ -139,11 +140,11 @@ def convert(
             f'convert takes a SharingPlan or warehouse options, not both, got plan={plan!r} and '
             f'options {sorted(options)}. Give the options to SharingPlan.make.'
         )
-    planned = {layer for layer, _ in plan.layers}
+    kernels = {kernel.layer: kernel for kernel in absent}
+    planned = {layer for layer, _ in plan.layers} - set(kernels)
     split_projections(
         network, [name for name in fused_projections(network) if f'{name}.value' in planned]
     )
-    kernels = {kernel.layer: kernel for kernel in absent}
     static_layers = _find_layers(network, plan, kernels)
     kernels |= {name: kernel_shape(name, layer) for name, layer in static_layers.items()}
     partitions = plan.partition(kernels)
@@ -262,6 +263,19 @@ def to_static(network: nn.Module) -> nn.Module:
                 f'{name or type(network).__name__} has no values in this process: it is on the '
                 'meta device, or its cells are sharded. Load or gather them first.'
             )
+    return leave_warehouses(network)
+
+
+def leave_warehouses(network: nn.Module) -> nn.Module:
+    """Replaces all dynamic modules by their static twins, and removes what :func:`convert` added.
+
+    Args:
+        network: As in :func:`to_static`, at any temperature. Its dynamic layers may already be
+            replaced by static ones; fused projections are then fused again.
+
+    Returns:
+        The same network. If ``network`` is a dynamic layer, its static twin.
+    """
     if isinstance(network, StandsForStatic):
         return network.static_twin()
     StaticTwins(network).stay()

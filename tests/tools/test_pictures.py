@@ -97,7 +97,7 @@ def test_at_temperature_1_every_mixture_is_one_cell(tool, trained, photographs):
     config, checkpoint = trained(DETECTOR, temperature=1.0)
     model = attention.load_model(config, checkpoint)
     images = attention.find_images([photographs / 'cat'])
-    records = attention.record(model, attention.make_pipeline(config), images)
+    records = attention.record(model, attention.test_pipeline(config), images)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, DynamicLayer)}
     assert records.keys() == layers.keys() and len(layers) == 14
     for name, one in records.items():
@@ -121,7 +121,7 @@ def test_means_equal_a_loop_over_the_library_s_own_inference(tool, trained, phot
     assert [image.label for image in images] == ['cat', 'cat', 'coffee', 'coffee']
     counts = attention.class_counts(images)
     model = attention.load_model(config, checkpoint)
-    records = attention.record(model, attention.make_pipeline(config), images)
+    records = attention.record(model, attention.test_pipeline(config), images)
     content = attention.numbers(records, counts)
 
     theirs = apis.init_detector(config, checkpoint, device='cpu', palette='random')
@@ -160,7 +160,7 @@ def test_a_classifier_s_attentions_are_recorded(tool, trained, photographs):
     model = attention.load_model(config, checkpoint)
     assert float(model.data_preprocessor.std[0]) == 60
     images = attention.find_images([photographs])
-    records = attention.record(model, attention.make_pipeline(config), images)
+    records = attention.record(model, attention.test_pipeline(config), images)
     layers = [m for m in model.modules() if isinstance(m, DynamicLayer)]
     assert len(records) == len(layers) > 16
     assert all(one.count == 4 and one.spread > 1e-3 for one in records.values())
@@ -205,7 +205,7 @@ def test_mistakes_are_named(tool, trained, photographs, tmp_path):
     model = attention.load_model(config, checkpoint)
     with pytest.raises(SystemExit, match=r'bad\.png cannot be read as an image'):
         attention.record(
-            model, attention.make_pipeline(config), [attention.Image(tmp_path / 'bad.png')]
+            model, attention.test_pipeline(config), [attention.Image(tmp_path / 'bad.png')]
         )
     torch.save(model.backbone.state_dict(), tmp_path / 'backbone.pth')
     with pytest.raises(SystemExit, match='no warehouse for this ResNet under'):

@@ -31,10 +31,9 @@ from torch import Tensor, nn
 
 from mmkw.cli.config import add_config_options, config_of
 from mmkw.engine.building import build_model, load_trained
+from mmkw.engine.images import IMAGE_TYPES, images_in, test_pipeline
 from mmkw.layers import Attention
 from mmkw.layers.dynamic_layers import DynamicLayer
-
-IMAGE_TYPES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,10 @@ def find_images(paths: Sequence[str | Path]) -> list[Image]:
     for path in map(Path, paths):
         if not path.exists():
             raise SystemExit(f'IMAGES: {path} does not exist')
-        images = [Image(path)] if path.is_file() else [Image(p) for p in _images_in(path)]
+        images = [Image(path)] if path.is_file() else [Image(p) for p in images_in(path)]
         if path.is_dir() and not images:
             folders = sorted(p for p in path.iterdir() if p.is_dir())
-            images = [Image(p, folder.name) for folder in folders for p in _images_in(folder)]
+            images = [Image(p, folder.name) for folder in folders for p in images_in(folder)]
         if not images:
             raise SystemExit(
                 f'IMAGES: {path} holds no image ({", ".join(IMAGE_TYPES)}), nor do the folders in '
@@ -126,10 +125,6 @@ def find_images(paths: Sequence[str | Path]) -> list[Image]:
             )
         found += images
     return found
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in IMAGE_TYPES)
 
 
 def load_model(config: Config, checkpoint: str) -> nn.Module:
@@ -152,14 +147,6 @@ def load_model(config: Config, checkpoint: str) -> nn.Module:
     return model.to(get_device()).eval()
 
 
-def make_pipeline(config: Config) -> Compose:
-    """Builds the test pipeline of a config without what loads annotations."""
-    dataset = config.test_dataloader.dataset
-    while 'pipeline' not in dataset:
-        dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
-    return Compose([step for step in dataset.pipeline if 'Annotations' not in str(step['type'])])
-
-
 def record(model: nn.Module, pipeline: Compose, images: Sequence[Image]) -> dict[str, Record]:
     """Records the attentions of all dynamic layers, one image at a time.
 
@@ -168,7 +155,7 @@ def record(model: nn.Module, pipeline: Compose, images: Sequence[Image]) -> dict
 
     Args:
         model: Of :func:`load_model`.
-        pipeline: Of :func:`make_pipeline`.
+        pipeline: Of :func:`~mmkw.engine.images.test_pipeline`.
         images: At least one.
 
     Returns:
@@ -408,7 +395,7 @@ def main() -> None:
     images = find_images(args.images)
     config = config_of(parser, args)
     model = load_model(config, args.checkpoint)
-    records = record(model, make_pipeline(config), images)
+    records = record(model, test_pipeline(config), images)
     if not records:
         raise SystemExit(f'no dynamic layer of {args.config} computes for every image')
     counts = class_counts(images)

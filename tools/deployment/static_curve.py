@@ -1,0 +1,92 @@
+"""What static layers cost and spare: ``static_curve.py CONFIG CHECKPOINT IMAGES...``.
+
+Makes static twins of a trained model that keep more and more layers dynamic, those first whose
+kernels vary most over the images. Tests each on the config's test set, and times it beside the
+dynamic model, in turns.
+
+Example:
+    python tools/deployment/static_curve.py configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py
+    work_dirs/demo/epoch_6.pth data/mini_coco/train --most 200
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from mmengine.model import revert_sync_batchnorm
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from mmkw.cli.config import add_config_options, config_of
+from mmkw.deploy import DenseNetwork, to_static
+from mmkw.engine.building import build_model, load_trained
+from mmkw.engine.images import ImageLoader
+
+
+def evaluate(runner: Runner, model: nn.Module) -> dict[str, float]:
+    """The metrics of a model on the test set of a runner."""
+    runner.model = model
+    runner._test_loop = runner.cfg.test_cfg
+    return runner.test()
+
+
+def medians(models: Mapping[str, nn.Module], images: Tensor, repeats: int) -> dict[str, float]:
+    """Milliseconds of backbone, neck and dense head, measured in turns."""
+    networks = {name: DenseNetwork(model).eval() for name, model in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    with torch.no_grad():
+        for _ in range(repeats):
+            for name, network in networks.items():
+                network(images)
+                begin = time.perf_counter()
+                network(images)
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the command line, makes the twins, tests and times them, and prints a table."""
+    parser = argparse.ArgumentParser(description='Cost and accuracy over the layers kept dynamic')
+    parser.add_argument('config', help='config file, or PACKAGE::CONFIG')
+    parser.add_argument('checkpoint', help='checkpoint of its model')
+    parser.add_argument('images', nargs='+', help='images, or folders, to average kernels over')
+    parser.add_argument('--most', type=int, default=200, help='images at most (default: 200)')
+    parser.add_argument('--keep', nargs='+', type=float, default=[0, 10, 20, 30, 50, 75, 100])
+    parser.add_argument('--shape', nargs=2, type=int, default=(128, 128), help='of timed images')
+    parser.add_argument('--repeats', type=int, default=30)
+    parser.add_argument('--work-dir', default='work_dirs/static_curve')
+    add_config_options(parser)
+    args = parser.parse_args(argv)
+    config = config_of(parser, args)
+    config.work_dir = args.work_dir
+    model = build_model(config)
+    try:
+        load_trained(model, args.checkpoint)
+        # Batches are read once, and gone through often.
+        loader = list(itertools.islice(ImageLoader(config, args.images), args.most))
+        model = revert_sync_batchnorm(model)
+        models, distances = {}, {}
+        for percent in args.keep:
+            name = f'{percent:g} %'
+            models[name], report = to_static(model, loader, f'top {percent:g} %')
+            distances[name] = f'{100 * report.distance:.2f}'
+            print(f'{report}\n', flush=True)
+    except (FileNotFoundError, RuntimeError, ValueError) as error:
+        parser.error(str(error))
+    models['the dynamic model'], distances['the dynamic model'] = model, '0'
+    runner = Runner.from_cfg(config)
+    metrics = {name: evaluate(runner, one) for name, one in models.items()}
+    times = medians(models, torch.rand(1, 3, *args.shape), args.repeats)
+    names = [name for name in metrics[name] if isinstance(metrics[name][name], float)]
+    print(f'| dynamic layers | {" | ".join(names)} | outputs differ, % | ms |')
+    print('|---' * (len(names) + 3) + '|')
+    for kept, found in metrics.items():
+        values = ' | '.join(f'{found[name]:.3f}' for name in names)
+        print(f'| {kept} | {values} | {distances[kept]} | {times[kept]:.1f} |')
+
+
+if __name__ == '__main__':
+    main()
