@@ -4,6 +4,7 @@ PyTorch's private names, and names that differ between its releases, are in this
 """
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -192,6 +193,16 @@ def scan(step: Callable, state: Tensor, operands: tuple[Tensor, ...]) -> tuple[T
         The last state, and the stacked results.
     """
     # Imported here, because only exporting needs it.
-    from torch._higher_order_ops.scan import scan as scan_operator
+    from torch._higher_order_ops.scan import scan as scan_function
+    from torch._higher_order_ops.scan import scan_op
 
-    return scan_operator(step, state, operands)
+    if torch.compiler.is_dynamo_compiling() or 'dim' in signature(scan_op.__call__).parameters:
+        # The operator of torch 2.6 takes other arguments.
+        return scan_function(step, state, operands)
+
+    def flat(state: Tensor, *operands: Tensor) -> list[Tensor]:
+        return list(step(state, operands))
+
+    # The function would compile every step, which takes half of the time of exporting.
+    last, results = scan_op(flat, [state], list(operands), ())
+    return last, results
