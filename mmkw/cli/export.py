@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         '--fixed', nargs='+', default=[], choices=DYNAMIC, help='what stays as in the example'
     )
     parser.add_argument('--form', default='scan', choices=FORMS, help='see mmkw.deploy.export')
+    parser.add_argument('--half', action='store_true', help='compute in float16')
     parser.add_argument('--backbone', action='store_true', help='export the backbone alone')
     parser.add_argument(
         '--images',
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             form = 'scan'
         network = model.backbone if args.backbone else DenseNetwork(model)
         example = torch.rand(2, 3, *args.shape)
-        parity = export(network, example, args.out, dynamic=dynamic, form=form)
+        parity = export(network, example, args.out, dynamic=dynamic, form=form, half=args.half)
     except (ExportError, FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     print('| images | difference | ms of the file | ms in PyTorch |\n|---|---|---|---|')

@@ -1,5 +1,6 @@
 """Writes a network to a file, and compares what the file computes with the network."""
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import exported
-from .networks import evaluating, tensors_of
+from .networks import difference, evaluating, tensors_of
+from .runtimes import need, onnx_session
 from .static import to_static
 
 LOGGER = logging.getLogger('mmkw')
@@ -19,6 +21,7 @@ LOGGER = logging.getLogger('mmkw')
 FORMS = ('scan', 'matmul', 'static')
 DYNAMIC = ('batch', 'size')
 BATCHES = (1, 2, 3, 5, 8)
+TOLERANCE, HALF_TOLERANCE = 1e-4, 0.05
 # Pixels that are added to the sides of the example, of two-dimensional images height and width.
 # Multiples of 64, since most networks halve images up to six times.
 GROWTHS = ((64, 0), (128, 64))
@@ -49,7 +52,8 @@ def export(
     path: str | Path,
     dynamic: Sequence[str] = DYNAMIC,
     form: str = 'scan',
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
+    half: bool = False,
     loader: Iterable[Any] | None = None,
     keep: str | Collection[str] = (),
 ) -> list[Parity]:
@@ -57,8 +61,8 @@ def export(
 
     An ``.onnx`` file is checked by ``onnx`` and run in ONNX Runtime. A ``.pt2`` file is a program
     of ``torch.export`` and run in PyTorch. Both hold the network in evaluation mode, at its current
-    temperature and in its precision. They are compared with the network at several batches and
-    sizes.
+    temperature and in its precision or in half precision. They are compared with the network at
+    several batches and sizes.
 
     Args:
         model: A network, a layer, or any module that maps one tensor to tensors (or to lists and
@@ -72,7 +76,10 @@ def export(
             convolutions with computed kernels; it takes more memory. ``'static'`` writes the static
             network of :func:`~mmkw.deploy.to_static`, and compares the file with that; what it
             loses is logged. Layers to keep are written as by ``'scan'``.
-        tolerance: The largest relative difference that is accepted.
+        tolerance: The largest relative difference that is accepted; by default 1e-4, in half
+            precision 0.05.
+        half: Whether the file computes in float16, with half the size. Its images and outputs stay
+            of float32.
         loader: For ``form='static'`` the images, as in :func:`~mmkw.deploy.to_static`.
         keep: For ``form='static'`` the layers that stay dynamic, as there.
 
@@ -104,8 +111,11 @@ def export(
     if 'batch' in dynamic and len(example) == 1:
         # PyTorch takes a size of one for a constant.
         example = example.repeat(2, *[1] * (example.dim() - 1))
-    with _as_exported(model, form):
-        program = _program(model, example, dynamic)
+    if tolerance is None:
+        tolerance = HALF_TOLERANCE if half else TOLERANCE
+    written = _Half(model) if half else model
+    with _as_exported(form), evaluating(model, written):
+        program = _program(written, example, dynamic)
         unfinished = path.with_name(f'{path.stem}.part{path.suffix}')
         try:
             run = write(program, unfinished)
@@ -144,26 +154,29 @@ def _check(
             "of at least two. Or take dynamic=('batch',)."
         )
     if path.suffix == '.onnx':
-        try:
-            import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
-            import onnxscript  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"ONNX needs {error.name}, which is not installed. Run: pip install 'mmkw[deploy]'",
-                name=error.name,
-            ) from error
+        need('onnx', 'onnxruntime', 'onnxscript')
 
 
 @contextmanager
-def _as_exported(model: nn.Module, form: str) -> Iterator[None]:
-    """Has a model compute as its file will, and gives it back as it was."""
+def _as_exported(form: str) -> Iterator[None]:
+    """Has dynamic layers compute as their file will."""
     exported.form = form
     try:
-        with evaluating(model):
-            yield
+        yield
     finally:
         exported.form = None
+
+
+class _Half(nn.Module):
+    """A copy of a network that computes in float16, between images and outputs of float32."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).half()
+
+    def forward(self, images: Tensor) -> Any:
+        outputs = self.network(images.half())
+        return torch.utils._pytree.tree_map(lambda output: output.float(), outputs)
 
 
 def _program(
@@ -192,7 +205,6 @@ def _write_program(program: torch.export.ExportedProgram, path: Path) -> Callabl
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Any]:
     import onnx
-    import onnxruntime
 
     try:
         written: Any = torch.onnx.export(
@@ -203,11 +215,8 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Callable[[
     # One file. Weights beside it would be lost when it is moved.
     written.save(path, external_data=False)
     onnx.checker.check_model(str(path))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, ['CPUExecutionProvider'])
-    (images,) = session.get_inputs()
-    return lambda x: session.run(None, {images.name: x.numpy()})
+    run, _ = onnx_session(path)
+    return run
 
 
 def _compared(
@@ -233,8 +242,8 @@ def _compared(
         except Exception as error:
             raise ExportError(f'The file does not take images of {shape}: {error}') from error
         expected, of_network = _timed(model, x)
-        difference = _difference(tensors_of(found), tensors_of(expected))
-        yield Parity(shape, difference, (of_file, of_network))
+        apart = difference(tensors_of(found), tensors_of(expected))
+        yield Parity(shape, apart, (of_file, of_network))
 
 
 def _timed(run: Callable, x: Tensor) -> tuple[Any, float]:
@@ -243,12 +252,3 @@ def _timed(run: Callable, x: Tensor) -> tuple[Any, float]:
     begin = time.perf_counter()
     result = run(x)
     return result, time.perf_counter() - begin
-
-
-def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
-        return float('inf')
-    return max(
-        float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-12))
-        for a, b in zip(found, expected)
-    )

@@ -83,3 +83,21 @@ def tensors_of(outputs: Any) -> list[Tensor]:
     """
     leaves, _ = torch.utils._pytree.tree_flatten(outputs)
     return [torch.as_tensor(leaf) for leaf in leaves]
+
+
+def difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference of a value, relative to the largest magnitude in its tensor.
+
+    Args:
+        found: The tensors that are compared.
+        expected: The tensors that they are compared with.
+
+    Returns:
+        At least 0; infinite if the shapes differ.
+    """
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
+        return float('inf')
+    return max(
+        float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-12))
+        for a, b in zip(found, expected)
+    )

@@ -1,19 +1,19 @@
-"""Fits the statistics of BatchNorms to a network whose kernels have changed.
+"""Fits the running means of BatchNorms to a network whose kernels have changed.
 
-A BatchNorm of the changed network should give what that of the network gave, in mean and variance
-over the same images. Let its input have mean ``m`` and variance ``v`` in the network, ``m'`` and
-``v'`` in the changed one, and let its running statistics be ``M`` and ``V``. With ``r^2 = (v' +
-eps) / (v + eps)`` the new ones are ``M' = m' + (M - m) r`` and ``V' + eps = (V + eps) r^2``. Where
-the running statistics are those of the images this is their estimate anew, ``M' = m'`` and ``V' =
-v'``. Where they are not, as in detectors that keep those of ImageNet, what the network has learnt
-on top of them stays.
+A BatchNorm of the changed network should give, in the mean over the same images, what that of the
+network gave. If the mean of its input is ``m`` in the network and ``m'`` in the changed one, its
+running mean ``M`` becomes ``M + m' - m``. Where ``M`` is the mean of the images this is its
+estimate anew, ``m'``. Where it is not, as in detectors that keep the statistics of ImageNet, what
+the network has learnt on top of them stays.
+
+Variances stay as they are. Kernels that differ from image to image spread the values of a map more
+than their mean does, so new variances would enlarge what all images have in common.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..layers import Attention
@@ -21,29 +21,25 @@ from ..ops import modes
 from .calibration import predict
 
 
-class _Moments(NamedTuple):
-    """Number, mean and variance of each channel of some inputs of a norm."""
+class _Mean(NamedTuple):
+    """The mean of each channel over some inputs of a norm, and over how many values."""
 
     number: int
-    mean: Tensor
-    variance: Tensor
+    value: Tensor | float
 
     @classmethod
-    def of(cls, x: Tensor) -> '_Moments':
+    def of(cls, x: Tensor) -> '_Mean':
         dims = [dim for dim in range(x.dim()) if dim != 1]
-        variance, mean = torch.var_mean(x.float(), dims, correction=0)
-        return cls(x.numel() // x.shape[1], mean.double(), variance.double())
+        return cls(x.numel() // x.shape[1], x.float().mean(dims).double())
 
-    def joined(self, other: '_Moments') -> '_Moments':
+    def joined(self, other: '_Mean') -> '_Mean':
         number = self.number + other.number
-        share = other.number / number
-        mean = torch.lerp(self.mean, other.mean, share)
-        between = share * (1 - share) * (self.mean - other.mean).square()
-        return _Moments(number, mean, torch.lerp(self.variance, other.variance, share) + between)
+        total = self.number * self.value + other.number * other.value
+        return _Mean(number, total / number)
 
 
 def match_norms(network: nn.Module, changed: nn.Module, loader: Iterable[Any]) -> None:
-    """Sets the running statistics of the BatchNorms of a changed network.
+    """Sets the running means of the BatchNorms of a changed network.
 
     Both networks must be in evaluation mode. Norms inside attentions keep their statistics.
 
@@ -54,40 +50,28 @@ def match_norms(network: nn.Module, changed: nn.Module, loader: Iterable[Any]) -
     """
     norms = dict(_norms(changed))
     originals = {name: norm for name, norm in _norms(network) if name in norms}
-    before = {
-        name: (norm.running_mean.clone(), norm.running_var.clone()) for name, norm in norms.items()
-    }
+    before = {name: norm.running_mean.clone() for name, norm in norms.items()}
     # Of the batch, in the order of the calls.
-    calls: dict[str, list[_Moments]] = {name: [] for name in norms}
-    total: dict[str, tuple[_Moments, _Moments]] = {}
+    calls: dict[str, list[_Mean]] = {name: [] for name in norms}
+    total = {name: (_Mean(0, 0.0), _Mean(0, 0.0)) for name in norms}
 
-    def fit(name: str, of_network: _Moments, of_changed: _Moments) -> None:
-        norm, (mean, variance) = norms[name], before[name]
-        scale = (of_changed.variance + norm.eps) / (of_network.variance + norm.eps)
-        root = scale.sqrt()
-        norm.running_mean.copy_(mean * root + (of_changed.mean - of_network.mean * root))
-        norm.running_var.copy_((variance * scale + norm.eps * (scale - 1)).clamp_min(0))
-
-    def match(name: str, found: _Moments) -> None:
+    def match(name: str, found: _Mean) -> None:
         # Heads over regions may compute more often than in the network.
         if calls[name]:
             expected = calls[name].pop(0)
             # The layers that follow must see what is matched already.
-            fit(name, expected, found)
-            sums = total.get(name)
-            total[name] = (
-                (sums[0].joined(expected), sums[1].joined(found)) if sums else (expected, found)
-            )
+            norms[name].running_mean.copy_(before[name] + (found.value - expected.value))
+            total[name] = (total[name][0].joined(expected), total[name][1].joined(found))
 
     for batch in loader:
-        for moments in calls.values():
-            moments.clear()
+        for means in calls.values():
+            means.clear()
         with _watched(originals, lambda name, found: calls[name].append(found)):
             predict(network, batch)
         with _watched(norms, match):
             predict(changed, batch)
-    for name, (of_network, of_changed) in total.items():
-        fit(name, of_network, of_changed)
+    for name, (expected, found) in total.items():
+        norms[name].running_mean.copy_(before[name] + (found.value - expected.value))
 
 
 def _norms(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -101,13 +85,13 @@ def _norms(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def _watched(norms: dict[str, nn.Module], note: Callable[[str, _Moments], None]) -> Iterator[None]:
-    """Notes the moments of every input of the norms, before they compute."""
+def _watched(norms: dict[str, nn.Module], note: Callable[[str, _Mean], None]) -> Iterator[None]:
+    """Notes the mean of every input of the norms, before they compute."""
 
     def hook_of(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if inputs[0].numel():
-                note(name, _Moments.of(inputs[0]))
+                note(name, _Mean.of(inputs[0]))
 
         return hook
 

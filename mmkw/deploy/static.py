@@ -74,9 +74,9 @@ def to_static(
 ) -> tuple[nn.Module, StaticReport]:
     """Makes the static network that is nearest to a dynamic one on some images.
 
-    The kernel of a layer becomes its mean over the images, and the running statistics of
-    BatchNorms are fitted, so that they give the mean and variance that they gave. The result is of
-    the static network's class and has the names of its state dict; it computes as fast.
+    The kernel of a layer becomes its mean over the images, and the running means of BatchNorms are
+    fitted, so that they give the means that they gave. The result is of the static network's class
+    and has the names of its state dict; it computes as fast.
 
     Some layers may stay dynamic. The part of the network that has them keeps their warehouses,
     whole: a kept layer mixes the cells of the other layers as well.

@@ -171,7 +171,7 @@ def test_no_exporter_makes_a_wrong_file_from_one_image(tmp_path):
         (dict(path='no/a.pt2'), r"path: the folder 'no' does not exist"),
         (dict(dynamic='batch'), r"dynamic must be some of \('batch', 'size'\), got 'batch'"),
         (dict(dynamic=('time',)), r'dynamic must be some of'),
-        (dict(form='loop'), r"form must be 'scan' or 'matmul', got 'loop'"),
+        (dict(form='loop'), r"form must be 'scan', 'matmul' or 'static', got 'loop'"),
         (dict(model=torch.relu), r'model must be a torch.nn.Module, got a builtin_function'),
         (dict(example=[1]), r'example must be a tensor of images, got list'),
         (dict(example=torch.rand(1, 8)), r"dynamic has 'size', but example is of \(1, 8\)"),

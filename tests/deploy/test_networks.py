@@ -1,0 +1,141 @@
+"""Whole networks, dynamic and static, in files made from one image: any batch and any size."""
+
+import pytest
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import is_installed
+from thin_models import segmentor
+
+from mmkw.deploy import DenseNetwork, ExportError, export
+
+
+def needs(*packages):
+    for package in packages:
+        pytest.importorskip(package, reason='writes, runs or has the network')
+
+
+ONNX = ('onnx', 'onnxruntime', 'onnxscript')
+
+
+def resnet(depth, stages, **options):
+    """The types of the static and the dynamic network, the options of both, of the dynamic one."""
+    size = dict(num_stages=stages, strides=(1, 2)[:stages], dilations=(1, 1)[:stages])
+    thin = dict(depth=depth, base_channels=8, stem_channels=8, out_indices=(stages - 1,), **size)
+    return 'mmkw.ResNet', 'mmkw.KWResNet', thin, options
+
+
+NETWORKS = {
+    'ResNet18 1x': resnet(18, 2),
+    'ResNet18 4x': resnet(18, 1, cell_num_ratio=4),
+    'ResNet50 1x': resnet(50, 1),
+    'ResNet50 4x': resnet(50, 1, cell_num_ratio=4),
+    'ConvNeXt': (
+        'mmkw.ConvNeXt',
+        'mmkw.KWConvNeXt',
+        dict(arch=dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 32]), out_indices=(1,)),
+        {},
+    ),
+    'MobileNetV2': (
+        'mmkw.MobileNetV2',
+        'mmkw.KWMobileNetV2',
+        dict(widen_factor=0.1, out_indices=(7,)),
+        {},
+    ),
+}
+SWIN = dict(
+    type='mmdet.SwinTransformer',
+    embed_dims=8,
+    depths=(2,),
+    num_heads=(2,),
+    strides=(4,),
+    out_indices=(0,),
+    window_size=4,
+)
+
+
+@pytest.fixture(autouse=True)
+def few_blocks(monkeypatch):
+    """A MobileNetV2 with one block in place of several alike."""
+    if is_installed('mmdet'):
+        from mmdet.models.backbones import MobileNetV2
+
+        few = [
+            [expand, channels, 1, stride]
+            for expand, channels, _, stride in MobileNetV2.arch_settings
+        ]
+        monkeypatch.setattr(MobileNetV2, 'arch_settings', few)
+
+
+def build(name, dynamic):
+    init_default_scope('mmdet')
+    if name == 'Swin':
+        return MODELS.build(dict(type='mmkw.KWModule', module=SWIN) if dynamic else SWIN)
+    static_type, dynamic_type, options, more = NETWORKS[name]
+    if not dynamic:
+        return MODELS.build(dict(type=static_type, **options))
+    return MODELS.build(dict(type=dynamic_type, **options, **more))
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('dynamic', [False, True], ids=['static', 'dynamic'])
+@pytest.mark.parametrize('name', NETWORKS)
+def test_a_backbone(name, dynamic, tmp_path):
+    needs('mmdet')
+    parity = export(build(name, dynamic), torch.randn(1, 3, 64, 64), tmp_path / 'a.pt2')
+    check(parity, sizes=3)
+
+
+def check(parity, sizes):
+    assert {found.shape[0] for found in parity} == {1, 2, 3, 5, 8}
+    assert len({found.shape[1:] for found in parity}) == sizes
+    assert max(found.difference for found in parity) < 1e-4
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('dynamic', [False, True], ids=['static', 'dynamic'])
+def test_a_swin_is_fixed(dynamic, tmp_path):
+    """MMDetection's counts its windows in Python, so what should be dynamic is refused."""
+    needs('mmdet')
+    images, file = torch.randn(2, 3, 64, 64), tmp_path / 'a.pt2'
+    with pytest.raises(ExportError, match=r'(?s)cannot be exported .* Or try dynamic=\(\)\.$'):
+        export(build('Swin', dynamic), images, file, dynamic=('batch',))
+    (found,) = export(build('Swin', dynamic), images, file, dynamic=())
+    assert found.shape == (2, 3, 64, 64) and found.difference < 1e-4
+
+
+@pytest.fixture(params=[False, True], ids=['static', 'dynamic'])
+def logits(request):
+    """A segmentor's network."""
+    needs('mmdet', 'mmseg', *ONNX)
+    init_default_scope('mmseg')
+    return DenseNetwork(MODELS.build(segmentor(request.param))).eval()
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_segmentor_in_both_runtimes_and_in_half_precision(logits, tmp_path):
+    image, file = torch.randn(1, 3, 64, 64), tmp_path / 'a.onnx'
+    check(export(logits, image, file), sizes=3)
+    images = torch.randn(3, 3, 96, 64)
+    with torch.no_grad():
+        expected = logits.model(images, mode='tensor')
+    import onnxruntime
+
+    (found,) = onnxruntime.InferenceSession(file).run(None, {'images': images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
+
+    half = tmp_path / 'half.onnx'
+    parity = export(logits, image, half, half=True)
+    assert 1e-5 < max(found.difference for found in parity) < 0.02
+    assert half.stat().st_size < file.stat().st_size
+    assert next(logits.parameters()).dtype == torch.float32
+
+    openvino = pytest.importorskip('openvino', reason='runs the same file')
+    # By default it computes in less than float32 where a processor can.
+    exact = {'INFERENCE_PRECISION_HINT': 'f32'}
+    network = openvino.Core().compile_model(file, 'CPU', exact)
+    for shape in ((1, 3, 64, 64), (3, 3, 64, 64), (2, 3, 96, 128)):
+        images = torch.randn(shape)
+        with torch.no_grad():
+            expected = logits(images)
+        found = torch.from_numpy(network(images.numpy())[0])
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
