@@ -32,7 +32,7 @@ NETWORKS = {
     'ConvNeXt': (
         'mmkw.ConvNeXt',
         'mmkw.KWConvNeXt',
-        dict(arch=dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 32]), out_indices=(1,)),
+        dict(arch=dict(depths=[1, 1], channels=[8, 16]), out_indices=(1,)),
         {},
     ),
     'MobileNetV2': (
