@@ -13,6 +13,8 @@ def needs(*packages):
         pytest.importorskip(package, reason='writes, runs or has the network')
 
 
+pytestmark = pytest.mark.slow
+
 ONNX = ('onnx', 'onnxruntime', 'onnxscript')
 
 
