@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from importlib import metadata
 
 import pytest
 import yaml
@@ -17,6 +18,10 @@ def model_zoo(folder, *options):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    any(metadata.distributions(name='onedl-mmdetection')),
+    reason="OneDL's base configs have other weights' addresses, and its DINO another size",
+)
 def test_page_and_metafiles_agree_with_the_configs(root):
     code, output = model_zoo(root, '--check')
     assert code == 0, output
