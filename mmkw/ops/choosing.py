@@ -6,6 +6,7 @@ runs must compute the same bits (``torch.use_deterministic_algorithms``,
 ``torch.backends.cudnn.deterministic``), and while a CUDA graph is captured, nothing is timed.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -100,14 +101,12 @@ def _fastest(x: Tensor, rule: str, ways: Mapping[str, Callable[[], Any]]) -> str
 
 
 def _time(x: Tensor, way: Callable[[], Any]) -> float:
-    module = torch.get_device_module(x.device)
+    """The time of a call on the device of ``x``, in a unit of the device."""
     if x.device.type == 'cpu':
-        import time
-
-        begin = time.perf_counter()
+        start = time.perf_counter()
         way()
-        return time.perf_counter() - begin
-    begin, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     way()
     end.record()
