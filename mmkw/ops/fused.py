@@ -53,10 +53,13 @@ class FusedMixing(Mixing):
         kept = images * mixtures * self.dtype.itemsize
         return kept <= len(self.cells) * self.cells.element_size()
 
+    def _has_many(self, attention: Tensor) -> bool:
+        return attention.shape[:2].numel() > self.MANY_MIXTURES
+
     def kernels(self, attention: Tensor) -> Tensor:
         """See :class:`Mixing`."""
         cells = self.cells
-        if attention.shape[:2].numel() > self.MANY_MIXTURES:
+        if self._has_many(attention):
             rows = _padded(attention.flatten(0, 1), 1, self.dtype) @ _padded(
                 cells.flatten(1), 0, self.dtype
             )
@@ -91,8 +94,7 @@ class FusedMixing(Mixing):
         if total is not None and rows is None:
             shape = (*attention.shape[:2], *self.cells.shape[1:])
             rows = self.cells.new_empty(shape, dtype=gradients.dtype)
-        many = attention.shape[:2].numel() > self.MANY_MIXTURES
-        cells = self.cells.to(self.dtype) if many else self.cells
+        cells = self.cells.to(self.dtype) if self._has_many(attention) else self.cells
         grad = kernels.unmix(gradients, cells, self.grid, attention.shape[1], rows)
         if total is not None and rows is not None:
             total.add(attention, rows, waits=place is not None)

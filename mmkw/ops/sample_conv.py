@@ -21,10 +21,10 @@ class SampleConv(Geometry):
     """Convolves every image with its own kernel.
 
     For kernels of size one without padding, a batched product of matrices computes the result.
-    Others are convolved one image after the other, or by one convolution with the groups of all
-    images. On a GPU the faster of both is found by measurement, for every shape; see
-    :mod:`.choosing`. On the CPU only depthwise convolutions are joined: any other would take up to
-    five times as long.
+    Others are convolved one image after the other, by one convolution with the groups of all
+    images, or on a GPU by a kernel of our own. There the fastest is found by measurement, for every
+    kind of shape; see :mod:`.choosing`. On the CPU only depthwise convolutions are joined: any
+    other would take up to five times as long.
 
     Args:
         stride: Stride, one value per spatial dimension.
@@ -95,13 +95,19 @@ class SampleConv(Geometry):
             return getattr(Products, what)(self, *operands)
         way = 'groups' if self._is_joined(x, kernels.shape[1:]) else 'images'
         if choosing.may_choose(x) and not modes.is_seen_through(x, kernels):
-            ways: dict[str, Callable[[], Any]] = {
-                name: partial(getattr(way, what), self, *operands)
-                for name, way in _WAYS.items()
-                if way is not Tiles or self._fits_tiles(x)
-            }
-            way = choosing.choose(self._kind(what, kernels.shape[1:]), x, way, ways)
+            kind = self._kind(what, kernels.shape[1:])
+            way = choosing.chosen(kind, x) or choosing.choose(
+                kind, x, way, self._ways(what, x, operands)
+            )
         return getattr(_WAYS[way], what)(self, *operands)
+
+    def _ways(self, what: str, x: Tensor, operands: Sequence[Any]) -> dict[str, Callable[[], Any]]:
+        """What computes one of the methods, by the name of the way."""
+        return {
+            name: partial(getattr(way, what), self, *operands)
+            for name, way in _WAYS.items()
+            if way is not Tiles or self._fits_tiles(x)
+        }
 
     def wants_channels_last(self, x: Tensor, shape: Sequence[int]) -> bool:
         """Whether the channels of a kernel should lie together in memory.
