@@ -77,21 +77,26 @@ def config_of(kind, num_classes=5, **more):
     return config
 
 
+def thin_backbone(kind):
+    """The config of a thin ResNet of one stage."""
+    return dict(
+        type=kind,
+        depth=18,
+        base_channels=8,
+        stem_channels=8,
+        num_stages=1,
+        strides=(1,),
+        dilations=(1,),
+        out_indices=(0,),
+    )
+
+
 def thin_retinanet(backbone):
     """The config of a thin detector of one stage; its heads are small, too."""
     return ConfigDict(
         type='RetinaNet',
         data_preprocessor=dict(type='DetDataPreprocessor'),
-        backbone=dict(
-            type=backbone,
-            depth=18,
-            base_channels=8,
-            stem_channels=8,
-            num_stages=1,
-            strides=(1,),
-            dilations=(1,),
-            out_indices=(0,),
-        ),
+        backbone=thin_backbone(backbone),
         neck=dict(type='FPN', in_channels=[8], out_channels=8, num_outs=2),
         bbox_head=dict(
             type='RetinaHead',

@@ -1,23 +1,13 @@
 """Thin detectors and a segmentor, static or dynamic. They have few layers, as each takes time."""
 
 from mmengine import ConfigDict
-from twin_networks import thin_retinanet
+from twin_networks import thin_backbone, thin_retinanet
 
 PREPROCESSOR = dict(mean=[120.0] * 3, std=[60.0] * 3, bgr_to_rgb=True)
 
 
-def _resnet(dynamic, **more):
-    return dict(
-        type='mmkw.KWResNet' if dynamic else 'mmkw.ResNet',
-        depth=18,
-        base_channels=8,
-        stem_channels=8,
-        num_stages=1,
-        strides=(1,),
-        dilations=(1,),
-        out_indices=(0,),
-        **more,
-    )
+def _resnet(dynamic):
+    return thin_backbone('mmkw.KWResNet' if dynamic else 'mmkw.ResNet')
 
 
 def retinanet(dynamic):
