@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import runpy
 import sys
 
 import cv2
@@ -30,6 +31,14 @@ def test_same_seed_same_bytes(root, mini_coco, tmp_path):
     assert make(root, tmp_path / 'c', '--train', '4', '--val', '2', '--seed', '2').returncode == 0
     assert digest(tmp_path / 'c')['train/000000.png'] != first['train/000000.png']
     assert first['train/000000.png'] != first['val/000000.png']
+    # A test split changes nothing of the others, and is found where it is not asked for.
+    with_test = [tmp_path / 'd', '--train', '4', '--val', '2', '--seed', '1']
+    assert make(root, *with_test, '--test', '2').returncode == 0
+    both = digest(tmp_path / 'd')
+    assert first.items() <= both.items()
+    assert both['test/000000.png'] not in first.values()
+    again = make(root, *with_test)
+    assert again.returncode == 0 and 'is there already' in again.stdout
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
@@ -84,6 +93,59 @@ def test_mmdet_reads_it(mini_coco):
         assert all(0 < a <= (b[2] - b[0]) * (b[3] - b[1]) for a, b in zip(areas, boxes))
 
 
+@pytest.fixture(scope='module')
+def stamps(root, tmp_path_factory):
+    """Stamps like Tux Paint's: eight of every class, each of its own colour."""
+    script = runpy.run_path(str(root / 'tools/dataset_converters/make_mini_coco.py'))
+    folder = tmp_path_factory.mktemp('stamps')
+    rng = np.random.default_rng(0)
+    for place in script['STAMPS'].values():
+        (folder / place).mkdir(parents=True)
+        for number in range(8):
+            stamp = np.zeros((40, 60, 4), np.uint8)
+            stamp[5:35, 10:50] = (*rng.integers(256, size=3), 255)
+            cv2.imwrite(str(folder / place / f'{number}.png'), stamp)
+    return script, folder
+
+
+def test_splits_share_no_stamps(stamps):
+    script, folder = stamps
+    splits = [script['Stamps'](split, folder) for split in ('train', 'val', 'test')]
+    for number in range(len(script['STAMPS'])):
+        colours = [{tuple(stamp[20, 30]) for stamp in split.images[number]} for split in splits]
+        assert len(set.union(*colours)) == sum(map(len, colours)) == 8
+        assert all(colours)
+
+
+def test_stamps_are_exact(root, stamps, tmp_path):
+    script, folder = stamps
+    options = ['--train', '6', '--val', '2', '--test', '2', '--stamps', folder]
+    assert make(root, tmp_path / 'a', *options).returncode == 0
+    assert make(root, tmp_path / 'b', *options).returncode == 0
+    assert digest(tmp_path / 'a') == digest(tmp_path / 'b')
+    content = json.loads((tmp_path / 'a/annotations/instances_train.json').read_text())
+    assert [category['name'] for category in content['categories']] == list(script['STAMPS'])
+    colours = [
+        stamp[20, 30, :3] for own in script['Stamps']('train', folder).images for stamp in own
+    ]
+    for annotation in content['annotations']:
+        image = cv2.imread(str(tmp_path / f'a/train/{annotation["image_id"]:06d}.png'))
+        runs = annotation['segmentation']
+        pixels = np.repeat(np.arange(len(runs['counts'])) % 2, runs['counts'])
+        shown = np.median(image[pixels.reshape(runs['size'], order='F') > 0], 0)
+        # A stamp of one colour shows this colour, in more or less light.
+        lights = [shown[colour > 60] / colour[colour > 60] for colour in colours]
+        assert any(light.size and np.ptp(light) < 0.2 for light in lights)
+    # Digits in the same place are something else.
+    assert make(root, tmp_path / 'a', *options[:6]).returncode != 0
+
+
+def test_a_folder_without_stamps_is_refused(root, tmp_path):
+    result = make(root, tmp_path / 'a', '--stamps', tmp_path)
+    assert result.returncode != 0 and 'Give --stamps' in result.stderr
+    assert not (tmp_path / 'a').exists()
+
+
 def test_made_twice_is_made_once(root, mini_coco):
     result = make(root, mini_coco, '--train', '4', '--val', '2', '--seed', '1')
     assert result.returncode == 0 and 'is there already' in result.stdout
@@ -96,7 +158,9 @@ def test_other_data_is_not_overwritten(root, mini_coco, tmp_path):
     assert make(root, tmp_path / 'mine').returncode != 0
 
 
-@pytest.mark.parametrize('option, value', [('--train', '0'), ('--val', '-1'), ('--seed', '-1')])
+@pytest.mark.parametrize(
+    'option, value', [('--train', '0'), ('--val', '-1'), ('--seed', '-1'), ('--test', '-1')]
+)
 def test_arguments_out_of_range_are_refused(root, tmp_path, option, value):
     result = make(root, tmp_path / 'x', option, value)
     assert result.returncode == 2 and f'{option} must be at least' in result.stderr

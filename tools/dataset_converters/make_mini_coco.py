@@ -1,18 +1,25 @@
-"""Makes a small real data set in COCO's format: handwritten digits in cluttered photographs.
+"""Makes a small real data set in COCO's format: objects in cluttered photographs.
 
 Every image is a crop of a photograph that ships inside scikit-image or scikit-learn, with pieces of
-other photographs and a horse's silhouette as clutter, and handwritten digits of scikit-learn as
-instances: of many sizes, rotated, coloured, occluding each other. Training and validation share
-neither photographs nor digits. The same arguments give the same bytes.
+other photographs and a horse's silhouette as clutter. The instances are handwritten digits of
+scikit-learn: of many sizes, rotated, coloured, occluding each other. With ``--stamps`` they are
+harder: animals, plants, things and vehicles of ten classes, cut out of photographs and drawings,
+from Tux Paint's collection of stamps. Training and validation share neither photographs nor digits
+nor stamps; nor does the test split, but for its digits, which are those of the validation. The same
+arguments give the same bytes.
 
-    OUT/annotations/instances_{train,val}.json   exact masks, run-length encoded
-    OUT/{train,val}/000000.png                   images
-    OUT/semantic/{train,val}/000000.png          semantic maps: 0 background, 1 + digit
-    OUT/foreground/{train,val}/000000.png        the same of two classes: 0 background, 1 any digit
-    OUT/digits/{train,val}/0/000001.png          the digits cut out, one folder for every class
+    OUT/annotations/instances_{train,val,test}.json   exact masks, run-length encoded
+    OUT/{train,val,test}/000000.png                   images
+    OUT/semantic/{train,val,test}/000000.png          semantic maps: 0 background, 1 + class
+    OUT/foreground/{train,val,test}/000000.png        of two classes: 0 background, 1 any object
+    OUT/digits/{train,val,test}/0/000001.png          objects cut out, one folder for every class
 
-Example:
+Examples:
     python tools/dataset_converters/make_mini_coco.py data/mini_coco --train 1000 --val 200 --seed 0
+    python tools/dataset_converters/make_mini_coco.py data/mini_stamps --stamps STAMPS --test 400
+
+STAMPS is the folder ``usr/share/tuxpaint/stamps`` of Debian's package tuxpaint-stamps-default:
+``apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default*.deb .``
 """
 
 import argparse
@@ -45,14 +52,98 @@ PHOTOGRAPHS = {
         'china.jpg',
     ),
     'val': ('coffee.png', 'rocket.jpg', 'coins.png', 'gravel.png', 'flower.jpg'),
+    'test': ('retina.jpg', 'hubble_deep_field.jpg', 'clock_motion.png', 'moon.png', 'page.png'),
 }
-CLASSES = tuple(f'digit {i}' for i in range(10))
+# The folders of Tux Paint's stamps, each a class.
+STAMPS = {
+    'mammal': 'animals/mammals',
+    'bird': 'animals/birds',
+    'insect': 'animals/insects',
+    'fruit': 'food/fruit',
+    'vegetable': 'food/vegetables',
+    'flower': 'plants/flowers',
+    'house': 'town/houses',
+    'money': 'symbols/money',
+    'road sign': 'town/roadsigns',
+    'vehicle': 'vehicles',
+}
 LONG_SIDE = 128
-DIGIT_SIZES = (24, 64)
-MAX_DIGITS = 5
+CLUTTER_SIZES = (24, 64)
 MAX_CLUTTER = 4
-# A digit that shows less of itself than this could not be told from others, and is left out.
+# An object that shows less of itself than this could not be told from others, and is left out.
 MIN_VISIBLE = 0.5
+
+
+class Digits:
+    """Handwritten digits; every fifth is held out."""
+
+    classes = tuple(f'digit {i}' for i in range(10))
+    sizes = (24, 64)
+    most = 5
+
+    def __init__(self, split: str) -> None:
+        digits = sklearn.datasets.load_digits()
+        held_out = np.arange(len(digits.images)) % 5 == 0
+        chosen = ~held_out if split == 'train' else held_out
+        self.images = digits.images[chosen].astype(np.float32) / 16
+        self.labels = digits.target[chosen]
+
+    def put(self, image: np.ndarray, rng: np.random.Generator) -> tuple[tuple, int]:
+        """Puts an object into an image; returns the rows and columns of its pixels, and its class.
+
+        Args:
+            image: ``Array[height, width, 3]`` of bytes; it is changed.
+            rng: What decides.
+        """
+        index = rng.integers(len(self.images))
+        ink = turned(np.pad(self.images[index], 2), rng.integers(*self.sizes), rng)
+        where, _ = place(ink > 0.4, image.shape[:2], rng)
+        paint(image, where, rng)
+        return where, int(self.labels[index])
+
+
+class Stamps:
+    """Cut-out photographs and drawings of things; every fifth is for validation, as many to test.
+
+    Args:
+        split: ``train``, ``val`` or ``test``.
+        folder: Of Tux Paint's stamps.
+    """
+
+    classes = tuple(STAMPS)
+    sizes = (28, 80)
+    most = 4
+
+    def __init__(self, split: str, folder: Path) -> None:
+        chosen = {'val': [0], 'test': [2], 'train': [1, 3, 4]}[split]
+        self.images: list[list[np.ndarray]] = []
+        for name, place in STAMPS.items():
+            files = sorted((folder / place).glob('**/*.png'))
+            pictures = [cv2.imread(str(file), cv2.IMREAD_UNCHANGED) for file in files]
+            pictures = [p for p in pictures if p is not None and p.ndim == 3 and p.shape[2] == 4]
+            if len(pictures) < 5:
+                raise SystemExit(
+                    f'{folder / place} has {len(pictures)} stamps for the class {name!r}, of which '
+                    'it takes five. Give --stamps the folder usr/share/tuxpaint/stamps of the '
+                    'package tuxpaint-stamps-default.'
+                )
+            self.images.append([p for i, p in enumerate(pictures) if i % 5 in chosen])
+
+    def put(self, image: np.ndarray, rng: np.random.Generator) -> tuple[tuple, int]:
+        """Puts an object into an image; see :class:`Digits`."""
+        label = int(rng.integers(len(self.images)))
+        stamp = self.images[label][rng.integers(len(self.images[label]))]
+        # Colours of transparent pixels mean nothing, and would shine through at the edges.
+        opaque = stamp[..., 3:] / np.float32(255)
+        stamp = np.concatenate([stamp[..., :3] * opaque, opaque], 2)
+        stamp = turned(stamp, rng.integers(*self.sizes), rng)
+        if rng.random() < 0.5:
+            stamp = np.ascontiguousarray(stamp[:, ::-1])
+        where, pixels = place(stamp[..., 3] > 0.5, image.shape[:2], rng)
+        colours = stamp[pixels]
+        light = rng.uniform(0.6, 1.2)
+        image[where] = np.clip(light * colours[:, :3] / colours[:, 3:], 0, 255)
+        return where, label
 
 
 @dataclass
@@ -60,8 +151,7 @@ class Material:
     """What the images of one split are made of."""
 
     photographs: list[np.ndarray]
-    digits: np.ndarray
-    labels: np.ndarray
+    objects: Digits | Stamps
     silhouette: np.ndarray
 
 
@@ -74,8 +164,13 @@ class Scene:
     labels: list[int]
 
 
-def load_material(split: str) -> Material:
-    """Reads the photographs and digits of a split from the installed packages."""
+def load_material(split: str, stamps: Path | None) -> Material:
+    """Reads the photographs and objects of a split.
+
+    Args:
+        split: ``train``, ``val`` or ``test``.
+        stamps: The folder of stamps; digits without it.
+    """
     folders = [
         Path(skimage.__file__).parent / 'data',
         Path(sklearn.datasets.__file__).parent / 'images',
@@ -87,14 +182,9 @@ def load_material(split: str) -> Material:
                 return cv2.imread(str(folder / name), flag)
         raise SystemExit(f'{name} is in none of {folders}. Run: pip install -U scikit-image')
 
-    digits = sklearn.datasets.load_digits()
-    # Every fifth digit is held out.
-    held_out = np.arange(len(digits.images)) % 5 == 0
-    chosen = held_out if split == 'val' else ~held_out
     return Material(
         [read(name) for name in PHOTOGRAPHS[split]],
-        digits.images[chosen].astype(np.float32) / 16,
-        digits.target[chosen],
+        Stamps(split, stamps) if stamps else Digits(split),
         read('horse.png', cv2.IMREAD_GRAYSCALE) < 128,
     )
 
@@ -109,21 +199,18 @@ def make_scene(material: Material, rng: np.random.Generator) -> Scene:
     for _ in range(rng.integers(MAX_CLUTTER + 1)):
         mask = clutter_mask(material, rng)
         patch = random_crop(material, *mask.shape, rng)
-        where = place(mask, image.shape[:2], rng)
+        where, _ = place(mask, image.shape[:2], rng)
         image[where] = patch[mask]
 
     masks, labels, areas = [], [], []
-    for _ in range(rng.integers(1, MAX_DIGITS + 1)):
-        index = rng.integers(len(material.digits))
-        ink = draw_digit(material.digits[index], rng)
-        where = place(ink > 0.4, image.shape[:2], rng)
+    for _ in range(rng.integers(1, material.objects.most + 1)):
+        where, label = material.objects.put(image, rng)
         for mask in masks:
             mask[where] = False
-        paint(image, where, rng)
         mask = np.zeros(image.shape[:2], bool)
         mask[where] = True
         masks.append(mask)
-        labels.append(int(material.labels[index]))
+        labels.append(label)
         areas.append(len(where[0]))
     kept = [i for i, mask in enumerate(masks) if mask.sum() >= MIN_VISIBLE * areas[i]]
 
@@ -149,7 +236,7 @@ def random_crop(
 
 def clutter_mask(material: Material, rng: np.random.Generator) -> np.ndarray:
     """The shape of a distractor: a blob or the silhouette of a horse."""
-    size = int(rng.integers(*DIGIT_SIZES))
+    size = int(rng.integers(*CLUTTER_SIZES))
     if rng.random() < 0.3:
         shape = material.silhouette.astype(np.float32)
         return cv2.resize(shape, (size, size), interpolation=cv2.INTER_AREA) > 0.5
@@ -158,21 +245,32 @@ def clutter_mask(material: Material, rng: np.random.Generator) -> np.ndarray:
     return blob > np.median(blob)
 
 
-def draw_digit(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The ink of a digit, enlarged, sheared and rotated: values from 0 to 1."""
-    size = int(rng.integers(*DIGIT_SIZES))
-    ink = cv2.resize(np.pad(digit, 2), (size, size), interpolation=cv2.INTER_CUBIC)
-    turn = cv2.getRotationMatrix2D((size / 2, size / 2), rng.uniform(-20, 20), 1)
+def turned(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A picture of this size at its longer side, sheared and rotated."""
+    scale = size / max(picture.shape[:2])
+    width, height = (max(int(scale * side), 1) for side in picture.shape[1::-1])
+    smaller = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    picture = cv2.resize(picture, (width, height), interpolation=smaller)
+    turn = cv2.getRotationMatrix2D((width / 2, height / 2), rng.uniform(-20, 20), 1)
     turn[0, 1] += rng.uniform(-0.15, 0.15)
-    return cv2.warpAffine(ink, turn, (size, size))
+    return cv2.warpAffine(picture, turn, (width, height))
 
 
 def place(mask: np.ndarray, shape: tuple[int, int], rng: np.random.Generator) -> tuple:
-    """Puts a mask somewhere into an image; returns the rows and columns of its pixels."""
+    """Puts a mask somewhere into an image.
+
+    Args:
+        mask: What is to lie inside the image, at least by a pixel.
+        shape: Height and width of the image.
+        rng: What decides.
+
+    Returns:
+        Rows and columns of its pixels in the image, and the same in the mask.
+    """
     rows, columns = np.nonzero(mask)
     top = rng.integers(-rows.min(), max(shape[0] - rows.max(), 1 - rows.min()))
     left = rng.integers(-columns.min(), max(shape[1] - columns.max(), 1 - columns.min()))
-    return rows + top, columns + left
+    return (rows + top, columns + left), (rows, columns)
 
 
 def paint(image: np.ndarray, where: tuple, rng: np.random.Generator) -> None:
@@ -193,17 +291,18 @@ def run_length(mask: np.ndarray) -> dict:
     return dict(size=list(mask.shape), counts=[0, *runs] if flat[0] else runs)
 
 
-def make_split(out: Path, split: str, count: int, seed: int) -> None:
+def make_split(out: Path, split: str, count: int, seed: int, stamps: Path | None) -> None:
     """Writes the images, semantic maps and annotations of one split."""
-    material = load_material(split)
+    material = load_material(split, stamps)
+    classes = material.objects.classes
     folders = out / split, out / 'semantic' / split, out / 'foreground' / split
-    digits = [out / 'digits' / split / str(label) for label in range(len(CLASSES))]
+    digits = [out / 'digits' / split / str(label) for label in range(len(classes))]
     for folder in (*folders, *digits):
         folder.mkdir(parents=True)
     images, annotations = [], []
     for image_id in range(count):
         # A stream an image: more images leave the earlier ones as they were.
-        rng = np.random.default_rng([seed, split == 'val', image_id])
+        rng = np.random.default_rng([seed, list(PHOTOGRAPHS).index(split), image_id])
         scene = make_scene(material, rng)
         name = f'{image_id:06d}.png'
         height, width = scene.image.shape[:2]
@@ -232,7 +331,7 @@ def make_split(out: Path, split: str, count: int, seed: int) -> None:
         cv2.imwrite(str(folders[2] / name), np.minimum(semantic, 1))
 
     (out / 'annotations').mkdir(exist_ok=True)
-    categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
+    categories = [dict(id=i + 1, name=name) for i, name in enumerate(classes)]
     coco = dict(images=images, annotations=annotations, categories=categories)
     (out / 'annotations' / f'instances_{split}.json').write_text(json.dumps(coco))
 
@@ -243,9 +342,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('out', type=Path, help='folder to make')
     parser.add_argument('--train', type=int, default=1000, help='training images (default: 1000)')
     parser.add_argument('--val', type=int, default=200, help='validation images (default: 200)')
+    parser.add_argument('--test', type=int, default=0, help='test images (default: none)')
+    parser.add_argument('--stamps', type=Path, help="Tux Paint's folder (default: digits)")
     parser.add_argument('--seed', type=int, default=0, help='not negative (default: 0)')
     args = parser.parse_args(argv)
-    for name, lowest in (('train', 1), ('val', 1), ('seed', 0)):
+    for name, lowest in (('train', 1), ('val', 1), ('test', 0), ('seed', 0)):
         if getattr(args, name) < lowest:
             parser.error(f'--{name} must be at least {lowest}, got {getattr(args, name)}')
     return args
@@ -255,10 +356,15 @@ def main(argv: list[str] | None = None) -> None:
     """Makes the data set, or finds it made."""
     args = parse_args(argv)
     # The version changes with what the files hold.
-    recipe = dict(train=args.train, val=args.val, seed=args.seed, version=3)
+    splits = {split: getattr(args, split) for split in PHOTOGRAPHS if getattr(args, split)}
+    recipe = dict(**splits, seed=args.seed, version=3)
+    if args.stamps:
+        recipe['objects'] = 'stamps'
     record = args.out / 'recipe.json'
-    if record.is_file() and json.loads(record.read_text()) == recipe:
-        print(f'{args.out} is there already: {recipe}')
+    made = json.loads(record.read_text()) if record.is_file() else {}
+    # What has a test split as well is as good as what has none.
+    if made and made | recipe == made and made.get('objects') == recipe.get('objects'):
+        print(f'{args.out} is there already: {made}')
         return
     if args.out.exists():
         sys.exit(f'{args.out} exists and holds something else. Remove it or name another folder.')
@@ -266,11 +372,11 @@ def main(argv: list[str] | None = None) -> None:
     # Renamed when complete, so that an interruption leaves no half of a data set.
     partial = args.out.with_name(args.out.name + '.partial')
     shutil.rmtree(partial, ignore_errors=True)
-    for split in ('train', 'val'):
-        make_split(partial, split, recipe[split], args.seed)
+    for split, count in splits.items():
+        make_split(partial, split, count, args.seed, args.stamps)
     (partial / record.name).write_text(json.dumps(recipe))
     partial.rename(args.out)
-    print(f'{args.out}: {args.train} training and {args.val} validation images')
+    print(f'{args.out}: images ' + ', '.join(f'{count} {name}' for name, count in splits.items()))
 
 
 if __name__ == '__main__':

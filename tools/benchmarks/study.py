@@ -1,0 +1,308 @@
+"""Does it pay? Trains static and dynamic networks alike, many times, and compares them.
+
+``study.py TABLE [--jobs 2]`` makes the runs of a table that docs/evidence.md describes, adds each
+to ``docs/evidence/TABLE.json`` as it ends, and prints them. What is there already is not done
+again, so that a study may be stopped at any time. ``--only-report`` trains nothing.
+
+Data lie in ``data``, made by tools/dataset_converters/make_mini_coco.py; networks in
+``work_dirs/study``.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from harness import processor
+
+ROOT = Path(__file__).parents[2]
+WORK = 'work_dirs/study'
+RESULTS = ROOT / 'docs/evidence'
+IMAGES = {
+    'mini_coco': '--train 1200 --val 200 --test 400',
+    'mini_stamps': '--train 2000 --val 300 --test 500 --stamps STAMPS',
+}
+SUFFIX = {'mini_coco': 'mini-coco', 'mini_stamps': 'mini-stamps'}
+METRICS = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train a network.
+
+    Args:
+        budget: Of KernelWarehouse; None is the static network.
+        options: Overrides of the config, by their dotted names.
+        epochs: Of training, where it is not the table's.
+    """
+
+    budget: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int | None = None
+
+    def overrides(self) -> dict[str, Any]:
+        """All overrides of the static network's config."""
+        network: dict[str, Any] = {}
+        if self.budget is not None:
+            network['model.backbone.type'] = 'mmkw.KWResNet'
+            network['model.backbone.cell_num_ratio'] = self.budget
+        return {**network, **self.options}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Runs to be compared.
+
+    Args:
+        arms: By name; the first is the one that the others are compared with.
+        seeds: Every arm is trained with each.
+        epochs: Of training.
+        data: Name of the data set.
+        split: What the networks are evaluated on after the last epoch. Choices look at ``val``.
+        source: Epochs of the static network from which all start; 0 for random weights.
+    """
+
+    arms: Mapping[str, Arm]
+    seeds: Sequence[int]
+    epochs: int
+    data: str
+    split: str
+    source: int
+
+
+RATES = {'optim_wrapper.optimizer.lr': 3e-4}
+QUICK_ATTENTION = {'optim_wrapper.paramwise_cfg.custom_keys.attention.lr_mult': 10}
+TABLES = {
+    'rates': Table(
+        {
+            'static, 3e-4': Arm(None, RATES),
+            'static, 1e-3': Arm(),
+            'KW 1x, 3e-4': Arm(1, RATES),
+            'KW 1x, 1e-3': Arm(1),
+            'KW 1x, 3e-4, attentions 3e-3': Arm(1, {**RATES, **QUICK_ATTENTION}),
+            'KW 1x, 1e-3, attentions 1e-2': Arm(1, QUICK_ATTENTION),
+        },
+        seeds=(0, 1, 2),
+        epochs=3,
+        data='mini_coco',
+        split='val',
+        source=6,
+    ),
+}
+
+
+class Study:
+    """Makes the runs of a table.
+
+    Args:
+        name: Of the table.
+        jobs: Runs at a time; they share the processor's cores.
+    """
+
+    def __init__(self, name: str, jobs: int) -> None:
+        self.table = TABLES[name]
+        self.config = f'configs/demo/mask-rcnn_r18_fpn_{SUFFIX[self.table.data]}.py'
+        self.folder = f'{WORK}/{name}'
+        self.path = RESULTS / f'{name}.json'
+        self.jobs = jobs
+        self.lock = Lock()
+        self.runs: list[dict] = []
+        if self.path.exists():
+            self.runs = json.loads(self.path.read_text())['runs']
+
+    def make(self) -> None:
+        """Makes the runs that are missing, seed by seed, and writes each down as it ends."""
+        if not (ROOT / 'data' / self.table.data).exists():
+            raise SystemExit(
+                f'data/{self.table.data} is missing. Run: python tools/dataset_converters/'
+                f'make_mini_coco.py data/{self.table.data} {IMAGES[self.table.data]}'
+            )
+        done = {(run['arm'], run['seed']) for run in self.runs}
+        left = [
+            (arm, seed)
+            for seed in self.table.seeds
+            for arm in self.table.arms
+            if (arm, seed) not in done
+        ]
+        if left and self.table.source:
+            self.train(self.source, self.table.source, {}, 0)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(lambda run: self.add(*run), left))
+
+    @property
+    def source(self) -> str:
+        """The folder of the static network from which all start."""
+        return f'{WORK}/{self.table.data}_{self.table.source}_epochs'
+
+    def add(self, name: str, seed: int) -> None:
+        """Makes one run and writes it down."""
+        arm = self.table.arms[name]
+        epochs = arm.epochs or self.table.epochs
+        folder = f'{self.folder}/{name.replace(" ", "_").replace(",", "")}/seed{seed}'
+        options = arm.overrides()
+        if self.table.source:
+            options['load_from'] = f'{self.source}/epoch_{self.table.source}.pth'
+        checkpoint = self.train(folder, epochs, options, seed)
+        # Of one try: what was interrupted began anew.
+        lines = [
+            json.loads(line)
+            for line in latest(folder, '2*/vis_data/scalars.json').read_text().splitlines()
+        ]
+        steps = [line for line in lines if 'time' in line and 'loss' in line]
+        curve = [line for line in lines if METRICS['box AP'] in line]
+        found = self.test(checkpoint, folder, options) if self.table.split == 'test' else curve[-1]
+        run = {
+            'arm': name,
+            'seed': seed,
+            **{metric: 100 * found[key] for metric, key in METRICS.items()},
+            'epochs': epochs,
+            'steps': steps[-1]['step'],
+            'seconds a step': statistics.median(line['time'] for line in steps),
+            'parameters': parameters(checkpoint),
+            'validation': [[100 * line[key] for key in METRICS.values()] for line in curve],
+            'options': options,
+            'processor': processor(),
+            'jobs': self.jobs,
+        }
+        with self.lock:
+            self.runs.append(run)
+            content = {'command': f'python tools/benchmarks/study.py {self.path.stem}'}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps({**content, 'runs': self.runs}, indent=1) + '\n')
+            print(f'{name}, seed {seed}: ' + both(run), flush=True)
+
+    def train(self, folder: str, epochs: int, options: Mapping[str, Any], seed: int) -> Path:
+        """Trains unless it was done; the last checkpoint."""
+        last = ROOT / folder / f'epoch_{epochs}.pth'
+        if not last.exists():
+            schedule = {
+                'train_cfg.max_epochs': epochs,
+                'train_cfg.val_interval': 1,
+                'param_scheduler.1.end': epochs,
+                'param_scheduler.1.T_max': epochs,
+                'randomness.seed': seed,
+                'default_hooks.checkpoint.max_keep_ckpts': 1,
+                'default_hooks.checkpoint.save_optimizer': False,
+            }
+            self.run('train.py', self.config, folder, {**schedule, **options})
+        return last
+
+    def test(self, checkpoint: Path, folder: str, options: Mapping[str, Any]) -> dict[str, float]:
+        """Evaluates on the test split; the metrics."""
+        data = {
+            'test_dataloader.dataset.ann_file': 'annotations/instances_test.json',
+            'test_dataloader.dataset.data_prefix.img': 'test/',
+            'test_evaluator.ann_file': f'data/{self.table.data}/annotations/instances_test.json',
+        }
+        self.run('test.py', self.config, f'{folder}/test', {**options, **data}, str(checkpoint))
+        return json.loads(latest(folder, 'test/*/*.json').read_text())
+
+    def run(
+        self, script: str, config: str, folder: str, options: Mapping[str, Any], *more: str
+    ) -> None:
+        """Runs a script of ``tools`` on its share of the cores; stops if it fails."""
+        overrides = [f'{name}={value}' for name, value in options.items()]
+        command = [f'tools/{script}', config, *more, '--work-dir', folder]
+        threads = max((os.cpu_count() or 1) // self.jobs, 1)
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        with open(ROOT / folder / f'{script}.log', 'w') as log:
+            status = subprocess.run(
+                [sys.executable, *command, '--cfg-options', *overrides],
+                cwd=ROOT,
+                env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            ).returncode
+        if status:
+            raise SystemExit(f'{" ".join(command)} failed; {log.name} says why.')
+
+
+def latest(folder: str, pattern: str) -> Path:
+    """The newest file in a folder that matches a pattern."""
+    return max((ROOT / folder).glob(pattern), key=lambda path: path.stat().st_mtime)
+
+
+def parameters(checkpoint: Path) -> int:
+    """Parameters of a network, without the statistics of its norms."""
+    import torch
+
+    state = torch.load(checkpoint, weights_only=False)['state_dict']
+    return sum(v.numel() for k, v in state.items() if not k.endswith(('_mean', '_var', '_tracked')))
+
+
+def both(run: Mapping[str, Any]) -> str:
+    """Box and mask AP."""
+    return ' / '.join(f'{run[metric]:.1f}' for metric in METRICS)
+
+
+def report(table: Table, runs: Sequence[dict]) -> str:
+    """The table of a study: means and spreads, and what each arm gains over the first.
+
+    Gains are taken seed by seed. ``p`` is that of a paired t-test, of both sides.
+
+    Args:
+        table: Of the study.
+        runs: As the study writes them.
+    """
+    from scipy.stats import ttest_rel
+
+    reference, *_ = table.arms
+    lines = [
+        '| network | box AP | mask AP | gain in box AP | gain in mask AP | p, box | p, mask '
+        '| time of a step | M parameters |',
+        '|---|---|---|---|---|---|---|---|---|',
+    ]
+    of = {(run['arm'], run['seed']): run for run in runs}
+    for arm in table.arms:
+        own = [of[arm, seed] for seed in table.seeds if (arm, seed) in of]
+        if not own:
+            continue
+        cells = [f'{arm} ({len(own)} seeds)']
+        cells += [spread([run[metric] for run in own], '.1f') for metric in METRICS]
+        pairs = [(run, of[reference, run['seed']]) for run in own if (reference, run['seed']) in of]
+        gains = {m: [run[m] - first[m] for run, first in pairs] for m in METRICS}
+        if arm == reference or len(pairs) < 2:
+            cells += [''] * 5
+        else:
+            cells += [spread(values, '+.1f') for values in gains.values()]
+            for metric in METRICS:
+                sides = zip(*((run[metric], first[metric]) for run, first in pairs))
+                cells.append(f'{ttest_rel(*map(list, sides)).pvalue:.3f}')
+            ratios = [run['seconds a step'] / first['seconds a step'] for run, first in pairs]
+            cells.append(f'{statistics.median(ratios):.2f}')
+        cells.append(f'{own[0]["parameters"] / 1e6:.2f}')
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean and standard deviation."""
+    deviation = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):{form}}{deviation}'
+
+
+def main() -> None:
+    """Reads the command line, makes the runs, prints and draws them."""
+    parser = argparse.ArgumentParser(description='Compare static and dynamic networks, trained')
+    parser.add_argument('table', choices=TABLES)
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time (default: 2)')
+    parser.add_argument('--only-report', action='store_true', help='train nothing')
+    args = parser.parse_args()
+    study, begin = Study(args.table, args.jobs), time.time()
+    if not args.only_report:
+        study.make()
+        print(f'{(time.time() - begin) / 3600:.1f} hours')
+    print(f'\n{report(study.table, study.runs)}')
+
+
+if __name__ == '__main__':
+    main()
