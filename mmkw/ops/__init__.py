@@ -5,6 +5,7 @@
 - ``dynamic`` is the whole operator with its gradient.
 - ``gradient`` sums up the gradient of a warehouse over its layers.
 - ``sample_conv`` applies kernels to images, in one of several ``ways``; ``choosing`` times them.
+- ``one_operator`` is the convolution in a compiled graph, ``exported`` that in an exported program.
 - ``modes`` and ``memory`` are about PyTorch.
 """
 

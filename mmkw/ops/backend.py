@@ -178,12 +178,7 @@ def is_one_operator(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bo
         cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
         grid: Cells of the kernel along ``(*spatial, out, in)``.
     """
-    return (
-        modes.is_compiling()
-        and not modes.is_exporting()
-        and is_compiled(attention, cells)
-        and is_regular(cells, grid)
-    )
+    return modes.makes_graph() and is_compiled(attention, cells) and is_regular(cells, grid)
 
 
 def computes_constants(*tensors: Tensor | None) -> bool:

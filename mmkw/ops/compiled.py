@@ -136,7 +136,7 @@ def _register() -> None:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         attention, cells = ctx.saved_tensors
         rows = cut(grad, ctx.grid, cells.shape[1:])
-        rows = rows.reshape(attention.shape[:2].numel(), cells.shape[1:].numel())
+        rows = rows.reshape(math.prod(attention.shape[:2]), cells.shape[1:].numel())
         grad_attention = (rows @ cells.flatten(1).t()).view(attention.shape)
         return grad_attention, (attention.flatten(0, 1).t() @ rows).view(cells.shape), None
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, exported, modes
+from . import backend, exported, modes, one_operator
 from .gradient import Token
 from .kernels import assembled_shape, mix_cells
 from .mixing import Mixing
@@ -84,7 +84,10 @@ def _apply_plainly(
     if isinstance(sample_map, SampleConv) and exported.is_wanted():
         y = exported.convolve(x, attention, cells, grid, sample_map)
         return y if bias is None else y + bias.view(-1, *[1] * (x.dim() - 2))
-    return sample_map(x, _mixed_plainly(attention, cells, grid).to(dtype), bias)
+    kernels = _mixed_plainly(attention, cells, grid).to(dtype)
+    if modes.makes_graph() and isinstance(sample_map, SampleConv):
+        return one_operator.convolve(sample_map, x, kernels, bias)
+    return sample_map(x, kernels, bias)
 
 
 def _mixed_plainly(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:

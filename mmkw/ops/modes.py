@@ -41,6 +41,11 @@ def is_surely_exporting() -> bool:
     return hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()
 
 
+def makes_graph() -> bool:
+    """Whether ``torch.compile`` makes a graph, in which an operator of our own may be."""
+    return is_compiling() and not is_exporting() and not is_transforming()
+
+
 def is_transforming() -> bool:
     """Whether ``torch.func`` or forward-mode differentiation is running."""
     return (

@@ -139,7 +139,7 @@ class Products(Way):
     def forward(cls, conv: Geometry, x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`Way`."""
         sampled = cls._sampled(conv, x)
-        if cls._is_channels_last(conv, sampled):
+        if cls._is_channels_last(conv, x):
             y = torch.bmm(cls._pixels(sampled), cls._matrices(conv, kernels).transpose(1, 2))
             y = modes.reshaped(y, (len(x), *sampled.shape[2:], kernels.shape[1])).movedim(-1, 1)
         else:
@@ -154,7 +154,7 @@ class Products(Way):
         """See :class:`Way`."""
         sampled = cls._sampled(conv, x)
         gradients = scratch.take(grad, cls._matrices(conv, kernels).shape, 'kernel gradients')
-        if cls._is_channels_last(conv, sampled):
+        if cls._is_channels_last(conv, x):
             torch.bmm(cls._pixels(grad).transpose(1, 2), cls._pixels(sampled), out=gradients)
         else:
             columns = cls._columns(conv, sampled)

@@ -1,6 +1,7 @@
 """Exported files compute what their networks do, for any batch and any size of image."""
 
 import contextlib
+import shutil
 import sys
 
 import pytest
@@ -209,3 +210,20 @@ def test_no_file_is_left_that_computes_something_else(model, message, tmp_path):
     with pytest.raises(ExportError, match=message):
         export(model, torch.rand(2, 1, 6, 6), tmp_path / 'a.pt2')
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.skipif(shutil.which('g++') is None, reason='AOTInductor needs a C++ compiler')
+def test_aotinductor_compiles_for_any_batch_and_size(tmp_path):
+    """As the documentation shows."""
+    layer, file = mmkw.KWConv2d(8, 16, **CONV).eval(), tmp_path / 'layer.pt2'
+    export(layer, torch.randn(1, 8, 9, 11), file, form='matmul')
+    package = torch._inductor.aoti_compile_and_package(
+        torch.export.load(file), package_path=str(tmp_path / 'compiled.pt2')
+    )
+    compiled = torch._inductor.aoti_load_package(package)
+    for shape in ((1, 8, 9, 11), (2, 8, 20, 11), (5, 8, 9, 30)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)

@@ -67,6 +67,8 @@ def test_every_operator_is_checked():
     names = {
         name.split('::')[1] for name in torch._C._dispatch_get_all_op_names() if 'mmkw::' in name
     }
+    # The convolution, which needs no compiled kernels, has a test of its own.
+    names = {name for name in names if not name.startswith('convolve')}
     assert names == {name for name, _ in CALLS.values()}
 
 
