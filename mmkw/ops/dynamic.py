@@ -5,7 +5,7 @@ at a time. The backward pass mixes them again, unless that takes too long; see
 :meth:`~mmkw.ops.mixing.Mixing.is_kept`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,13 +33,14 @@ def apply_mixed(
     grid: Sequence[int],
     sample_map: SampleConv | SampleLinear,
     bias: Tensor | None = None,
+    taps: Tensor | None = None,
 ) -> Tensor:
     """Applies to every image the kernel that its attention mixes from the cells of a warehouse.
 
-    The result equals ``sample_map(x, mix_cells(attention, cells, grid), bias)``. It can be
-    differentiated as often as this expression. The expression itself computes if a transformation
-    looks inside (``torch.func``, forward-mode differentiation, ``torch.export``,
-    ``torch.compile``).
+    The result equals ``sample_map(x, mix_cells(attention, cells, grid), bias)``, with the kernels
+    times ``taps``. It can be differentiated as often as this expression. The expression itself
+    computes if a transformation looks inside (``torch.func``, forward-mode differentiation,
+    ``torch.export``, ``torch.compile``).
 
     Args:
         x: Tensor[batch, ...], the images or tokens. Under autocast the images and the kernels are
@@ -49,45 +50,66 @@ def apply_mixed(
         grid: Cells of the kernel along ``(*spatial, out, in)``.
         sample_map: The map that applies the kernels.
         bias: Bias of the map, shared by the images.
+        taps: ``Tensor[batch, *kernel_size]``, what every image's kernel is multiplied by, place by
+            place in space.
 
     Returns:
         The result of ``sample_map``.
     """
     dtype = modes.autocast_dtype(x)
     if dtype is None:
-        return _apply(x, attention, cells, bias, _Settings(grid, sample_map, cells.dtype))
+        return _apply(x, attention, cells, bias, taps, _Settings(grid, sample_map, cells.dtype))
     bias = None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return _apply(x.to(dtype), attention, cells, bias, _Settings(grid, sample_map, dtype))
+        settings = _Settings(grid, sample_map, dtype)
+        return _apply(x.to(dtype), attention, cells, bias, taps, settings)
 
 
 def _apply(
-    x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None, settings: _Settings
+    x: Tensor,
+    attention: Tensor,
+    cells: Tensor,
+    bias: Tensor | None,
+    taps: Tensor | None,
+    settings: _Settings,
 ) -> Tensor:
     mixing_of = backend.mixing_of(x, attention, cells, *settings)
     if mixing_of is None:
-        return _apply_plainly(x, attention, cells, bias, settings)
+        return _apply_plainly(x, attention, cells, bias, taps, settings)
     learning = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, attention, cells, bias)
+        tensor is not None and tensor.requires_grad for tensor in (x, attention, cells, bias, taps)
     )
     if not learning:
-        return _apply_in_parts(x, attention, bias, settings, mixing_of(cells))
+        return _apply_in_parts(x, attention, bias, taps, settings, mixing_of(cells))
     token = Token.of(cells) if cells.requires_grad else None
     tensor = None if token is None else token.tensor
-    return _ApplyMixed.apply(x, attention, cells, bias, tensor, token, settings, mixing_of)
+    return _ApplyMixed.apply(x, attention, cells, bias, taps, tensor, token, settings, mixing_of)
 
 
 def _apply_plainly(
-    x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None, settings: _Settings
+    x: Tensor,
+    attention: Tensor,
+    cells: Tensor,
+    bias: Tensor | None,
+    taps: Tensor | None,
+    settings: _Settings,
 ) -> Tensor:
     grid, sample_map, dtype = settings
     if isinstance(sample_map, SampleConv) and exported.is_wanted():
-        y = exported.convolve(x, attention, cells, grid, sample_map)
+        y = exported.convolve(x, attention, cells, grid, sample_map, taps)
         return y if bias is None else y + bias.view(-1, *[1] * (x.dim() - 2))
-    kernels = _mixed_plainly(attention, cells, grid).to(dtype)
+    kernels = _mixed_plainly(attention, cells, grid)
+    if taps is not None:
+        kernels = kernels * _spread(taps, kernels)
+    kernels = kernels.to(dtype)
     if modes.makes_graph() and isinstance(sample_map, SampleConv):
         return one_operator.convolve(sample_map, x, kernels, bias)
     return sample_map(x, kernels, bias)
+
+
+def _spread(taps: Tensor, kernels: Tensor) -> Tensor:
+    """The scales of the taps in the shape of kernels."""
+    return taps[:, None, None].to(kernels.dtype)
 
 
 def _mixed_plainly(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Tensor:
@@ -101,6 +123,7 @@ def _apply_in_parts(
     x: Tensor,
     attention: Tensor,
     bias: Tensor | None,
+    taps: Tensor | None,
     settings: _Settings,
     mixing: Mixing,
     kept: list[Tensor | None] | None = None,
@@ -115,9 +138,27 @@ def _apply_in_parts(
             is_kept = mixing.is_kept(block, attention.shape[1])
             kernels = mixing.kernels(weights) if is_kept else None
             kept.append(kernels)
-        for part, some in mixing.mixed(weights, kernels):
+        for part, some in _scaled(mixing.mixed(weights, kernels), taps, block, kernels is None):
             results.append(sample_map(images[part], some.to(dtype), bias))
     return _joined(results)
+
+
+def _scaled(
+    mixed: Iterable[tuple[slice, Tensor]], taps: Tensor | None, block: slice, in_place: bool
+) -> Iterator[tuple[slice, Tensor]]:
+    """Scales the taps of mixed kernels.
+
+    Args:
+        mixed: The result of :meth:`~mmkw.ops.mixing.Mixing.mixed` for a block.
+        taps: The scales of the whole batch; None changes nothing.
+        block: The images of the block.
+        in_place: Whether the memory of the kernels may be overwritten.
+    """
+    for part, kernels in mixed:
+        if taps is not None:
+            scales = _spread(taps[block][part], kernels)
+            kernels = kernels.mul_(scales) if in_place else kernels * scales
+        yield part, kernels
 
 
 class _ApplyMixed(torch.autograd.Function):
@@ -128,6 +169,7 @@ class _ApplyMixed(torch.autograd.Function):
         attention: Tensor,
         cells: Tensor,
         bias: Tensor | None,
+        taps: Tensor | None,
         token_tensor: Tensor | None,
         token: Token | None,
         settings: _Settings,
@@ -135,18 +177,18 @@ class _ApplyMixed(torch.autograd.Function):
     ) -> Tensor:
         kept: list[Tensor | None] = []
         mixing = mixing_of(cells)
-        result = _apply_in_parts(x, attention, bias, settings, mixing, kept)
-        ctx.save_for_backward(x, attention, cells, bias, *kept)
+        result = _apply_in_parts(x, attention, bias, taps, settings, mixing, kept)
+        ctx.save_for_backward(x, attention, cells, bias, taps, *kept)
         ctx.token, ctx.settings, ctx.mixing_of = token, settings, mixing_of
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, attention, cells, bias, *kept = ctx.saved_tensors
+        x, attention, cells, bias, taps, *kept = ctx.saved_tensors
         if torch.is_grad_enabled() or modes.is_seen_through(grad, x, attention, cells):
-            gradients = _backward_plainly(ctx, grad, x, attention, cells, bias)
+            gradients = _backward_plainly(ctx, grad, x, attention, cells, bias, taps)
         else:
-            gradients = _backward_in_parts(ctx, grad, x, attention, cells, kept)
+            gradients = _backward_in_parts(ctx, grad, x, attention, cells, taps, kept)
         return *gradients, None, None, None, None
 
 
@@ -156,29 +198,38 @@ def _backward_in_parts(
     x: Tensor,
     attention: Tensor,
     cells: Tensor,
+    taps: Tensor | None,
     kept: list[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
-    need_x, need_attention, _, need_bias = ctx.needs_input_grad[:4]
+    need_x, need_attention, _, need_bias, need_taps = ctx.needs_input_grad[:5]
     grid, sample_map, dtype = ctx.settings
     mixing = ctx.mixing_of(cells)
     need_cells = ctx.token is not None and ctx.token.is_awaited()
     total = ctx.token.sum(mixing) if need_cells else None
     shape = assembled_shape(cells.shape[1:], grid)
-    grads_x, grads_attention = [], []
-    blocks = mixing.blocks(attention) if need_x or need_attention or need_cells else ()
+    grads_x: list[Tensor] = []
+    grads_attention: list[Tensor] = []
+    grads_taps: list[Tensor] = []
+    need_kernels = need_attention or need_cells or need_taps
+    blocks = mixing.blocks(attention) if need_x or need_kernels else ()
     for block, kernels in zip(blocks, kept):
         grad_block, x_block, weights = grad[block], x[block], attention[block]
-        if need_attention or need_cells:
-            grad_kernels = (
+        is_kept = kernels is not None
+        if need_kernels:
+            grad_kernels: Iterable[Tensor | Sequence[Tensor]] = (
                 sample_map.backward_kernels(grad_block[part], x_block[part], shape, mixing.scratch)
                 for part in mixing.parts(weights)
             )
+            if taps is not None:
+                # In memory of their own, since those of mixing are used meanwhile.
+                kernels = mixing.kernels(weights) if kernels is None else kernels
+                grad_kernels = _through_taps(grad_kernels, kernels, taps[block], grads_taps)
             grad_attention, mixed = mixing.backward(grad_kernels, weights, total, kernels, need_x)
             grads_attention.append(grad_attention)
         else:
             mixed = mixing.mixed(weights, kernels)
         if need_x:
-            for part, some in mixed:
+            for part, some in _scaled(mixed, taps, block, not is_kept):
                 images = grad_block[part], x_block[part]
                 grads_x.append(sample_map.backward_x(*images, some.to(dtype)))
     summed = [dim for dim in range(grad.dim()) if dim != sample_map.channel_dim % grad.dim()]
@@ -188,7 +239,37 @@ def _backward_in_parts(
         # The gradient of the cells goes through the token that the layers share.
         None,
         grad.sum(summed) if need_bias else None,
+        torch.cat(grads_taps) if need_taps else None,
     )
+
+
+def _through_taps(
+    grad_kernels: Iterable[Tensor | Sequence[Tensor]],
+    kernels: Tensor,
+    taps: Tensor,
+    grads: list[Tensor],
+) -> Iterator[list[Tensor]]:
+    """Turns gradients of scaled kernels into those of the kernels, in place.
+
+    Args:
+        grad_kernels: Part by part, the gradients of the images' scaled kernels.
+        kernels: Tensor[images, out, in, *kernel_size], before they are scaled.
+        taps: Tensor[images, *kernel_size].
+        grads: Collects the gradient of the taps.
+
+    Yields:
+        The gradients of a part, image by image.
+    """
+    images = iter(zip(kernels, taps))
+    for part in grad_kernels:
+        found = []
+        # Image by image, since the product with the kernel is memory.
+        for grad, (kernel, scales) in zip(part, images):
+            # In the precision of the taps: a sum of many values.
+            product = (grad.to(taps.dtype) * kernel).flatten(0, 1)
+            grads.append(product.sum(0, keepdim=True))
+            found.append(grad.mul_(scales.to(grad.dtype)))
+        yield found
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -196,7 +277,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _backward_plainly(
-    ctx: Any, grad: Tensor, x: Tensor, attention: Tensor, cells: Tensor, bias: Tensor | None
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor,
+    attention: Tensor,
+    cells: Tensor,
+    bias: Tensor | None,
+    taps: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Computes the gradients by autograd, so that they can be differentiated and transformed."""
     with torch.enable_grad():
@@ -204,9 +291,10 @@ def _backward_plainly(
         # and differentiation must not continue through that.
         x, attention, cells = (tensor.view_as(tensor) for tensor in (x, attention, cells))
         bias = None if bias is None else bias.view_as(bias)
-        result = _apply_plainly(x, attention, cells, bias, ctx.settings)
-    needed = ctx.needs_input_grad[:4]
-    operands = (x, attention, cells, bias)
+        taps = None if taps is None else taps.view_as(taps)
+        result = _apply_plainly(x, attention, cells, bias, taps, ctx.settings)
+    needed = ctx.needs_input_grad[:5]
+    operands = (x, attention, cells, bias, taps)
     inputs = [tensor for tensor, need in zip(operands, needed) if need and tensor is not None]
     again = torch.is_grad_enabled()
     gradients = iter(torch.autograd.grad(result, inputs, grad, create_graph=again))

@@ -34,7 +34,12 @@ def is_wanted() -> bool:
 
 
 def convolve(
-    x: Tensor, attention: Tensor, cells: Tensor, grid: Sequence[int], sample_map: SampleConv
+    x: Tensor,
+    attention: Tensor,
+    cells: Tensor,
+    grid: Sequence[int],
+    sample_map: SampleConv,
+    taps: Tensor | None = None,
 ) -> Tensor:
     """Mixes and applies the kernels, as ``sample_map(x, mix_cells(attention, cells, grid))``.
 
@@ -47,15 +52,18 @@ def convolve(
             has a size of one in space.
         grid: Cells of the kernel along ``(*spatial, out, in)``.
         sample_map: The convolution.
+        taps: As in :func:`~mmkw.ops.apply_mixed`.
 
     Returns:
         Tensor[batch, out_channels, *output_size], without a bias.
     """
     kernel_size = tuple(map(math.prod, zip(grid[:-2], cells.shape[3:])))
     large = sample_map.groups == 1 and grid[-1] * cells.shape[2] >= LARGE
-    if large and 2 * cells.shape[2] >= LARGE and cells.shape[3:].numel() == 1:
+    if large and taps is None and 2 * cells.shape[2] >= LARGE and cells.shape[3:].numel() == 1:
         return _multiplied(x, _blocks(attention, cells, grid, x.dtype), kernel_size, sample_map)
     kernels = _kernels(attention, cells, grid, x.dtype)
+    if taps is not None:
+        kernels = kernels * taps.flatten(1)[:, None, None].to(x.dtype)
     if large or math.prod(kernel_size) == 1 or form == 'matmul':
         return _multiplied(x, kernels.movedim(3, 1), kernel_size, sample_map)
     return _scanned(x, kernels.unflatten(3, kernel_size), sample_map)
