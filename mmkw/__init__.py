@@ -16,7 +16,17 @@ if TYPE_CHECKING:
         KWResNetV1d,
     )
     from .checkpoints import read_checkpoint
-    from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, set_temperature, temperature_at
+    from .layers import (
+        CondConv2d,
+        DYConv2d,
+        KWConv1d,
+        KWConv2d,
+        KWConv3d,
+        KWLinear,
+        ODConv2d,
+        set_temperature,
+        temperature_at,
+    )
     from .sharing import SharingPlan, convert, is_converted, to_static
 
 _PLACES = {
@@ -30,10 +40,13 @@ _PLACES = {
     ),
     'checkpoints': ('read_checkpoint',),
     'layers': (
+        'CondConv2d',
+        'DYConv2d',
         'KWConv1d',
         'KWConv2d',
         'KWConv3d',
         'KWLinear',
+        'ODConv2d',
         'set_temperature',
         'temperature_at',
     ),
@@ -41,6 +54,8 @@ _PLACES = {
 }
 
 __all__ = [
+    'CondConv2d',
+    'DYConv2d',
     'KWConv1d',
     'KWConv2d',
     'KWConv3d',
@@ -51,6 +66,7 @@ __all__ = [
     'KWResNet',
     'KWResNetV1c',
     'KWResNetV1d',
+    'ODConv2d',
     'SharingPlan',
     '__version__',
     'convert',

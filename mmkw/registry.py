@@ -18,7 +18,15 @@ from mmengine.registry import (  # noqa: E402
 )
 from mmengine.registry import Registry  # noqa: E402
 
-from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear  # noqa: E402
+from .layers import (  # noqa: E402
+    CondConv2d,
+    DYConv2d,
+    KWConv1d,
+    KWConv2d,
+    KWConv3d,
+    KWLinear,
+    ODConv2d,
+)
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmkw', locations=['mmkw.backbones'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmkw', locations=['mmkw.engine.hooks'])
@@ -29,7 +37,7 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     locations=['mmkw.engine.optimizers'],
 )
 
-for layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear):
+for layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear, DYConv2d, CondConv2d, ODConv2d):
     MODELS.register_module(module=layer)
 
 

@@ -109,3 +109,63 @@ def convolve(image, kernel, bias, stride, padding, dilation, groups, mode='zeros
                     value += image[(first + channel, *at)] * kernel[(out, channel, *offset)]
             result[(out, *place)] = value
     return result
+
+
+def softmax(values):
+    powers = np.exp(values - values.max())
+    return powers / powers.sum()
+
+
+def comparator(method, pooled, state, tau, depthwise=False, taps=1, train=False):
+    """What a comparator's attention gives one image after another: dicts of its four attentions.
+
+    ``state`` holds the attention's NumPy arrays by name, ``pooled`` one row for every image.
+    """
+
+    def linear(name, values):
+        return values @ state[f'{name}.weight'].T + state.get(f'{name}.bias', 0)
+
+    def sigmoid(values):
+        return 1 / (1 + np.exp(-values))
+
+    divisor = 1 + 29 * tau
+    if method == 'dyconv':
+        hidden = np.maximum(linear('fc1', pooled), 0)
+        return [dict(kernels=softmax(row / divisor)) for row in linear('fc2', hidden)]
+    if method == 'condconv':
+        return [dict(kernels=sigmoid(row)) for row in linear('fc', pooled)]
+    hidden = linear('fc', pooled)
+    mean, var = state['bn.running_mean'], state['bn.running_var']
+    if train and len(pooled) > 1:
+        mean, var = hidden.mean(0), hidden.var(0)
+    hidden = (hidden - mean) / np.sqrt(var + 1e-5) * state['bn.weight'] + state['bn.bias']
+    found = []
+    for row in np.maximum(hidden, 0):
+        one = dict(kernels=np.ones(1), inputs=sigmoid(linear('channel_fc', row) / divisor))
+        if not depthwise:
+            one['filters'] = sigmoid(linear('filter_fc', row) / divisor)
+        if taps > 1:
+            one['taps'] = sigmoid(linear('spatial_fc', row) / divisor)
+        if 'kernel_fc.weight' in state:
+            one['kernels'] = softmax(linear('kernel_fc', row) / divisor)
+        found.append(one)
+    return found
+
+
+def comparator_kernel(attentions, kernels, groups):
+    """The kernel of one image: every value of every kernel times all attentions it is under."""
+    count, out_channels, in_channels, *size = kernels.shape
+    result = np.zeros(kernels.shape[1:])
+    for out, channel in itertools.product(range(out_channels), range(in_channels)):
+        group = out // (out_channels // groups)
+        for tap, place in enumerate(itertools.product(*map(range, size))):
+            value = sum(
+                attentions['kernels'][k] * kernels[(k, out, channel, *place)] for k in range(count)
+            )
+            value *= attentions.get('inputs', np.ones(groups * in_channels))[
+                group * in_channels + channel
+            ]
+            value *= attentions.get('filters', np.ones(out_channels))[out]
+            value *= attentions.get('taps', np.ones(math.prod(size)))[tap]
+            result[(out, channel, *place)] = value
+    return result

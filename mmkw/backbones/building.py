@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import split_options
+from ..layers import KernelShape, split_options
+from ..layers.partition import is_comparator
 from ..sharing import SharingPlan, convert
 from ..sharing.rules import absent_kernels
 
-# An option of warehouses: one value, or one per warehouse.
-Option = float | Sequence[float]
+# An option of warehouses: one value, one per warehouse, or None for that of the method.
+Option = float | Sequence[float] | None
 
 
 def make_dynamic(
@@ -32,10 +33,14 @@ def make_dynamic(
         PlanError: If the plan or the options do not fit the network.
         ValueError: If ``start_tau`` is neither 0 nor 1.
     """
-    absent = []
+    absent: list[KernelShape] = []
     if not isinstance(plan, SharingPlan):
-        plan = SharingPlan.make(plan, **split_options(arguments)[0])
         absent = absent_kernels(network)
+        if is_comparator(arguments['method']):
+            # Nothing is shared, so no cells are kept for layers that are not there.
+            lacking = {kernel.layer for kernel in absent}
+            plan, absent = [pair for pair in plan if pair[0] not in lacking], []
+        plan = SharingPlan.make(plan, **split_options(arguments)[0])
     return convert(
         network,
         plan,

@@ -204,12 +204,13 @@ class ConvNeXt(BaseModule):
 def KWConvNeXt(
     arch: str | dict = 'tiny',
     *,
-    cell_num_ratio: Option = 1.0,
+    method: str = 'kernelwarehouse',
+    cell_num_ratio: Option = None,
     cell_inplane_ratio: Option = 1.0,
     cell_outplane_ratio: Option = 1.0,
-    reduction: Option = 1 / 16,
+    reduction: Option = None,
     nonlocal_basis_ratio: Option = 1.0,
-    spatial_partition: bool | Sequence[bool] = True,
+    spatial_partition: bool | Sequence[bool] | None = None,
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
     freeze_warehouses: bool = True,
@@ -219,18 +220,24 @@ def KWConvNeXt(
 
     Args:
         arch: As in :class:`ConvNeXt`.
-        cell_num_ratio: The budget ``b``: cells per mixture. Above 0. This and the next five options
+        method: ``kernelwarehouse``, or for comparison ``dyconv``, ``condconv`` or ``odconv``: then
+            the layers are :class:`~mmkw.DYConv2d`, :class:`~mmkw.CondConv2d` or
+            :class:`~mmkw.ODConv2d`, each with its own kernels, and take ``cell_num_ratio`` and
+            ``reduction`` alone, but ``condconv`` no ``reduction``.
+        cell_num_ratio: The budget ``b``: cells per mixture. Above 0, by default 1. Of the other
+            methods the number of kernels, by default 4, 8 and 1. This and the next five options
             are one value, or one per warehouse.
         cell_inplane_ratio: Input channels of a cell, relative to the greatest common divisor of the
             layers' input channels (per group). In (0, 1].
         cell_outplane_ratio: Output channels of a cell, relative to the greatest common divisor of
             the layers' output channels. In (0, 1].
-        reduction: Hidden width of the attention, relative to the layer's input channels. Above 0.
-            At least 16 units are used.
+        reduction: Hidden width of the attention, relative to the layer's input channels. Above 0,
+            by default 1/16, of ``dyconv`` 1/4. At least 16 units are used, of ``dyconv`` as many as
+            kernels.
         nonlocal_basis_ratio: Size of the basis through which a layer attends to the cells of other
             layers, relative to the number of those cells. In (0, 1]; 1 means no basis.
-        spatial_partition: Whether cells have size 1 in space. Otherwise they have the kernel's
-            size.
+        spatial_partition: Whether cells have size 1 in space, as by default. Otherwise they have
+            the kernel's size.
         attention_norm_cfg: Norm of the attentions: ``BN1d``, ``SyncBN`` or ``LN``. By default LN,
             as in the rest of the network.
         start_tau: The temperature at which a static checkpoint starts the network: 0, or 1 with a

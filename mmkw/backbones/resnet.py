@@ -55,12 +55,13 @@ def ResNet(
 def KWResNet(
     depth: int,
     *,
-    cell_num_ratio: Option = 1.0,
+    method: str = 'kernelwarehouse',
+    cell_num_ratio: Option = None,
     cell_inplane_ratio: Option = 1.0,
     cell_outplane_ratio: Option = 1.0,
-    reduction: Option = 1 / 16,
+    reduction: Option = None,
     nonlocal_basis_ratio: Option = 1.0,
-    spatial_partition: bool | Sequence[bool] = True,
+    spatial_partition: bool | Sequence[bool] | None = None,
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
     freeze_warehouses: bool = True,
@@ -75,18 +76,24 @@ def KWResNet(
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        cell_num_ratio: The budget ``b``: cells per mixture. Above 0. This and the next five options
+        method: ``kernelwarehouse``, or for comparison ``dyconv``, ``condconv`` or ``odconv``: then
+            the layers are :class:`~mmkw.DYConv2d`, :class:`~mmkw.CondConv2d` or
+            :class:`~mmkw.ODConv2d`, each with its own kernels, and take ``cell_num_ratio`` and
+            ``reduction`` alone, but ``condconv`` no ``reduction``.
+        cell_num_ratio: The budget ``b``: cells per mixture. Above 0, by default 1. Of the other
+            methods the number of kernels, by default 4, 8 and 1. This and the next five options
             are one value, or one per warehouse.
         cell_inplane_ratio: Input channels of a cell, relative to the greatest common divisor of the
             layers' input channels (per group). In (0, 1].
         cell_outplane_ratio: Output channels of a cell, relative to the greatest common divisor of
             the layers' output channels. In (0, 1].
-        reduction: Hidden width of the attention, relative to the layer's input channels. Above 0.
-            At least 16 units are used.
+        reduction: Hidden width of the attention, relative to the layer's input channels. Above 0,
+            by default 1/16, of ``dyconv`` 1/4. At least 16 units are used, of ``dyconv`` as many as
+            kernels.
         nonlocal_basis_ratio: Size of the basis through which a layer attends to the cells of other
             layers, relative to the number of those cells. In (0, 1]; 1 means no basis.
-        spatial_partition: Whether cells have size 1 in space. Otherwise they have the kernel's
-            size.
+        spatial_partition: Whether cells have size 1 in space, as by default. Otherwise they have
+            the kernel's size.
         attention_norm_cfg: Norm of the attentions: ``BN1d``, ``SyncBN`` or ``LN``. By default
             SyncBN or BatchNorm if the network has it, else LayerNorm.
         start_tau: The temperature at which a static checkpoint starts the network: 0, or 1 with a
@@ -107,10 +114,11 @@ def KWResNet(
         >>> backbone = mmkw.KWResNet(50, cell_num_ratio=4, frozen_stages=1)
         >>> [tuple(y.shape) for y in backbone(torch.rand(2, 3, 64, 64))]
         [(2, 256, 16, 16), (2, 512, 8, 8), (2, 1024, 4, 4), (2, 2048, 2, 2)]
+        >>> other = mmkw.KWResNet(18, method='odconv', cell_num_ratio=4)
     """
     arguments = dict(locals())
     network = ResNet(depth, **static)
-    return make_dynamic(network, resnet_rule(network), arguments)
+    return make_dynamic(network, resnet_rule(network, method), arguments)
 
 
 @MODELS.register_module()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..layers import PlanError, WarehousePartition, partition_warehouse
+from ..layers.partition import is_comparator
 
 
 def advice(
@@ -65,7 +66,8 @@ def _fitting(partition: WarehousePartition, found: Tensor) -> dict[str, Any]:
         cell_num_ratio=whole,
         cell_inplane_ratio=found.shape[2] / math.gcd(*(k.in_channels for k in kernels)),
         cell_outplane_ratio=found.shape[1] / math.gcd(*(k.out_channels for k in kernels)),
-        spatial_partition=all(side == 1 for side in found.shape[3:]),
+        spatial_partition=not is_comparator(partition.options.method)
+        and all(side == 1 for side in found.shape[3:]),
     )
 
 
@@ -79,7 +81,10 @@ def reduction_of(state_dict: dict[str, Tensor], prefix: str) -> float:
         state_dict: The state dict of a KernelWarehouse network.
         prefix: The network's place in the state dict.
     """
-    shapes = _attention_shapes(state_dict, prefix, 'fc1')
+    shapes = [
+        *_attention_shapes(state_dict, prefix, 'fc1'),
+        *_attention_shapes(state_dict, prefix, 'fc'),
+    ]
     width, channels = max(shapes, key=lambda shape: shape[1], default=(1, 16))
     return 1 / max(round(channels / width), 1)
 

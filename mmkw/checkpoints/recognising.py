@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import fault_of
+from ..layers.dynamic_layers import DynamicLayer
 from .advice import advice, nonlocal_basis_ratio_of, reduction_of
 from .beyond import PARTS, beyond_backbone
 from .errors import CheckpointMismatchError, DamagedCheckpointError, shown
@@ -19,6 +20,10 @@ from .only_checking import is_only_checking
 from .static_kernels import load_static, modules_of, stage_of, static_kernels
 
 LOGGER = logging.getLogger('mmkw')
+
+_METHODS = dict(
+    kernelwarehouse='KernelWarehouse', dyconv='DY-Conv', condconv='CondConv', odconv='ODConv'
+)
 
 
 def check_checkpoint(
@@ -53,6 +58,10 @@ def check_checkpoint(
     # The network has no manager after to_static.
     if manager is None or not manager.weights.is_plain:
         return
+    for name, layer in modules_of(network).items():
+        if isinstance(layer, DynamicLayer) and layer.place[0] is manager:
+            own_cells = f'{prefix}warehouse_manager.weights.{layer.place[1]}'
+            layer.take_names(state_dict, f'{prefix}{name}.', own_cells)
     check_cells(state_dict, prefix, network.warehouse_manager.weights)
     own = {name for name in PARTS if hasattr(network, name)}
     warehouses = len(network.warehouse_manager.weights)
@@ -72,7 +81,8 @@ def check_checkpoint(
         found = load_static(network, kernels, state_dict, prefix)
     else:
         # Only the authors' ImageNet files have tensors beyond the backbone.
-        source = 'published KernelWarehouse' if unused else 'KernelWarehouse'
+        source = _METHODS[network.warehouse_manager.partitions[0].options.method]
+        source = f'published {source}' if unused else source
         cells = sum(len(weight) for weight in stored.values())
         found = f'{source} checkpoint, {cells} cells into {len(stored)} warehouses'
     LOGGER.info(f'{type(network).__name__}: {found}')

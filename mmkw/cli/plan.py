@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..engine.building import build_model, dynamic_networks
-from ..layers import Attention, PlanError, WarehousePartition, partition_warehouse
+from ..layers import Attention, LayerAttention, PlanError, WarehousePartition, partition_warehouse
 from ..sharing import static_networks
 from .config import add_config_options, config_of
 
@@ -95,9 +95,9 @@ def cost(partition: WarehousePartition, network: nn.Module, budget: float) -> in
         network: The network it belongs to.
         budget: ``cell_num_ratio`` to try.
     """
-    options = replace(partition.options, cell_num_ratio=budget)
     kernels = [share.kernel for share in partition.layers]
     try:
+        options = replace(partition.options, cell_num_ratio=budget)
         cut = partition_warehouse(partition.name, kernels, options)
     except PlanError:
         return None
@@ -106,11 +106,11 @@ def cost(partition: WarehousePartition, network: nn.Module, budget: float) -> in
     for share in cut.layers:
         if share.kernel.layer in layers:
             old = layers[share.kernel.layer].attention
-            norm = dict(type='LN' if old.fc1.bias is not None else 'BN1d')
+            # Only the attention of KernelWarehouse has another number of parameters by its norm.
+            has_bias = isinstance(old, Attention) and old.fc1.bias is not None
+            norm = dict(type='LN' if has_bias else 'BN1d')
             with torch.device('meta'):
-                total += parameters(
-                    Attention(old.fc1.in_features, share, cut.num_cells, options, norm)
-                )
+                total += parameters(type(old)(old.in_channels, share, cut.num_cells, options, norm))
     return total
 
 
@@ -205,7 +205,7 @@ def main(argv: Sequence[str]) -> None:
     for name, network in networks.items():
         print('\n'.join(plan_lines(name, network)))
     cells = sum(parameters(network.warehouse_manager) for network in networks.values())
-    attentions = sum(parameters(m) for m in model.modules() if isinstance(m, Attention))
+    attentions = sum(parameters(m) for m in model.modules() if isinstance(m, LayerAttention))
     dynamic = sum(map(parameters, networks.values()))
     plain = sum(parameters(static.get_submodule(name)) for name in networks)
     height, width = args.shape

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..layers import Attention
+from ..layers import LayerAttention
 from ..ops import modes
 from .calibration import predict
 
@@ -76,7 +76,7 @@ def match_norms(network: nn.Module, changed: nn.Module, loader: Iterable[Any]) -
 
 def _norms(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The BatchNorms with running statistics, but those of attentions."""
-    attentions = [module for module in network.modules() if isinstance(module, Attention)]
+    attentions = [module for module in network.modules() if isinstance(module, LayerAttention)]
     inside = {module for attention in attentions for module in attention.modules()}
     for name, module in network.named_modules():
         fits = isinstance(module, modes.BATCH_NORM) and module.running_mean is not None

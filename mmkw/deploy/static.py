@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..layers import ODConv2d
 from ..layers.dynamic_layers import DynamicLayer
 from ..layers.twins import has_values
 from ..layers.warehouse import WarehouseManager
@@ -99,7 +100,7 @@ def to_static(
 
     Raises:
         ValueError: If the network has no dynamic layer or no values in this process, if a layer
-            computes for no image, or if ``loader`` or ``keep`` is wrong.
+            computes for no image or is an ``ODConv2d``, or if ``loader`` or ``keep`` is wrong.
 
     Example:
         >>> network = mmkw.KWResNet(18, base_channels=8)
@@ -116,6 +117,11 @@ def to_static(
             raise ValueError(
                 f'{name or type(network).__name__} has no values in this process: it is on the '
                 'meta device, or its cells are sharded. Load or gather them first.'
+            )
+        if isinstance(layer, ODConv2d):
+            raise ValueError(
+                f'{name or type(network).__name__} is an ODConv2d, whose input and output are '
+                'scaled for every image: there is no mean kernel. Export it as it is.'
             )
     check_loader(loader)
     _check_keep(keep, layers)

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from ..checkpoints import read_checkpoint
-from ..layers import Attention, set_temperature
+from ..layers import LayerAttention, set_temperature
 from ..sharing import is_converted
 
 
@@ -81,7 +81,7 @@ def load_trained(model: nn.Module, path: str) -> None:
             f'{path} lacks {learnt[0]} and {len(learnt) - 1} more tensors of dynamic layers; '
             'give a checkpoint of the whole model, as the runner saves it'
         )
-    if any(isinstance(module, Attention) for module in model.modules()):
+    if any(isinstance(module, LayerAttention) for module in model.modules()):
         set_temperature(model, stored.get('meta', {}).get('temperature', 0.0))
 
 

@@ -31,7 +31,7 @@ def take_place(theirs: ModuleType) -> None:
             The same network.
         """
         # Imported here, because these modules import mmcv.
-        from ..layers import KWConv2d
+        from ..layers.dynamic_layers import DynamicLayer
         from ..ops.modes import BATCH_NORM
 
         before = None
@@ -44,7 +44,7 @@ def take_place(theirs: ModuleType) -> None:
                 before = None
             elif isinstance(child, nn.Conv2d):
                 before = name
-            elif isinstance(child, KWConv2d):
+            elif isinstance(child, DynamicLayer):
                 before = None
             else:
                 fuse_conv_bn(child)

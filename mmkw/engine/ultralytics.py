@@ -28,8 +28,8 @@ def take_place(theirs: ModuleType) -> None:
         Returns:
             A module that computes both.
         """
-        from ..layers import KWConv2d
+        from ..layers.dynamic_layers import DynamicLayer
 
-        return nn.Sequential(conv, bn) if isinstance(conv, KWConv2d) else fuse(conv, bn)
+        return nn.Sequential(conv, bn) if isinstance(conv, DynamicLayer) else fuse(conv, bn)
 
     theirs.fuse_conv_and_bn = fuse_conv_and_bn  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """Dynamic layers, their attention and the warehouses that hold their cells."""
 
-from .attention import Attention, set_temperature, temperature_at
+from .attention import Attention, LayerAttention, set_temperature, temperature_at
+from .comparators import CondConv2d, DYConv2d, ODConv2d
 from .dynamic_layers import (
     KWConv1d,
     KWConv2d,
@@ -24,12 +25,16 @@ from .warm_start import check_start_tau, warm_start
 
 __all__ = [
     'Attention',
+    'CondConv2d',
+    'DYConv2d',
     'KWConv1d',
     'KWConv2d',
     'KWConv3d',
     'KWLinear',
     'KernelShape',
+    'LayerAttention',
     'LayerShare',
+    'ODConv2d',
     'PlanError',
     'StandsForStatic',
     'StaticTwins',

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .partition import WarehouseOptions, check_size
+from .partition import METHODS, WarehouseOptions, check_size
 
 # The smallest value of each argument, and the largest number that PyTorch's convolutions take.
 _LEAST = dict.fromkeys(('in_channels', 'out_channels', 'in_features', 'out_features', 'groups'), 1)
@@ -57,16 +57,23 @@ def check_arguments(static_class: type[nn.Module], args: tuple, kwargs: dict[str
     _check_kernel(given, dims)
 
 
-def signature_of(static_class: type[nn.Module], norm_cfg: dict) -> inspect.Signature:
+def signature_of(static_class: type[nn.Module], norm_cfg: dict, method: str) -> inspect.Signature:
     """The signature of a dynamic layer: the static layer's arguments, then the warehouse options.
 
     Args:
         static_class: The static class of the layer.
         norm_cfg: The default of ``attention_norm_cfg``.
+        method: The method of the layer, whose options these are.
     """
     _, *own = inspect.signature(static_class.__init__).parameters.values()
-    options: dict[str, tuple[Any, Any]] = dict(attention_norm_cfg=(norm_cfg, dict))
-    options |= {field.name: (field.default, field.type) for field in fields(WarehouseOptions)}
+    taken = METHODS[method]
+    options: dict[str, tuple[Any, Any]] = {}
+    if taken.has_norm:
+        options['attention_norm_cfg'] = (norm_cfg, dict)
+    for field in fields(WarehouseOptions):
+        if field.name in taken.options:
+            default = taken.defaults.get(field.name, field.default)
+            options[field.name] = (default, field.type)
     kind = inspect.Parameter.KEYWORD_ONLY
     more = [
         inspect.Parameter(name, kind, default=default, annotation=annotation)

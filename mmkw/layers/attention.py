@@ -1,7 +1,7 @@
 """The contrasting-driven attention function (paper, section 3.4) and its temperature."""
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,55 @@ MIN_WIDTH = 16
 DENOMINATOR_EPS = 1e-3
 
 
-class Attention(nn.Module):
+class LayerAttention(nn.Module):
+    """What gives every image the weights of a layer's cells, by any method.
+
+    Attributes:
+        in_channels: Channels of the layer's input.
+        temperature: tau, in [0, 1]. 0 unless a schedule sets it; not part of the state dict.
+        is_static_at_one: Whether all images get the same kernel at a temperature of 1.
+        gain: The cells of a comparator relative to the kernel that they start at; None if the cells
+            start one to one.
+    """
+
+    is_static_at_one = False
+    gain: float | None = None
+    in_channels: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = 0.0
+
+    def reset_parameters(self) -> None:
+        """Sets linear layers by Kaiming normal (fan_out, relu), and biases to zero."""
+        for module in self.children():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def begin(self, tau: float) -> None:
+        """Begins a warm start, once the cells are laid.
+
+        Args:
+            tau: The temperature of the start.
+        """
+        self.temperature = tau
+
+    def take_start(self, tau: float, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Keeps a warm start while the rest of a static network is loaded.
+
+        Args:
+            tau: The temperature of the start.
+            state_dict: The state dict of the static network. The attention adds its own tensors.
+            prefix: The attention's place in the state dict.
+        """
+        self.begin(tau)
+        for name, tensor in self.state_dict().items():
+            state_dict[f'{prefix}{name}'] = tensor
+
+
+class Attention(LayerAttention):
     """Gives every image the weights with which a layer mixes the cells of its warehouse.
 
     ``z`` are the logits of a mixture over the ``n`` cells and one zero cell. The attention is
@@ -39,10 +87,9 @@ class Attention(nn.Module):
     Raises:
         PlanError: If the attention would have too many parameters.
         ValueError: If ``norm_cfg`` is not the config of a norm for vectors.
-
-    Attributes:
-        temperature: tau, in [0, 1]. 0 unless a schedule sets it; not part of the state dict.
     """
+
+    is_static_at_one = True
 
     def __init__(
         self,
@@ -53,25 +100,21 @@ class Attention(nn.Module):
         norm_cfg: dict,
     ) -> None:
         super().__init__()
-        self.temperature = 0.0
+        self.in_channels = in_channels
         self.num_mixtures = share.num_mixtures
         self.num_cells = num_cells
         self.start = share.start
         self.local_cells = num_cells
 
         width = attention_width(in_channels, options)
-        if width > MOST_CELLS:
-            raise PlanError(
-                f'The attention of {share.kernel} would have {width} hidden units, more than '
-                f'{MOST_CELLS}. Lower reduction={options.reduction}.'
-            )
+        check_width(width, share, options)
         check_size(
             f'The attention of {share.kernel}, of {width} hidden units for {self.num_mixtures} '
             f'mixtures of {num_cells} cells,',
             width * max(in_channels, self.num_mixtures * (num_cells + 1)),
             f'Lower cell_num_ratio={options.cell_num_ratio} or reduction={options.reduction}',
         )
-        norm = _norm_of(norm_cfg, width)
+        norm = norm_of(norm_cfg, width)
         self.fc1 = nn.Linear(in_channels, width, bias=not isinstance(norm, modes.BATCH_NORM))
         self.norm1 = norm
         self.relu = nn.ReLU(inplace=True)
@@ -99,12 +142,8 @@ class Attention(nn.Module):
         return self.local_cells < self.num_cells
 
     def reset_parameters(self) -> None:
-        """Sets linear layers by Kaiming normal (fan_out, relu), and biases to zero."""
-        for module in self.children():
-            if isinstance(module, nn.Linear):
-                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """See :class:`LayerAttention`."""
+        super().reset_parameters()
         if self.has_nonlocal_basis:
             nn.init.zeros_(self.basis_bias)
 
@@ -143,18 +182,6 @@ class Attention(nn.Module):
         self.fc2.weight.zero_()
         (self.basis_bias if self.has_nonlocal_basis else self.fc2.bias).copy_(logits)
 
-    def take_start(self, tau: float, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Keeps a warm start while the rest of a static network is loaded.
-
-        Args:
-            tau: The temperature of the start.
-            state_dict: The state dict of the static network. The attention adds its own tensors.
-            prefix: The attention's place in the state dict.
-        """
-        self.temperature = tau
-        for name, tensor in self.state_dict().items():
-            state_dict[f'{prefix}{name}'] = tensor
-
     def forward(self, pooled: Tensor) -> Tensor:
         """Computes the attentions in the precision of the parameters, also under autocast.
 
@@ -167,10 +194,8 @@ class Attention(nn.Module):
         quick = self._fused(pooled) if pooled.is_cuda else self._compiled(pooled)
         if quick is not None:
             return quick
-        # torch has no autocast for the meta device.
-        device = pooled.device.type
-        with nullcontext() if pooled.is_meta else torch.autocast(device, enabled=False):
-            hidden = self.relu(self._norm(self.fc1(pooled.to(self._precision(pooled)))))
+        with without_autocast(pooled):
+            hidden = self.relu(normalised(self.norm1, self.fc1(as_precise(pooled, self.fc1))))
             logits = self._logits(hidden)
             alpha = logits / (logits.abs().sum(-1, keepdim=True) + DENOMINATOR_EPS)
             if self.temperature > 0:
@@ -180,11 +205,6 @@ class Attention(nn.Module):
                 beta = F.one_hot(assigned, self.num_cells + 1).to(alpha)
                 alpha = torch.lerp(alpha, beta.expand_as(alpha), self.temperature)
             return alpha[..., :-1]
-
-    def _precision(self, pooled: Tensor) -> torch.dtype:
-        """The precision of ``fc1``'s weight, or of the input where ``fc1`` has been replaced."""
-        weight = getattr(self.fc1, 'weight', None)
-        return weight.dtype if isinstance(weight, Tensor) else pooled.dtype
 
     @property
     def _is_as_made(self) -> bool:
@@ -216,7 +236,7 @@ class Attention(nn.Module):
         ):
             return None
         else:
-            # A batch of one has no variance; see _norm.
+            # A batch of one has no variance; see normalised.
             kind = 'batch' if norm.training and len(pooled) > 1 else 'running'
             description = kernels.Norm(
                 kind,
@@ -257,29 +277,6 @@ class Attention(nn.Module):
         constants = (self.num_mixtures, DENOMINATOR_EPS)
         return torch.ops.mmkw.attend(*hidden, norm.eps, *output, *constants)
 
-    def _norm(self, hidden: Tensor) -> Tensor:
-        norm = self.norm1
-        alone = hidden.shape[0] <= 1 and not _joins_processes(norm)
-        if isinstance(norm, modes.BATCH_NORM) and norm.training and alone:
-            if norm.momentum is None and hidden.shape[0] and not norm.num_batches_tracked:
-                raise ValueError(
-                    'The running statistics of an attention are estimated anew (BatchNorm with '
-                    'momentum=None and num_batches_tracked=0, as by update_bn), and the first '
-                    'batch has one image: one value per channel has no variance. Take batches '
-                    "of two or more, or attention_norm_cfg=dict(type='LN')."
-                )
-            for hook in modes.computing_hooks(norm):
-                hook(norm, ())
-            return F.batch_norm(
-                hidden,
-                norm.running_mean,
-                norm.running_var,
-                norm.weight,
-                norm.bias,
-                eps=norm.eps,
-            )
-        return norm(hidden)
-
     def _logits(self, hidden: Tensor) -> Tensor:
         """Computes the logits: Tensor[batch, mixtures, cells + 1]."""
         z = self.fc2(hidden).unflatten(1, (self.num_mixtures, -1))
@@ -305,6 +302,24 @@ def attention_width(in_channels: int, options: WarehouseOptions) -> int:
     return max(int(in_channels * options.reduction), MIN_WIDTH)
 
 
+def check_width(width: int, share: LayerShare, options: WarehouseOptions) -> None:
+    """Refuses an attention with too many hidden units.
+
+    Args:
+        width: The hidden units.
+        share: The layer's share in the warehouse.
+        options: Options of the warehouse.
+
+    Raises:
+        PlanError: If there are more than :data:`~mmkw.layers.partition.MOST_CELLS`.
+    """
+    if width > MOST_CELLS:
+        raise PlanError(
+            f'The attention of {share.kernel} would have {width} hidden units, more than '
+            f'{MOST_CELLS}. Lower reduction={options.reduction}.'
+        )
+
+
 # The norms for vectors by the names of mmcv, each with its argument for the length of a vector.
 _NORMS = dict(
     BN1d=(nn.BatchNorm1d, 'num_features'),
@@ -314,8 +329,16 @@ _NORMS = dict(
 )
 
 
-def _norm_of(norm_cfg: dict, width: int) -> nn.Module:
-    """Builds the norm of the hidden units."""
+def norm_of(norm_cfg: dict, width: int) -> nn.Module:
+    """Builds the norm of the hidden units.
+
+    Args:
+        norm_cfg: Config of the norm, as in :class:`Attention`.
+        width: The hidden units.
+
+    Raises:
+        ValueError: If ``norm_cfg`` is not the config of a norm for vectors.
+    """
     expected = "attention_norm_cfg must be such as dict(type='BN1d'), 'SyncBN' or 'LN'"
     if not isinstance(norm_cfg, dict) or norm_cfg.get('type') not in _NORMS:
         raise ValueError(f'{expected}, got {norm_cfg!r}; known are {", ".join(_NORMS)}.')
@@ -333,6 +356,61 @@ def _norm_of(norm_cfg: dict, width: int) -> nn.Module:
             'normalise a batch of one image by.'
         )
     return norm
+
+
+def without_autocast(pooled: Tensor) -> AbstractContextManager:
+    """Switches autocast off: attentions are computed in the precision of their parameters.
+
+    Args:
+        pooled: The input of the attention.
+    """
+    # torch has no autocast for the meta device.
+    device = pooled.device.type
+    return nullcontext() if pooled.is_meta else torch.autocast(device, enabled=False)
+
+
+def as_precise(pooled: Tensor, first: nn.Module) -> Tensor:
+    """Casts the input of an attention to the precision of its first layer.
+
+    Args:
+        pooled: Tensor[batch, in_channels].
+        first: The layer. If it has been replaced by one without ``weight``, nothing is cast.
+    """
+    weight = getattr(first, 'weight', None)
+    return pooled.to(weight.dtype) if isinstance(weight, Tensor) else pooled
+
+
+def normalised(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """Normalises the hidden units of an attention; see :class:`Attention` about a batch of one.
+
+    Args:
+        norm: The norm.
+        hidden: Tensor[batch, units].
+
+    Raises:
+        ValueError: If the running statistics of a BatchNorm are estimated anew, and the first batch
+            has one image.
+    """
+    alone = hidden.shape[0] <= 1 and not _joins_processes(norm)
+    if isinstance(norm, modes.BATCH_NORM) and norm.training and alone:
+        if norm.momentum is None and hidden.shape[0] and not norm.num_batches_tracked:
+            raise ValueError(
+                'The running statistics of an attention are estimated anew (BatchNorm with '
+                'momentum=None and num_batches_tracked=0, as by update_bn), and the first '
+                'batch has one image: one value per channel has no variance. Take batches '
+                "of two or more, or attention_norm_cfg=dict(type='LN')."
+            )
+        for hook in modes.computing_hooks(norm):
+            hook(norm, ())
+        return F.batch_norm(
+            hidden,
+            norm.running_mean,
+            norm.running_var,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+        )
+    return norm(hidden)
 
 
 def _is_as_made(module: nn.Module) -> bool:
@@ -399,7 +477,8 @@ def set_temperature(model: nn.Module, tau: float) -> None:
     Args:
         model: Any model with KernelWarehouse layers, wrapped (DDP) or not.
         tau: Temperature in [0, 1]. At 1 every mixture is the one cell of the one-to-one start. At 0
-            the attention alone decides.
+            the attention alone decides. The comparators divide their logits by ``1 + 29 * tau``, 30
+            to 1; ``CondConv2d`` has no temperature.
 
     Raises:
         ValueError: If ``tau`` is out of range or the model has no dynamic layer.
@@ -408,7 +487,7 @@ def set_temperature(model: nn.Module, tau: float) -> None:
         >>> mmkw.set_temperature(mmkw.KWConv2d(8, 8, 3), 0.5)
     """
     check_temperature('tau', tau)
-    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    attentions = [module for module in model.modules() if isinstance(module, LayerAttention)]
     if not attentions:
         raise ValueError(
             f'{type(model).__name__} has no KernelWarehouse layer whose temperature could be set. '

@@ -1,7 +1,7 @@
 """Convolutional and linear layers whose kernel is mixed from a warehouse for every image."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from ..ops.kernels import assemble
 from .arguments import check_arguments, signature_of
 from .attention import Attention
 from .partition import (
+    KERNELWAREHOUSE,
+    METHODS,
     KernelShape,
     LayerShare,
     WarehouseOptions,
@@ -26,6 +28,8 @@ from .warehouse import WarehouseManager, fault_of
 from .warm_start import warm_start
 
 DEFAULT_NORM_CFG = dict(type='BN1d')
+# The dynamic layer of every method for a static class.
+_DYNAMIC: dict[tuple[str, Any], type['DynamicLayer']] = {}
 
 
 class DynamicLayer(Weightless, StandsForStatic):
@@ -54,11 +58,14 @@ class DynamicLayer(Weightless, StandsForStatic):
     """
 
     static_class: type[nn.Module]
+    method = KERNELWAREHOUSE
+    attention_class: Callable[..., nn.Module] = Attention
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if hasattr(cls, 'static_class'):
-            cls.__signature__ = signature_of(cls.static_class, DEFAULT_NORM_CFG)
+            cls.__signature__ = signature_of(cls.static_class, DEFAULT_NORM_CFG, cls.method)
+            _DYNAMIC.setdefault((cls.method, cls.static_class), cls)
 
     def __init__(
         self,
@@ -69,13 +76,24 @@ class DynamicLayer(Weightless, StandsForStatic):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        method = METHODS[self.method]
         options, kwargs = split_options(kwargs)
+        if 'method' in options:
+            # The class is the method, so this is refused as any unknown argument.
+            kwargs['method'] = options.pop('method')
         check_arguments(self.static_class, args, kwargs)
+        if not method.has_norm and attention_norm_cfg is not DEFAULT_NORM_CFG:
+            raise TypeError(
+                f'attention_norm_cfg={attention_norm_cfg!r}: the attention of a '
+                f'{type(self).__name__} has no norm. Leave it out.'
+            )
         dtype = kwargs.pop('dtype', None)
         # torch.nn checks and normalises the arguments. On the meta device this needs no memory.
         static = self.static_class(*args, **kwargs, device='meta')
         partition = partition_warehouse(
-            'its own', [kernel_shape('layer', static)], WarehouseOptions(**options)
+            'its own',
+            [kernel_shape('layer', static)],
+            WarehouseOptions.of(method=self.method, **options),
         )
         self.warehouse_manager = WarehouseManager([partition])
         self._setup(static, self.warehouse_manager, 0, 0, attention_norm_cfg)
@@ -131,7 +149,7 @@ class DynamicLayer(Weightless, StandsForStatic):
         self._grid = share.grid
         self._fan_in = share.kernel.in_channels * math.prod(share.kernel.kernel_size)
         in_channels = share.kernel.in_channels * getattr(static, 'groups', 1)
-        self.attention = Attention(
+        self.attention = self.attention_class(
             in_channels, share, partition.num_cells, partition.options, attention_norm_cfg
         )
         self.register_parameter('bias', None)
@@ -174,6 +192,8 @@ class DynamicLayer(Weightless, StandsForStatic):
     def static_kernel(self) -> Tensor:
         """The kernel of the one-to-one start: Tensor[out, in, *kernel_size]."""
         cells, share = self.cells, self.share
+        if self.attention.gain is not None:
+            return cells.mean(0) / self.attention.gain
         held = [(i, cell) for i, cell in enumerate(share.assigned) if cell is not None]
         rows = cells.new_zeros(1, share.num_mixtures, *cells.shape[1:])
         if held:
@@ -224,21 +244,38 @@ class DynamicLayer(Weightless, StandsForStatic):
 
     def _map(self, x: Tensor, pooled: Tensor) -> Tensor:
         """Applies to every image the kernel that its attention mixes."""
-        attention, cells = self.attention(pooled), self.cells
+        return self._mixed(x, self.attention(pooled), self.bias)
+
+    def _mixed(
+        self, x: Tensor, attention: Tensor, bias: Tensor | None, taps: Tensor | None = None
+    ) -> Tensor:
+        """Applies the kernels that attentions mix from the cells; see :func:`apply_mixed`."""
+        cells = self.cells
         if modes.is_sharded(cells) and not modes.is_sharded(attention):
             raise RuntimeError(
                 f'The kernel cells of a {type(self).__name__} are sharded where it computes. With '
                 'FSDP or fully_shard wrap the module that has warehouse_manager with all its '
                 'layers, not warehouse_manager or what is in it.'
             )
-        return apply_mixed(x, attention, cells, self._grid, self._sample_map, self.bias)
+        return apply_mixed(x, attention, cells, self._grid, self._sample_map, bias, taps)
+
+    def take_names(self, state_dict: dict[str, Any], prefix: str, cells: str) -> None:
+        """Translates names in which others have published the layer.
+
+        Args:
+            state_dict: Changed in place.
+            prefix: The layer's place in the state dict.
+            cells: The name of its warehouse there.
+        """
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Takes a static kernel if the layer owns its warehouse."""
+        manager, own_manager = self._warehouses[0], self._modules.get('warehouse_manager')
+        if manager is own_manager:
+            self.take_names(state_dict, prefix, f'{prefix}warehouse_manager.weights.0')
         kernel = state_dict.pop(f'{prefix}weight', None)
         if kernel is not None:
-            manager = self._warehouses[0]
-            if manager is not self._modules.get('warehouse_manager'):
+            if manager is not own_manager:
                 raise RuntimeError(
                     f'{prefix}weight is a static kernel for a layer that shares its warehouse. '
                     'Load static weights into the network that has the warehouse_manager.'
@@ -273,7 +310,9 @@ class DynamicLayer(Weightless, StandsForStatic):
         return self.static_class.extra_repr(self)
 
 
-class _KWConvNd(DynamicLayer):
+class ConvNd(DynamicLayer):
+    """A dynamic convolution of any number of dimensions."""
+
     # mmcv's ConvModule reads this attribute.
     transposed = False
 
@@ -343,7 +382,7 @@ class _KWConvNd(DynamicLayer):
         return padding_by_size(x.shape[2:], self.kernel_size, self.stride, self.dilation)
 
 
-class KWConv1d(_KWConvNd):
+class KWConv1d(ConvNd):
     """Dynamic ``torch.nn.Conv1d``: Tensor[batch, channels, length]; see :class:`DynamicLayer`.
 
     Example:
@@ -355,7 +394,7 @@ class KWConv1d(_KWConvNd):
     static_class = nn.Conv1d
 
 
-class KWConv2d(_KWConvNd):
+class KWConv2d(ConvNd):
     """Dynamic ``torch.nn.Conv2d``: Tensor[batch, channels, height, width].
 
     Modules that build their convolutions through mmcv take it as
@@ -371,7 +410,7 @@ class KWConv2d(_KWConvNd):
     static_class = nn.Conv2d
 
 
-class KWConv3d(_KWConvNd):
+class KWConv3d(ConvNd):
     """Dynamic ``torch.nn.Conv3d``: ``Tensor[batch, channels, *size]``; see :class:`DynamicLayer`.
 
     Example:
@@ -428,21 +467,17 @@ class KWLinear(DynamicLayer):
         return self._map(x, pooled)
 
 
-_DYNAMIC: dict[Any, type[DynamicLayer]] = {
-    layer.static_class: layer for layer in (KWConv1d, KWConv2d, KWConv3d, KWLinear)
-}
-
-
-def dynamic_class(layer: nn.Module) -> type[DynamicLayer] | None:
+def dynamic_class(layer: nn.Module, method: str = KERNELWAREHOUSE) -> type[DynamicLayer] | None:
     """The class of the dynamic layer that can replace a static layer.
 
     Args:
         layer: Any module.
+        method: As in :class:`~mmkw.layers.WarehouseOptions`.
 
     Returns:
         None if no dynamic layer can; see :func:`~mmkw.layers.static_classes.base_class`.
     """
-    return _DYNAMIC.get(base_class(layer))
+    return _DYNAMIC.get((method, base_class(layer)))
 
 
 def kernel_shape(name: str, static: nn.Module) -> KernelShape:

@@ -4,7 +4,7 @@ This module works with shapes and numbers, not with tensors.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -33,9 +33,59 @@ def check_size(what: str, values: int, remedy: str) -> None:
         raise PlanError(f'{what} has {values} values, more than {MOST_VALUES}. {remedy}.')
 
 
+KERNELWAREHOUSE = 'kernelwarehouse'
+
+
+@dataclass(frozen=True)
+class Method:
+    """A kind of dynamic convolution.
+
+    Attributes:
+        defaults: The options of :class:`WarehouseOptions` that the method chooses otherwise.
+        least: The smallest budget. A comparator's budget is its number of kernels.
+        options: The options that a user may choose.
+        has_norm: Whether the attention has a norm over its hidden units.
+        is_comparator: Whether every layer has a warehouse of its own, of whole kernels.
+    """
+
+    defaults: Mapping[str, Any]
+    least: int = 1
+    options: tuple[str, ...] = ('cell_num_ratio', 'reduction')
+    has_norm: bool = True
+    is_comparator: bool = True
+
+
+METHODS = {
+    KERNELWAREHOUSE: Method(
+        {},
+        options=(
+            'cell_num_ratio',
+            'cell_inplane_ratio',
+            'cell_outplane_ratio',
+            'reduction',
+            'nonlocal_basis_ratio',
+            'spatial_partition',
+        ),
+        is_comparator=False,
+    ),
+    'dyconv': Method(
+        dict(spatial_partition=False, cell_num_ratio=4, reduction=1 / 4), least=2, has_norm=False
+    ),
+    'condconv': Method(
+        dict(spatial_partition=False, cell_num_ratio=8),
+        least=2,
+        options=('cell_num_ratio',),
+        has_norm=False,
+    ),
+    'odconv': Method(dict(spatial_partition=False, cell_num_ratio=1)),
+}
+
+
 @dataclass(frozen=True)
 class WarehouseOptions:
     """The options of one warehouse: the size and the number of its cells, and its attentions.
+
+    :meth:`of` knows what each method takes by default.
 
     Args:
         cell_num_ratio: The budget ``b`` (the paper's convolutional parameter budget): cells in the
@@ -52,9 +102,13 @@ class WarehouseOptions:
             at least 16 values.
         spatial_partition: Whether cells have size 1 in space. Otherwise they have the kernel's
             size.
+        method: ``kernelwarehouse``, or a comparator: ``dyconv``, ``condconv`` or ``odconv``, the
+            layers :class:`~mmkw.DYConv2d`, :class:`~mmkw.CondConv2d` and :class:`~mmkw.ODConv2d`.
+            The warehouse of a comparator has the whole kernels of one layer, ``cell_num_ratio`` of
+            them, and of the other options takes ``reduction`` alone; ``condconv`` not even that.
 
     Raises:
-        PlanError: If a value is out of its range.
+        PlanError: If a value is out of its range, or does not apply to the method.
     """
 
     cell_num_ratio: float = 1.0
@@ -63,9 +117,28 @@ class WarehouseOptions:
     reduction: float = 1 / 16
     nonlocal_basis_ratio: float = 1.0
     spatial_partition: bool = True
+    method: str = KERNELWAREHOUSE
+
+    @classmethod
+    def of(cls, **given: Any) -> 'WarehouseOptions':
+        """Makes the options of a method from those that are given.
+
+        Args:
+            **given: Fields of this class. Those that are missing or None are the method's own: 4
+                kernels and a ``reduction`` of 1/4 of ``dyconv``, 8 kernels of ``condconv``, one of
+                ``odconv``.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        method = given.get('method')
+        own = METHODS[method].defaults if isinstance(method, str) and method in METHODS else {}
+        return cls(**{**own, **given})
 
     def __post_init__(self) -> None:
+        if not isinstance(self.method, str) or self.method not in METHODS:
+            raise PlanError(f'method must be one of {list(METHODS)}, got {self.method!r}.')
         for field in fields(self):
+            if field.name == 'method':
+                continue
             value = getattr(self, field.name)
             if field.name == 'spatial_partition':
                 valid, expected = isinstance(value, bool), 'True or False'
@@ -78,6 +151,30 @@ class WarehouseOptions:
                     valid, expected = False, f'from 1 / {MOST_VALUES} to {MOST_VALUES}'
             if not valid:
                 raise PlanError(f'{field.name} must be {expected}, got {value!r}.')
+        if METHODS[self.method].is_comparator:
+            self._check_comparator()
+
+    def _check_comparator(self) -> None:
+        method = METHODS[self.method]
+        kernels = self.cell_num_ratio
+        if kernels < method.least or kernels % 1:
+            raise PlanError(
+                f'cell_num_ratio is the number of kernels of method={self.method!r}, a whole '
+                f'number of at least {method.least}, got {kernels!r}. By default it is '
+                f'{method.defaults["cell_num_ratio"]}.'
+            )
+        for field in fields(self):
+            value, own = getattr(self, field.name), method.defaults.get(field.name, field.default)
+            if field.name not in ('method', *method.options) and value != own:
+                raise PlanError(
+                    f'{field.name}={value!r} does not apply to method={self.method!r}, whose '
+                    f'warehouses hold the whole kernels of one layer. Leave it out.'
+                )
+
+
+def is_comparator(method: Any) -> bool:
+    """Whether a method is another one than KernelWarehouse. None and unknown ones are not."""
+    return isinstance(method, str) and method in METHODS and METHODS[method].is_comparator
 
 
 def split_options(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -193,6 +290,11 @@ def partition_warehouse(
         raise PlanError(
             f'Warehouse {name!r}: kernels of different dimension cannot share cells: {layers}. '
             'Give them warehouses of their own.'
+        )
+    if METHODS[options.method].is_comparator and len(kernels) > 1:
+        raise PlanError(
+            f'Warehouse {name!r}: with method={options.method!r} every layer has a warehouse of '
+            f'its own, got {layers}. SharingPlan.make gives them their own.'
         )
     sizes = {kernel.kernel_size for kernel in kernels}
     if not options.spatial_partition and len(sizes) != 1:

@@ -28,6 +28,9 @@ class StandsForStatic(nn.Module):
     def static_twin(self) -> nn.Module:
         """Makes the static module that computes the same as this module at temperature 1.
 
+        The twin of a comparator computes what all its kernels give with the same attention, as at
+        a warm start.
+
         Returns:
             A module of ``torch.nn``. It may share parameters with this module. With a budget below
             1, the kernel is zero where the one-to-one start assigns the zero cell. Where this
@@ -131,7 +134,7 @@ class Kernels:
                 cells.copy_(started)
             if loaded:
                 for attention in attentions.values():
-                    attention.temperature = tau
+                    attention.begin(tau)
         return errors
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import modes
-from .partition import WarehousePartition
+from .partition import WarehousePartition, is_comparator
 from .warm_start import check_start_tau
 
 
@@ -80,12 +80,16 @@ class WarehouseManager(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Starts the cells of every layer by Kaiming normal (fan_out, relu)."""
+        """Starts the cells of every layer by Kaiming normal (fan_out, relu).
+
+        The cells of a layer are parts of one kernel. But those of a comparator are whole kernels.
+        """
         for partition, weight in zip(self.partitions, self.weights):
             for share in partition.layers:
                 own = weight.detach()[share.start : share.start + share.own_cells]
-                if own.numel():
-                    nn.init.kaiming_normal_(own.flatten(0, 1), mode='fan_out', nonlinearity='relu')
+                kernels = own if is_comparator(partition.options.method) else [own.flatten(0, 1)]
+                for kernel in kernels if own.numel() else ():
+                    nn.init.kaiming_normal_(kernel, mode='fan_out', nonlinearity='relu')
 
     def forward(self, x: Any) -> Any:
         """Returns its input. In a ``torch.fx`` graph this call makes the manager a submodule."""

@@ -6,6 +6,7 @@ mixtures.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def check_start_tau(tau: float) -> float:
 def warm_start(
     partition: WarehousePartition,
     kernels: Mapping[str, Tensor],
-    attentions: Mapping[str, Attention],
+    attentions: Mapping[str, Any],
     cells: Tensor,
     tau: float,
 ) -> tuple[Tensor, float]:
@@ -48,11 +49,17 @@ def warm_start(
     same whatever its scale, because a norm mostly follows. At tau = 1 the pieces are lost whose
     mixture is assigned the zero cell.
 
+    A comparator starts with the same attention for all its kernels, at any temperature. So their
+    mean is the static kernel, times the attention's ``gain``, and they differ by random parts that
+    add up to zero. Equal kernels would get equal gradients, and give none to the attention: they
+    would stay equal for ever.
+
     Args:
         partition: The warehouse.
         kernels: Static kernels, ``Tensor[out, in, *kernel_size]``, by layer. The cells of other
             layers do not change. With ``b < 1`` at tau = 0 they may change, too.
-        attentions: The attentions of the same layers. They change at tau = 0 only.
+        attentions: The :class:`~mmkw.layers.Attention` or other attention of the same layers. They
+            change at tau = 0 only, those of comparators when they ``begin``.
         cells: ``Tensor[cells, cell_out, cell_in, *cell_kernel]``, the current cells.
         tau: 0 or 1.
 
@@ -73,8 +80,14 @@ def warm_start(
         piece, attention = pieces[name], attentions[name]
         magnitude = piece.square().mean().sqrt()
         own = new[share.start : share.start + share.own_cells]
+        gain = attention.gain
         if magnitude > 0:
-            own.copy_(magnitude * torch.randn(own.shape, generator=generator, dtype=own.dtype))
+            noise = torch.randn(own.shape, generator=generator, dtype=own.dtype)
+            own.copy_(magnitude * (gain or 1) * noise)
+        if gain is not None:
+            own += gain * piece - own.mean(0)
+            errors.append(0.0)
+            continue
         held = [(i, cell) for i, cell in enumerate(share.assigned) if cell is not None]
         mixtures, assigned = (list(numbers) for numbers in zip(*held)) if held else ([], [])
         reach = attention.reach if tau == 0 else 1.0

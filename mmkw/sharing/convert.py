@@ -22,7 +22,8 @@ from ..layers import (
     leave_static_twins,
     static_twins,
 )
-from ..layers.attention import Attention
+from ..layers.attention import LayerAttention
+from ..layers.partition import KERNELWAREHOUSE, METHODS, is_comparator
 from ..layers.static_classes import STATIC_CLASSES
 from ..layers.static_layers import is_head, read_by_others
 from ..layers.twins import Kernels, has_values
@@ -90,7 +91,9 @@ def convert(
         keep_weights: Whether the kernels of the network start the dynamic layers. If not, cells and
             attentions have the random start of the paper, for training from scratch.
         **options: Without ``plan``: the fields of :class:`~mmkw.layers.WarehouseOptions`, such as
-            ``cell_num_ratio``, each one value or a sequence with one value per warehouse.
+            ``cell_num_ratio``, each one value or a sequence with one value per warehouse. With
+            ``method='dyconv'``, ``'condconv'`` or ``'odconv'`` the layers become those of another
+            method, each with its own kernels.
 
     Returns:
         The same network. Inside :func:`static_networks` it is unchanged.
@@ -110,6 +113,8 @@ def convert(
         >>> plan = mmkw.SharingPlan.make([('first', 'all'), ('second', 'all')], cell_num_ratio=2)
         >>> mmkw.convert(static, plan)(x).shape
         torch.Size([2, 64, 5, 5])
+        >>> type(mmkw.convert(Network(), method='odconv', cell_num_ratio=4).first).__name__
+        'ODConv2d'
 
     Raises:
         ValueError: If ``start_tau`` is neither 0 nor 1.
@@ -133,14 +138,21 @@ def convert(
             'module that holds it.'
         )
     if plan is None:
-        plan = SharingPlan.make(family_rule(network), **options)
-        absent = absent_kernels(network)
+        method = options.get('method', KERNELWAREHOUSE)
+        plan = SharingPlan.make(family_rule(network, method), **options)
+        absent = () if is_comparator(method) else absent_kernels(network)
     elif not isinstance(plan, SharingPlan) or options:
         raise TypeError(
             f'convert takes a SharingPlan or warehouse options, not both, got plan={plan!r} and '
             f'options {sorted(options)}. Give the options to SharingPlan.make.'
         )
     kernels = {kernel.layer: kernel for kernel in absent}
+    methods = {options.method for options in plan.options.values()}
+    if attention_norm_cfg is not None and not any(METHODS[name].has_norm for name in methods):
+        raise PlanError(
+            f'attention_norm_cfg={attention_norm_cfg!r} does not apply to '
+            f'method={min(methods)!r}, whose attentions have no norm. Leave it out.'
+        )
     planned = {layer for layer, _ in plan.layers} - set(kernels)
     split_projections(
         network, [name for name in fused_projections(network) if f'{name}.value' in planned]
@@ -167,9 +179,8 @@ def convert(
         if freeze_warehouses:
             manager.weights[index].requires_grad_(any(weight.requires_grad for weight in weights))
         for position, layer in layers.items():
-            twins[layer] = dynamic_class(layer).from_static(  # type: ignore[union-attr]
-                layer, manager, index, position, norm_cfg
-            )
+            kind: Any = dynamic_class(layer, partition.options.method)
+            twins[layer] = kind.from_static(layer, manager, index, position, norm_cfg)
         members.append([twins[layer] for layer in layers.values()])
     # Layers are found by identity: a layer that a head uses at several places stays one layer.
     for parent in list(network.modules()):
@@ -246,10 +257,15 @@ def to_static(network: nn.Module) -> nn.Module:
         >>> 'layer1.0.conv1.weight' in mmkw.to_static(network).state_dict()
         True
     """
-    attentions = {n: m for n, m in network.named_modules() if isinstance(m, Attention)}
+    attentions = {n: m for n, m in network.named_modules() if isinstance(m, LayerAttention)}
     if not attentions:
         raise ValueError(f'{type(network).__name__} has no dynamic layer: it is static.')
     for name, attention in attentions.items():
+        if not attention.is_static_at_one:
+            raise ValueError(
+                f'{name} is a {type(attention).__name__}, of a method that gives every image its '
+                'own kernel at any temperature. mmkw.deploy.to_static approximates.'
+            )
         if attention.temperature != 1:
             raise ValueError(
                 f'{name} has the temperature {attention.temperature:g}: every image has a kernel '
@@ -308,6 +324,12 @@ def _find_layers(
             layer = network.get_submodule(name)
         except AttributeError:
             raise PlanError(f'{where}: {type(network).__name__} has no such layer.') from None
+        method = plan.options[warehouse].method
+        if dynamic_class(layer) and dynamic_class(layer, method) is None:
+            raise PlanError(
+                f'{where} is a {type(layer).__name__}, for which method={method!r} has no layer: '
+                'only for Conv2d. Leave it static, or plan it by another method.'
+            )
         if dynamic_class(layer) is None:
             kinds = ', '.join(static.__name__ for static in STATIC_CLASSES)
             raise PlanError(

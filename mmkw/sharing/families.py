@@ -4,13 +4,14 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from torch import nn
 
 from ..checkpoints.static_kernels import stage_of
 from ..layers import PlanError, WarehouseOptions, dynamic_class, kernel_shape
 from ..layers.attention import attention_width
-from ..layers.partition import partition_warehouse
+from ..layers.partition import KERNELWAREHOUSE, is_comparator, partition_warehouse
 from ..layers.static_layers import predictions, read_by_others
 from .rules import absent_kernels, convnext_rule, mobilenet_v2_rule, refuse_nothing, resnet_rule
 from .value_projection import fused_projections
@@ -52,7 +53,7 @@ def plannable_layers(network: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-def family_rule(network: nn.Module) -> list[tuple[str, str]]:
+def family_rule(network: nn.Module, method: str = KERNELWAREHOUSE) -> list[tuple[str, str]]:
     """Finds the warehouse of every layer, by the rule of the network's family or a general rule.
 
     ResNets (also derived classes: ResNeXt, Res2Net, RegNet), ConvNeXt and MobileNetV2 share as in
@@ -70,8 +71,12 @@ def family_rule(network: nn.Module) -> list[tuple[str, str]]:
     Warehouses whose cells would be too small are split; see :func:`split_groups`. A rule that makes
     less than half of the kernels dynamic says so in the log.
 
+    With another method the same layers are dynamic, as far as the method has a layer for them, and
+    each has a warehouse of its own. ResNets differ a little; see :func:`resnet_rule`.
+
     Args:
         network: A static network.
+        method: As in :class:`~mmkw.layers.WarehouseOptions`.
 
     Returns:
         Pairs of layer and warehouse in module order.
@@ -79,9 +84,24 @@ def family_rule(network: nn.Module) -> list[tuple[str, str]]:
     layers = plannable_layers(network)
     families = _families_of(network)
     rule = _FAMILIES[families[0]] if families else _general_rule
+    if rule is resnet_rule:
+        rule = partial(resnet_rule, method=method)
     # A network may have only its class's name in common with its family.
     pairs = refuse_nothing(network, rule(network) or _general_rule(network))
+    if is_comparator(method):
+        pairs = [
+            (name, name)
+            for name, _ in pairs
+            if name in layers and dynamic_class(layers[name], method)
+        ]
+        if not pairs:
+            raise PlanError(
+                f'{type(network).__name__} has no Conv2d that could be dynamic, and '
+                f'method={method!r} has no layer for others. Take method={KERNELWAREHOUSE!r}.'
+            )
     _tell_of_little(network, pairs, layers)
+    if is_comparator(method):
+        return pairs
     absent = {
         kernel.layer: nn.Conv2d(
             kernel.in_channels,

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..layers import PlanError, WarehouseOptions
+from ..layers.partition import is_comparator
 from ..layers.static_layers import read_by_others
 from .families import plannable_layers
 from .plan import SharingPlan
@@ -26,7 +27,8 @@ def pattern_plan(
         patterns: A list of dicts. ``match`` is a regular expression for the whole name of a layer.
             ``warehouse`` is the name of the warehouse, and may refer to groups of the expression
             (``r'stage\1'``); by default it is the expression itself. The other keys are options of
-            :class:`~mmkw.layers.WarehouseOptions`.
+            :class:`~mmkw.layers.WarehouseOptions`. With a ``method`` other than ``kernelwarehouse``
+            every layer has a warehouse of its own, whatever is named.
         **options: Options for all warehouses. The options of a pattern take precedence.
 
     Raises:
@@ -43,7 +45,7 @@ def pattern_plan(
     settings: dict[str, WarehouseOptions] = {}
     for expression, pattern in compiled:
         own = {k: v for k, v in pattern.items() if k not in ('match', 'warehouse')}
-        chosen = WarehouseOptions(**{**options, **own})
+        chosen = WarehouseOptions.of(**{**options, **own})
         matched = {name: match for name in names if (match := expression.fullmatch(name))}
         found = [name for name in matched if name in layers and name not in home]
         wrong = [name for name in matched if name in kernels and name not in layers]
@@ -66,6 +68,8 @@ def pattern_plan(
             )
         for name in found:
             warehouse = _warehouse_of(matched[name], pattern)
+            if is_comparator(chosen.method):
+                warehouse = name
             if settings.setdefault(warehouse, chosen) != chosen:
                 raise PlanError(
                     f'patterns: match={expression.pattern!r} gives warehouse {warehouse!r} other '

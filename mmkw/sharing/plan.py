@@ -10,6 +10,7 @@ from ..layers.partition import (
     PlanError,
     WarehouseOptions,
     WarehousePartition,
+    is_comparator,
     partition_warehouse,
 )
 
@@ -50,13 +51,16 @@ class SharingPlan:
         Args:
             layers: Pairs of layer name and warehouse name, in module order.
             **options: The fields of :class:`~mmkw.layers.WarehouseOptions`, each one value or a
-                sequence with one value per warehouse.
+                sequence with one value per warehouse. With a ``method`` other than
+                ``kernelwarehouse`` every layer gets a warehouse of its own.
 
         Raises:
             PlanError: If a sequence has another length than there are warehouses, or a value is
                 out of range.
         """
         layers = tuple(layers)
+        if is_comparator(options.get('method')):
+            layers = tuple((layer, layer) for layer, _ in layers)
         names = list(dict.fromkeys(warehouse for _, warehouse in layers))
         known = [field.name for field in fields(WarehouseOptions)]
         for option, value in options.items():
@@ -70,7 +74,7 @@ class SharingPlan:
         return cls(
             layers,
             {
-                name: WarehouseOptions(
+                name: WarehouseOptions.of(
                     **{k: v[i] if _is_sequence(v) else v for k, v in options.items()}
                 )
                 for i, name in enumerate(names)

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from ..layers import KernelShape, PlanError, dynamic_class, kernel_shape
+from ..layers.partition import KERNELWAREHOUSE, is_comparator
 
 # Res2Net has several 3x3 convolutions ``convs`` instead of conv2.
 _RESNET_LAYER = re.compile(r'layer(\d+)\.(\d+)\.(conv\d+|convs\.\d+|downsample\.\d+)')
 
 
-def resnet_rule(network: nn.Module) -> list[tuple[str, str]]:
+def resnet_rule(network: nn.Module, method: str = KERNELWAREHOUSE) -> list[tuple[str, str]]:
     """One warehouse per stage of a ResNet; the stem is static (paper, section 4.1).
 
     In the first block of a stage, conv1 and the downsample convolution belong to the warehouse of
@@ -25,8 +26,13 @@ def resnet_rule(network: nn.Module) -> list[tuple[str, str]]:
     two convolutions of the next stage, as absent kernels: their cells are in the published
     warehouses. See :func:`absent_kernels`.
 
+    A comparator shares nothing. There the first block of stage 1 is as all others. The downsample
+    convolutions are dynamic, but not those of ``odconv``: so its networks have the parameters of
+    their papers, and take the authors' files.
+
     Args:
         network: A ResNet with the module names that torchvision, mmdet and mmseg share.
+        method: As in :class:`~mmkw.layers.WarehouseOptions`.
 
     Returns:
         Pairs of layer and warehouse (``stage1`` to ``stage4``) in module order.
@@ -37,6 +43,10 @@ def resnet_rule(network: nn.Module) -> list[tuple[str, str]]:
         if match is None or dynamic_class(module) is None:
             continue
         stage, block, part = int(match[1]), int(match[2]), match[3]
+        if is_comparator(method):
+            if method != 'odconv' or not part.startswith('downsample'):
+                pairs.append((name, name))
+            continue
         if block == 0 and (part == 'conv1' or part.startswith('downsample')):
             bottleneck = hasattr(network.get_submodule(f'layer{match[1]}.0'), 'conv3')
             if stage == 1 and bottleneck:
@@ -44,6 +54,8 @@ def resnet_rule(network: nn.Module) -> list[tuple[str, str]]:
             stage = max(stage - 1, 1)
         pairs.append((name, f'stage{stage}'))
     refuse_nothing(network, pairs)
+    if is_comparator(method):
+        return pairs
     last = pairs[-1][1]
     return pairs + [(kernel.layer, last) for kernel in absent_kernels(network)]
 

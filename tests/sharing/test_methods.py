@@ -1,0 +1,306 @@
+"""Networks of DY-Conv, CondConv and ODConv: their layers, parameters, files, and training."""
+
+import copy
+import re
+
+import pytest
+import torch
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+import mmkw
+from mmkw.backbones import ResNet
+from mmkw.deploy import to_static
+from mmkw.layers import PlanError
+from mmkw.layers.kernel_attention import CondAttention
+
+METHODS = dict(dyconv=mmkw.DYConv2d, condconv=mmkw.CondConv2d, odconv=mmkw.ODConv2d)
+
+
+def dynamic(network):
+    kinds = tuple(METHODS.values())
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, kinds)}
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# Millions, of ImageNet classifiers: the papers' tables. That of DY-Conv is in the later ones.
+PUBLISHED = [
+    ('odconv', 'r18', 1, 11.94),
+    ('odconv', 'r18', 4, 44.90),
+    ('odconv', 'r50', 1, 28.64),
+    ('odconv', 'r50', 4, 90.67),
+    ('odconv', 'r101', 1, 50.82),
+    ('odconv', 'mobilenet', 1, 4.94),
+    ('odconv', 'mobilenet', 4, 11.52),
+    ('dyconv', 'r18', 4, 45.47),
+    ('dyconv', 'r50', 4, 100.88),
+]
+
+
+@pytest.mark.parametrize('method, name, kernels, millions', PUBLISHED)
+def test_parameters_are_the_published(method, name, kernels, millions):
+    with torch.device('meta'):
+        if name == 'mobilenet':
+            network = mmkw.KWMobileNetV2(out_indices=(7,), method=method, cell_num_ratio=kernels)
+            classifier = nn.Linear(1280, 1000)
+        else:
+            depth = int(name[1:])
+            network = mmkw.KWResNet(depth, method=method, cell_num_ratio=kernels)
+            classifier = nn.Linear(512 if depth == 18 else 2048, 1000)
+    assert round((count(network) + count(classifier)) / 1e6, 2) == millions
+
+
+def test_parameters_of_condconv_s_last_blocks():
+    """The published 81.35 M of ResNet18 are of the last three blocks and the classifier.
+
+    That is 0.01 M less than here. With all layers it would be 89.82 M.
+    """
+    with torch.device('meta'):
+        static = ResNet(18)
+        names = [n for n, _ in static.named_modules() if re.match(r'layer(3\.1|4\.\d)\.conv', n)]
+        plan = mmkw.SharingPlan.make([(name, 'last') for name in names], method='condconv')
+        network = mmkw.convert(static, plan, keep_weights=False)
+        everywhere = mmkw.KWResNet(18, method='condconv')
+    assert len(dynamic(network)) == 6
+    # Eight kernels of the classifier and one bias, and eight routing weights.
+    classifier = 8 * 512_000 + 1000 + 8 * 513
+    assert (count(network) + classifier) / 1e6 == pytest.approx(81.35, abs=0.01)
+    assert count(everywhere) + 513_000 == 89_822_912
+
+
+@pytest.fixture
+def static():
+    with torch.no_grad():
+        network = ResNet(18, base_channels=8)
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) / 20)
+    network.eval()
+    return network
+
+
+def same(found, expected, **tolerance):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_static_weights_start_a_network(method, static):
+    x = torch.randn(2, 3, 40, 40)
+    network = mmkw.convert(copy.deepcopy(static), method=method)
+    same(network(x), static(x), atol=1e-4, rtol=1e-4)
+    loaded = mmkw.KWResNet(18, base_channels=8, method=method, start_tau=1)
+    loaded.init_weights()
+    loaded.load_state_dict(static.state_dict())
+    loaded.eval()
+    assert {layer.attention.temperature for layer in dynamic(loaded).values()} == {1.0}
+    same(loaded(x), static(x), atol=1e-4, rtol=1e-4)
+    layers = dynamic(network)
+    assert {type(layer) for layer in layers.values()} == {METHODS[method]}
+    # In the first block of stage 1 as well; ODConv's projections are static.
+    assert len(layers) == (16 if method == 'odconv' else 19)
+    assert len(network.warehouse_manager.weights) == len(layers)
+    # The names of the static network, but for the kernels.
+    renamed = {f'{name}.weight' for name in layers}
+    assert set(static.state_dict()) - set(network.state_dict()) == renamed
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_own_files_load_and_others_are_refused(method, static):
+    network = mmkw.convert(copy.deepcopy(static), method=method, cell_num_ratio=2)
+    twin = mmkw.convert(copy.deepcopy(static), method=method, cell_num_ratio=2)
+    for parameter in network.parameters():
+        parameter.data.mul_(1.1)
+    twin.load_state_dict(network.state_dict())
+    x = torch.randn(2, 3, 40, 40)
+    same(twin(x), network(x), rtol=0, atol=0)
+    other = mmkw.convert(copy.deepcopy(static), method=method, cell_num_ratio=3)
+    with pytest.raises(RuntimeError, match='With cell_num_ratio=2 it would fit'):
+        other.load_state_dict(network.state_dict())
+    with pytest.raises(RuntimeError, match='made for another architecture or sharing plan'):
+        mmkw.convert(static).load_state_dict(network.state_dict())
+
+
+def as_published(network):
+    """A state dict in the form of the authors' ImageNet files of ODConv."""
+    partitions = network.warehouse_manager.partitions
+    state = dict(network.state_dict())
+    for index, partition in enumerate(partitions):
+        state[f'{partition.name}.weight'] = state.pop(f'warehouse_manager.weights.{index}')
+    for name, tensor in state.items():
+        if '.attention.' in name and tensor.dim() == 2:
+            state[name] = tensor[:, :, None, None]
+    return state
+
+
+@pytest.mark.parametrize('depth, kernels', [(18, 1), (18, 4), (50, 2)])
+def test_files_with_the_published_names_of_odconv_load(depth, kernels, caplog):
+    """Synthetic ones: the published files are not at hand."""
+
+    def make():
+        return mmkw.KWResNet(depth, base_channels=8, method='odconv', cell_num_ratio=kernels)
+
+    network, other = make(), make()
+    state = as_published(network)
+    state |= {'fc.weight': torch.zeros(10, 4), 'fc.bias': torch.zeros(10)}
+    assert state['layer1.0.conv1.weight'].dim() == 5
+    assert state['layer1.0.conv1.attention.channel_fc.weight'].shape == (8, 16, 1, 1)
+    with caplog.at_level('INFO', 'mmkw'):
+        other.load_state_dict(state)
+    for name, tensor in network.state_dict().items():
+        assert other.state_dict()[name].equal(tensor), name
+    state['layer1.0.conv1.attention.channel_fc.weight'] = torch.zeros(8, 3, 1, 1)
+    with pytest.raises(RuntimeError, match=r'channel_fc\.weight of this ResNet has'):
+        make().load_state_dict(state)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_any_registered_backbone(method):
+    pytest.importorskip('mmdet', reason='the backbone is its')
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        config = dict(type='mmkw.KWModule', module=dict(type='ResNet', depth=18, base_channels=8))
+        network = MODELS.build(dict(config, method=method))
+        assert len(dynamic(network)) == (16 if method == 'odconv' else 19)
+        patterns = [dict(match=r'layer4\.\d\.conv\d', warehouse='last', cell_num_ratio=3)]
+        few = MODELS.build(dict(config, method=method, patterns=patterns))
+        mixed = MODELS.build(dict(config, patterns=[dict(patterns[0], method=method)]))
+    for network in (few, mixed):
+        assert [len(cells) for cells in network.warehouse_manager.weights] == [3] * 4
+        assert list(dynamic(network)) == [f'layer4.{b}.conv{c}' for b in (0, 1) for c in (1, 2)]
+
+
+def test_two_methods_in_one_network():
+    pytest.importorskip('mmdet', reason='the backbone is its')
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        config = dict(type='mmkw.KWModule', module=dict(type='ResNet', depth=18, base_channels=8))
+        patterns = [
+            dict(match=r'layer3\.\d\.conv\d', warehouse='stage3'),
+            dict(match=r'layer4\.\d\.conv\d', method='odconv'),
+        ]
+        network = MODELS.build(dict(config, patterns=patterns))
+    assert type(network.layer3[1].conv2) is mmkw.KWConv2d
+    assert type(network.layer4[1].conv2) is mmkw.ODConv2d
+    assert len(network.warehouse_manager.weights) == 1 + 4
+
+
+@pytest.mark.parametrize('arch', ['convnext', 'mobilenet'])
+@pytest.mark.parametrize('method', METHODS)
+def test_other_families(method, arch):
+    with torch.device('meta'):
+        if arch == 'convnext':
+            network = mmkw.KWConvNeXt('tiny', method=method)
+        else:
+            network = mmkw.KWMobileNetV2(method=method, out_indices=(7,))
+    assert len(dynamic(network)) == (58 if arch == 'convnext' else 52)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_network_trains(method):
+    network = nn.Sequential(mmkw.KWResNet(18, base_channels=8, method=method, frozen_stages=1))
+    network[0].init_weights()
+    constructor = dict(
+        optimizer=dict(type='SGD', lr=0.1, weight_decay=0.1),
+        paramwise_cfg=dict(dwconv_decay_mult=0.0, custom_keys={'layer4': dict(lr_mult=0.5)}),
+    )
+    optimizer = build_optim_wrapper(network, constructor)
+    rates = {id(p): group['lr'] for group in optimizer.param_groups for p in group['params']}
+    weights = network[0].warehouse_manager.weights
+    names = [partition.name for partition in network[0].warehouse_manager.partitions]
+    network.train()
+    before = [cells.detach().clone() for cells in weights]
+    for tau in (1.0, 0.5):
+        mmkw.set_temperature(network, tau)
+        loss = sum(y.square().mean() for y in network(torch.randn(2, 3, 40, 40)))
+        optimizer.update_params(loss)
+    for name, cells, start in zip(names, weights, before):
+        frozen = name.startswith('layer1')
+        assert cells.equal(start) == frozen and cells.requires_grad != frozen, name
+        if not frozen:
+            assert rates[id(cells)] == (0.05 if name.startswith('layer4') else 0.1)
+
+
+def test_initialisers_set_the_kernels():
+    """Of a network that is not the paper's; the attentions keep their start."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(64, 64, 3)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    for method in METHODS:
+        network = mmkw.convert(Network(), method=method)
+        attention = copy.deepcopy(network.conv.attention.state_dict())
+        network.apply(lambda m: nn.init.constant_(m.weight, 2) if type(m) is nn.Conv2d else None)
+        kernel = network.conv.static_twin().weight
+        torch.testing.assert_close(kernel, torch.full((64, 64, 3, 3), 2.0), atol=1e-4, rtol=1e-4)
+        for name, tensor in network.conv.attention.state_dict().items():
+            assert tensor.equal(attention[name])
+
+
+def test_static_twins(static):
+    x = [torch.randn(4, 3, 40, 40)]
+    network = mmkw.convert(copy.deepcopy(static), method='dyconv')
+    mmkw.set_temperature(network, 1)
+    with pytest.raises(ValueError, match=r'mmkw\.deploy\.to_static approximates'):
+        mmkw.to_static(network)
+    twin, report = to_static(network, x)
+    same(twin(x[0]), static(x[0]), atol=1e-4, rtol=1e-4)
+    assert report.distance < 1e-4
+    with pytest.raises(ValueError, match=r'layer1\.0\.conv1 is an ODConv2d.*no mean kernel'):
+        to_static(mmkw.convert(static, method='odconv'), x)
+
+
+class Linears(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+
+@pytest.mark.parametrize(
+    'make, message',
+    [
+        (lambda: mmkw.KWResNet(18, method='dynamic'), 'method must be one of'),
+        (
+            lambda: mmkw.KWResNet(18, method='dyconv', cell_num_ratio=1),
+            'whole number of at least 2, got 1',
+        ),
+        (
+            lambda: mmkw.KWResNet(18, method='odconv', nonlocal_basis_ratio=0.5),
+            'nonlocal_basis_ratio=0.5 does not apply',
+        ),
+        (lambda: mmkw.KWResNet(18, method='condconv', reduction=0.5), 'reduction=0.5 does not'),
+        (
+            lambda: mmkw.KWResNet(18, method='dyconv', attention_norm_cfg=dict(type='LN')),
+            "attention_norm_cfg=.* does not apply to method='dyconv'.*Leave it out",
+        ),
+        (lambda: mmkw.convert(Linears(), method='odconv'), 'has no Conv2d that could be dynamic'),
+        (
+            lambda: mmkw.convert(
+                Linears(), mmkw.SharingPlan.make([('first', 'w')], method='odconv')
+            ),
+            "'first' is a Linear, for which method='odconv' has no layer: only for Conv2d",
+        ),
+        (
+            lambda: mmkw.KWResNet(18, method='odconv', cell_num_ratio=[1, 4]),
+            'cell_num_ratio has 2 values .* for 16 warehouses',
+        ),
+    ],
+)
+def test_mistakes_are_named(make, message):
+    with pytest.raises(PlanError, match=message):
+        make()
+
+
+def test_condconv_has_no_temperature():
+    layer = mmkw.CondConv2d(4, 4, 3)
+    x = torch.randn(2, 4, 5, 5)
+    before = layer(x)
+    mmkw.set_temperature(layer, 1.0)
+    assert isinstance(layer.attention, CondAttention)
+    torch.testing.assert_close(layer(x), before, rtol=0, atol=0)
