@@ -30,6 +30,11 @@ SEGMENTATION = ('ade20k', 'cityscapes', 'coco-stuff', 'semantic')
 BOTH = ('mask2former',)
 
 
+def is_dynamic(name):
+    """Whether a config's name says that layers are dynamic."""
+    return any(method in name for method in ('kw', 'dyconv', 'odconv'))
+
+
 def load(name):
     """Reads a config; skips the test where a library that the config needs is not installed."""
     segmentation = any(dataset in name for dataset in SEGMENTATION)
@@ -65,7 +70,7 @@ def test_config_trains_a_step_and_infers(name):
         HOOKS.build({k: v for k, v in hook.items() if k != 'priority'})
     made_small(config.model)
     model = build_model(config)
-    assert any(isinstance(m, DynamicLayer) for m in model.modules()) == ('kw' in name)
+    assert any(isinstance(m, DynamicLayer) for m in model.modules()) == is_dynamic(name)
     optim_wrapper = build_optim_wrapper(model, config.optim_wrapper)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     model.train()
@@ -128,7 +133,7 @@ def test_another_backbone_is_another_line(name, tmp_path):
     config = Config.fromfile(tmp_path / 'config.py')
     assert config.model.backbone.init_cfg.checkpoint in PUBLISHED_WEIGHTS
     model = building.build_model(config, on_meta=True).eval()
-    assert any(isinstance(m, DynamicLayer) for m in model.modules()) == ('kw' in name)
+    assert any(isinstance(m, DynamicLayer) for m in model.modules()) == is_dynamic(name)
     outputs = model.neck(model.backbone(torch.empty(1, 3, SIZE, SIZE, device='meta')))
     assert [y.shape[-1] for y in outputs] == [SIZE // stride for stride in (4, 8, 16, 32, 64)]
 

@@ -41,6 +41,9 @@ PUBLISHED_WEIGHTS = {
         ('kw1x_convnext_tiny', 'KernelWarehouse 1x ConvNeXt-Tiny, ImageNet top-1 82.51'),
     )
 }
+PUBLISHED_WEIGHTS['checkpoints/odconv4x_resnet50.pth'] = (
+    'ODConv 4x ResNet50, ImageNet top-1 78.50, github.com/OSVAI/ODConv'
+)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -29,10 +29,12 @@ included) are measured: `python tools/analysis_tools/complexity.py CONFIG`.
 
 ## ImageNet weights
 
-Download the file from the [authors' release](https://github.com/OSVAI/KernelWarehouse) and save it
-under this name; other weights in the tables below are downloaded by themselves. Published detectors
-and classifiers are for `load_from`, `tools/test.py CONFIG FILE` and the libraries' own
-`init_detector`, `get_model` and inferencers, as downloaded.
+Download the file from the authors' release
+([KernelWarehouse](https://github.com/OSVAI/KernelWarehouse), [ODConv](https://github.com/OSVAI/ODConv))
+and save it under this name; other weights in the tables below are downloaded by themselves.
+Published detectors and classifiers are for `load_from`, `tools/test.py CONFIG FILE` and the
+libraries' own `init_detector`, `get_model` and inferencers, as downloaded. Weights of ODConv are
+known by their names alone here: the file could not be downloaded.
 
 | save as | weights |
 |---|---|
@@ -51,7 +53,8 @@ _base_ = [
 ```
 
 For the ResNet50 of any budget (`kw1d2x-r50.py`, `kw1x-r50.py`, `kw4x-r50.py`, the static `r50.py`)
-that is all. The others have other channels:
+that is all, as for those of [other dynamic convolutions](fine_tune.md#other-dynamic-convolutions),
+`odconv4x-r50.py` and `dyconv4x-r50.py`. The others have other channels:
 
 - ResNet18 (`kw1d4x-r18.py`, `kw1d2x-r18.py`, `kw1x-r18.py`, `kw2x-r18.py`, `kw4x-r18.py`, the
   static `r18.py`): `neck=dict(in_channels=[64, 128, 256, 512])`.
@@ -97,6 +100,7 @@ def entry(path: Path, old: dict[str, Any], collection: str) -> dict[str, Any]:
     initial = wrapped.get('init_cfg') or backbone.get('init_cfg') or {}
     checkpoint = initial.get('checkpoint') or config.model.get('pretrained')
     name = backbone.type.removeprefix('mmkw.') + (f' of {wrapped.type}' if wrapped else '')
+    name += f', method {backbone.method}' if 'method' in backbone else ''
     dataset = config.train_dataloader.dataset
     height, width = complexity.shape
     metadata = {
