@@ -153,17 +153,22 @@ def test_means_equal_a_loop_over_the_library_s_own_inference(tool, trained, phot
         np.testing.assert_allclose(own['usage'], part['usage'], atol=1e-5)
 
 
-def test_a_classifier_s_attentions_are_recorded(tool, trained, photographs):
+@pytest.mark.parametrize('method', ['kernelwarehouse', 'dyconv', 'odconv'])
+def test_a_classifier_s_attentions_are_recorded(tool, trained, photographs, method):
     pytest.importorskip('mmpretrain.models', reason='the config is for it')
     attention = tool('attention')
-    config, checkpoint = trained(CLASSIFIER)
+    options = {'model.backbone.method': method, 'model.backbone.cell_num_ratio': 2}
+    config, checkpoint = trained(CLASSIFIER, **options)
     model = attention.load_model(config, checkpoint)
     assert float(model.data_preprocessor.std[0]) == 60
     images = attention.find_images([photographs])
     records = attention.record(model, attention.test_pipeline(config), images)
     layers = [m for m in model.modules() if isinstance(m, DynamicLayer)]
-    assert len(records) == len(layers) > 16
-    assert all(one.count == 4 and one.spread > 1e-3 for one in records.values())
+    assert len(records) == len(layers) >= 16
+    assert all(one.count == 4 for one in records.values())
+    # The softmax of random logits is nearly even.
+    spread = (min if method == 'kernelwarehouse' else max)(one.spread for one in records.values())
+    assert spread > 1e-3
 
 
 def test_a_segmentor_s_attentions_from_the_command_line(root, trained, photographs, tmp_path):

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from mmkw.cli.config import add_config_options, config_of
 from mmkw.engine.building import build_model, load_trained
 from mmkw.engine.images import IMAGE_TYPES, images_in, test_pipeline
-from mmkw.layers import Attention
+from mmkw.layers import LayerAttention
 from mmkw.layers.dynamic_layers import DynamicLayer
 
 
@@ -135,7 +135,7 @@ def load_model(config: Config, checkpoint: str) -> nn.Module:
             damaged, is unsafe, or does not fit.
     """
     model = build_model(config)
-    if not any(isinstance(module, Attention) for module in model.modules()):
+    if not any(isinstance(module, LayerAttention) for module in model.modules()):
         raise SystemExit(
             f'{config.filename} builds no dynamic layer, so there is no attention to draw; use a '
             "backbone such as 'mmkw.KWResNet'"
@@ -175,7 +175,10 @@ def record(model: nn.Module, pipeline: Compose, images: Sequence[Image]) -> dict
             records[name] = Record(warehouse, position)
             seen[name] = []
             layer.attention.register_forward_hook(
-                lambda module, inputs, alpha, calls=seen[name]: calls.append(alpha)
+                # Of ODConv's four attentions that of the kernels.
+                lambda module, inputs, alpha, calls=seen[name]: calls.append(
+                    getattr(alpha, 'kernels', alpha)
+                )
             )
     for number, image in enumerate(images):
         try:
