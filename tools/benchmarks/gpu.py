@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import mmkw
 from mmkw.ops import choosing
+from mmkw.ops.modes import BATCH_NORM
 
 BUDGETS = (1, 4)
 # The precision of the weights' products, and that of autocast.
@@ -112,11 +113,16 @@ def errors_of_layers(device: str, precision: str) -> dict[str, float]:
         'depthwise': (mmkw.KWConv2d(64, 64, 7, padding=3, groups=64), (64, 17, 19)),
         '1x1': (mmkw.KWConv2d(64, 96, 1, cell_num_ratio=4), (64, 17, 19)),
         'linear': (mmkw.KWLinear(64, 96), (20, 64)),
+        'DY-Conv': (mmkw.DYConv2d(64, 96, 3, padding=1), (64, 17, 19)),
+        'CondConv': (mmkw.CondConv2d(64, 96, 3, padding=1), (64, 17, 19)),
+        'ODConv': (mmkw.ODConv2d(64, 96, 3, padding=1, cell_num_ratio=4), (64, 17, 19)),
     }
     errors = {}
     for name, (layer, shape) in layers.items():
         for batch in (1, 2, 16):
-            layer.attention.norm1.eval()
+            for norm in layer.attention.children():
+                if isinstance(norm, BATCH_NORM):
+                    norm.eval()
             x = torch.randn(batch, *shape)
             exact = _results(copy.deepcopy(layer).double(), x.double(), nullcontext())
             with in_precision(precision, device) as context:
@@ -133,7 +139,8 @@ def _results(layer: nn.Module, x: Tensor, context: AbstractContextManager) -> li
     with context:
         y = layer(x)
     y.double().sin().sum().backward()
-    tensors = [y, layer.warehouse_manager.weights[0].grad, x.grad, layer.attention.fc2.weight.grad]
+    last = [module for module in layer.attention.children() if isinstance(module, nn.Linear)][-1]
+    tensors = [y, layer.warehouse_manager.weights[0].grad, x.grad, last.weight.grad]
     return [tensor.detach().double().cpu() for tensor in tensors]
 
 
