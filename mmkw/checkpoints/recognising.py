@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..layers import fault_of
 from ..layers.dynamic_layers import DynamicLayer
+from ..layers.partition import METHODS
 from .advice import advice, nonlocal_basis_ratio_of, reduction_of
 from .beyond import PARTS, beyond_backbone
 from .errors import CheckpointMismatchError, DamagedCheckpointError, shown
@@ -20,10 +21,6 @@ from .only_checking import is_only_checking
 from .static_kernels import load_static, modules_of, stage_of, static_kernels
 
 LOGGER = logging.getLogger('mmkw')
-
-_METHODS = dict(
-    kernelwarehouse='KernelWarehouse', dyconv='DY-Conv', condconv='CondConv', odconv='ODConv'
-)
 
 
 def check_checkpoint(
@@ -81,7 +78,7 @@ def check_checkpoint(
         found = load_static(network, kernels, state_dict, prefix)
     else:
         # Only the authors' ImageNet files have tensors beyond the backbone.
-        source = _METHODS[network.warehouse_manager.partitions[0].options.method]
+        source = METHODS[manager.partitions[0].options.method].title
         source = f'published {source}' if unused else source
         cells = sum(len(weight) for weight in stored.values())
         found = f'{source} checkpoint, {cells} cells into {len(stored)} warehouses'

@@ -41,6 +41,7 @@ class Method:
     """A kind of dynamic convolution.
 
     Attributes:
+        title: Its name in texts.
         defaults: The options of :class:`WarehouseOptions` that the method chooses otherwise.
         least: The smallest budget. A comparator's budget is its number of kernels.
         options: The options that a user may choose.
@@ -48,6 +49,7 @@ class Method:
         is_comparator: Whether every layer has a warehouse of its own, of whole kernels.
     """
 
+    title: str
     defaults: Mapping[str, Any]
     least: int = 1
     options: tuple[str, ...] = ('cell_num_ratio', 'reduction')
@@ -57,6 +59,7 @@ class Method:
 
 METHODS = {
     KERNELWAREHOUSE: Method(
+        'KernelWarehouse',
         {},
         options=(
             'cell_num_ratio',
@@ -69,15 +72,19 @@ METHODS = {
         is_comparator=False,
     ),
     'dyconv': Method(
-        dict(spatial_partition=False, cell_num_ratio=4, reduction=1 / 4), least=2, has_norm=False
+        'DY-Conv',
+        dict(spatial_partition=False, cell_num_ratio=4, reduction=1 / 4),
+        least=2,
+        has_norm=False,
     ),
     'condconv': Method(
+        'CondConv',
         dict(spatial_partition=False, cell_num_ratio=8),
         least=2,
         options=('cell_num_ratio',),
         has_norm=False,
     ),
-    'odconv': Method(dict(spatial_partition=False, cell_num_ratio=1)),
+    'odconv': Method('ODConv', dict(spatial_partition=False, cell_num_ratio=1)),
 }
 
 
@@ -167,8 +174,8 @@ class WarehouseOptions:
             value, own = getattr(self, field.name), method.defaults.get(field.name, field.default)
             if field.name not in ('method', *method.options) and value != own:
                 raise PlanError(
-                    f'{field.name}={value!r} does not apply to method={self.method!r}, whose '
-                    f'warehouses hold the whole kernels of one layer. Leave it out.'
+                    f'{field.name}={value!r} does not apply to method={self.method!r}, which '
+                    f'takes {" and ".join(method.options)} alone. Leave it out.'
                 )
 
 

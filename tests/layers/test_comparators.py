@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import mmkw
 from mmkw.deploy import export
 from mmkw.layers import PlanError
-from mmkw.ops import use_compiled
+from mmkw.ops import exported, use_compiled
 
 CLASSES = dict(dyconv=mmkw.DYConv2d, condconv=mmkw.CondConv2d, odconv=mmkw.ODConv2d)
 # Method, options, arguments of nn.Conv2d.
@@ -199,8 +199,10 @@ def test_published_names_of_odconv_load(method, options, conv):
 
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('number', [6, 7])
-def test_exported_program(number, tmp_path):
+@pytest.mark.parametrize('number, large', [(4, True), (6, False), (7, False)])
+def test_exported_program(number, large, tmp_path, monkeypatch):
+    if large:
+        monkeypatch.setattr(exported, 'LARGE', 1)
     layer = make(*LAYERS[number])
     parity = export(layer, torch.randn(1, 4, 9, 11), tmp_path / 'layer.pt2')
     assert {found.shape[0] for found in parity} == {1, 2, 3, 5, 8}
@@ -268,12 +270,12 @@ def test_autocast_and_half_precision(method):
         (
             lambda: mmkw.CondConv2d(4, 4, 3, reduction=0.5),
             PlanError,
-            "reduction=0.5 does not apply to method='condconv'.* Leave it out",
+            "reduction=0.5 does not apply to method='condconv', which takes cell_num_ratio alone",
         ),
         (
             lambda: mmkw.ODConv2d(4, 4, 3, cell_inplane_ratio=0.5),
             PlanError,
-            "cell_inplane_ratio=0.5 does not apply to method='odconv'",
+            "cell_inplane_ratio=0.5 .*'odconv', which takes cell_num_ratio and reduction alone",
         ),
         (
             lambda: mmkw.DYConv2d(4, 4, 3, spatial_partition=True),

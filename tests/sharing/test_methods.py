@@ -136,12 +136,21 @@ def as_published(network):
     return state
 
 
-@pytest.mark.parametrize('depth, kernels', [(18, 1), (18, 4), (50, 2)])
-def test_files_with_the_published_names_of_odconv_load(depth, kernels, caplog):
+@pytest.mark.parametrize('depth, kernels, stages', [(18, 1, 4), (18, 4, 2), (50, 2, 1)])
+def test_files_with_the_published_names_of_odconv_load(depth, kernels, stages, caplog):
     """Synthetic ones: the published files are not at hand."""
 
     def make():
-        return mmkw.KWResNet(depth, base_channels=8, method='odconv', cell_num_ratio=kernels)
+        return mmkw.KWResNet(
+            depth,
+            base_channels=8,
+            num_stages=stages,
+            strides=(1, 2, 2, 2)[:stages],
+            dilations=(1,) * stages,
+            out_indices=(0,),
+            method='odconv',
+            cell_num_ratio=kernels,
+        )
 
     network, other = make(), make()
     state = as_published(network)
