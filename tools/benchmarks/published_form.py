@@ -25,8 +25,12 @@ def published_operator(
     grid: Sequence[int],
     sample_map: Any,
     bias: Tensor | None = None,
+    scales: None = None,
 ) -> Tensor:
-    """Takes the place of :func:`mmkw.ops.apply_mixed` for cells of one place and 2D kernels."""
+    """Takes the place of :func:`mmkw.ops.apply_mixed` for cells of one place and 2D kernels.
+
+    KernelWarehouse does not scale taps, so ``scales`` is None.
+    """
     batch, (out_channels, in_channels, *size) = len(x), assembled_shape(cells.shape[1:], grid)
     mixed = torch.mm(attention.flatten(0, 1), cells.flatten(1))
     *spatial, out_blocks, in_blocks = grid
