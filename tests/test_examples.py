@@ -35,6 +35,8 @@ NAMES = dict(
 def test_examples(name):
     """Of mmdet where that is installed, which has the networks of some."""
     pytest.importorskip('mmdet', reason='some examples are of its networks')
+    if name.startswith(('mmkw.ops.triton', 'mmkw.ops.fused')):
+        pytest.importorskip('triton', reason='the GPU kernels are written in it')
     module = importlib.import_module(name)
     for test in doctest.DocTestFinder().find(module, name):
         runner = doctest.DocTestRunner(verbose=False)

@@ -91,7 +91,7 @@ def mixing_of(
     Returns:
         What makes the object from the cells, or None if PyTorch's own operators must compute.
     """
-    if x.shape[0] == 0 or modes.is_seen_through(x, attention, cells):
+    if modes.is_seen_through(x, attention, cells) or x.shape[0] == 0:
         return None
     if is_compiled(attention, cells) and is_regular(cells, grid):
         return partial(CompiledMixing, grid=grid, dtype=dtype)

@@ -29,8 +29,8 @@ form: str | None = None
 
 
 def is_wanted() -> bool:
-    """Whether a program is being exported, by mmkw or by PyTorch itself."""
-    return form is not None or modes.is_surely_exporting()
+    """Whether a program is being exported, by mmkw or by PyTorch itself, or a call is traced."""
+    return form is not None or modes.is_surely_exporting() or modes.is_tracing()
 
 
 def convolve(
@@ -64,7 +64,8 @@ def convolve(
     kernels = _kernels(attention, cells, grid, x.dtype)
     if taps is not None:
         kernels = kernels * taps.flatten(1)[:, None, None].to(x.dtype)
-    if large or math.prod(kernel_size) == 1 or form == 'matmul':
+    # A trace has no loops.
+    if large or math.prod(kernel_size) == 1 or form == 'matmul' or modes.is_tracing():
         return _multiplied(x, kernels.movedim(3, 1), kernel_size, sample_map)
     return _scanned(x, kernels.unflatten(3, kernel_size), sample_map)
 

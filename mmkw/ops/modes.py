@@ -33,7 +33,12 @@ def is_exporting() -> bool:
     """Whether ``torch.export`` or ``torch.jit.trace`` records PyTorch's own operators."""
     # torch 2.6 cannot tell exporting from compiling.
     exporting = getattr(torch.compiler, 'is_exporting', is_compiling)
-    return torch.jit.is_tracing() or exporting()
+    return is_tracing() or exporting()
+
+
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` is tracing, for itself or for PyTorch's older ONNX exporter."""
+    return torch.jit.is_tracing()
 
 
 def is_surely_exporting() -> bool:

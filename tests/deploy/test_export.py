@@ -1,6 +1,5 @@
 """Exported files compute what their networks do, for any batch and any size of image."""
 
-import contextlib
 import shutil
 import sys
 
@@ -51,8 +50,8 @@ CASES = [
     *((name, 'scan', '.pt2') for name in LAYERS),
     *((name, 'matmul', '.pt2') for name in ('dilated', 'grouped', 'depthwise', 'whole cells')),
     *((name, 'large', '.pt2') for name in ('4x', 'matrix')),
-    *((name, 'scan', '.onnx') for name in ('plain', 'depthwise', 'matrix', 'linear')),
-    ('plain', 'matmul', '.onnx'),
+    *((name, 'scan', '.onnx') for name in ('plain', 'linear')),
+    ('depthwise', 'matmul', '.onnx'),
     ('4x', 'large', '.onnx'),
 ]
 
@@ -135,7 +134,10 @@ def test_a_model_without_a_dense_head_is_named():
 
 @pytest.mark.filterwarnings('ignore')
 def test_no_exporter_makes_a_wrong_file_from_one_image(tmp_path):
-    """Other images get their own kernels, or the file refuses them; the same of the static twin."""
+    """Other images get their own kernels, or the file refuses them; the same of the static twin.
+
+    Traces, and the older exporter, which traces, are right for any batch.
+    """
     needs('.onnx')
     for make in (nn.Conv2d, mmkw.KWConv2d):
         layer = make(8, 8, 3).eval()
@@ -156,11 +158,11 @@ def test_no_exporter_makes_a_wrong_file_from_one_image(tmp_path):
                 except Exception as error:
                     # The exporter or the file refuses, not this test.
                     assert not isinstance(error, (TypeError, NameError)), (name, error)
+                    assert name == 'dynamo'
                 else:
                     torch.testing.assert_close(torch.from_numpy(results), expected)
             traced = torch.jit.trace(layer, image)
-            with contextlib.suppress(RuntimeError):
-                torch.testing.assert_close(traced(images), expected)
+            torch.testing.assert_close(traced(images), expected)
             with pytest.raises(Exception, match='specialized'):
                 torch.export.export(layer, (image,), dynamic_shapes=batch)
 

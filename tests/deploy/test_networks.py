@@ -26,7 +26,7 @@ def resnet(depth, stages, **options):
 
 
 NETWORKS = {
-    'ResNet18 1x': resnet(18, 2),
+    'ResNet18 1x': resnet(18, 1),
     'ResNet18 4x': resnet(18, 1, cell_num_ratio=4),
     'ResNet50 1x': resnet(50, 1),
     'ResNet50 4x': resnet(50, 1, cell_num_ratio=4),
@@ -61,9 +61,11 @@ def build(name, dynamic):
     static_type, dynamic_type, options, more = NETWORKS[name]
     config = dict(type=dynamic_type, **more) if dynamic else dict(type=static_type)
     network = MODELS.build(dict(config, **options))
+    # The first blocks compute. All would take long.
     if name == 'MobileNetV2':
-        # The first two stages compute. All would take long.
         network.layers, network.out_indices = network.layers[:2], (1,)
+    elif 'ResNet50' in name:
+        del network.layer1[1:]
     return network
 
 
@@ -74,6 +76,23 @@ def test_a_backbone(name, dynamic, tmp_path):
     needs('mmdet')
     parity = export(build(name, dynamic), torch.randn(1, 3, 64, 64), tmp_path / 'a.pt2')
     check(parity, sizes=3)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('dynamic', [False, True], ids=['static', 'dynamic'])
+@pytest.mark.parametrize('name', ['ResNet18 1x', 'MobileNetV2'])
+def test_a_trace_of_one_image(name, dynamic, tmp_path):
+    """TorchScript, which C++ programs read: for any batch and any size of image."""
+    needs('mmdet')
+    network = build(name, dynamic)
+    network.eval()
+    torch.jit.trace(network, torch.randn(1, 3, 64, 64)).save(tmp_path / 'a.pt')
+    traced = torch.jit.load(tmp_path / 'a.pt')
+    for shape in ((1, 3, 64, 64), (3, 3, 64, 64), (2, 3, 96, 80)):
+        images = torch.randn(shape)
+        with torch.no_grad():
+            found, expected = (tuple(run(images)) for run in (traced, network))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def check(parity, sizes):

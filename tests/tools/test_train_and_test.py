@@ -95,12 +95,20 @@ def test_two_processes(root, mini_coco, tmp_path):
     assert result.returncode == 0, output
     assert "'find_unused_parameters': True" not in output
     assert 'Scaling the original LR by 0.5' in output
-    options = ['--work-dir', tmp_path / 'test', '--cfg-options', *tiny(mini_coco)]
-    checkpoint = tmp_path / 'epoch_1.pth'
-    environment = dict(PORT=free_port(), OMP_NUM_THREADS='1')
-    result, output = run(root, 'tools/dist_test.sh', DEMO, checkpoint, 2, *options, **environment)
-    assert result.returncode == 0, output
-    assert 'coco/segm_mAP' in output
+    assert 'coco/segm_mAP' in output and (tmp_path / 'epoch_1.pth').exists()
+
+
+def test_the_script_for_several_tests_passes_its_arguments_on(root, tmp_path):
+    """It starts processes as the one for trainings does."""
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    environment = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', PORT='1234', NNODES='2')
+    arguments = [DEMO, 'a.pth', '8', '--out', 'b.pkl']
+    _, output = run(root, 'tools/dist_test.sh', *arguments, **environment)
+    launch = '-m torch.distributed.run --nnodes=2 --node_rank=0 --nproc_per_node=8'
+    test = f'tools/test.py {DEMO} a.pth --launcher pytorch --out b.pkl'
+    assert f'{launch} --master_addr=127.0.0.1 --master_port=1234 {test}' in output
 
 
 def test_slurm_scripts_pass_their_arguments_on(root, tmp_path):

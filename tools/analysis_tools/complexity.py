@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from mmengine.config import Config
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmkw.engine.building import build_model
@@ -37,16 +38,27 @@ def count(config: Config, shape: tuple[int, int] | None = None) -> Complexity:
     """
     height, width = shape or _shape_of(config)
     model = build_model(config, on_meta=True).eval()
-    image = torch.empty(1, 3, height, width, device='meta')
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.backbone(image)
     return Complexity(
         sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in model.backbone.parameters()),
-        # The counter counts a multiply-add as two.
-        counter.get_total_flops() // 2,
+        _flops(model.backbone, str(config.model.backbone), height, width),
         (height, width),
     )
+
+
+# Many configs have the same backbone, and counting takes longer than building.
+_counted: dict[tuple[str, int, int], int] = {}
+
+
+def _flops(backbone: nn.Module, config: str, height: int, width: int) -> int:
+    """Multiply-adds for one image, of a backbone that is known by its config."""
+    if (config, height, width) not in _counted:
+        image = torch.empty(1, 3, height, width, device='meta')
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            backbone(image)
+        # The counter counts a multiply-add as two.
+        _counted[config, height, width] = counter.get_total_flops() // 2
+    return _counted[config, height, width]
 
 
 def _shape_of(config: Config) -> tuple[int, int]:

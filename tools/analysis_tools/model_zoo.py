@@ -34,7 +34,7 @@ Download the file from the authors' release
 and save it under this name; other weights in the tables below are downloaded by themselves.
 Published detectors and classifiers are for `load_from`, `tools/test.py CONFIG FILE` and the
 libraries' own `init_detector`, `get_model` and inferencers, as downloaded. Weights of ODConv are
-known by their names alone here: the file could not be downloaded.
+known by their names alone: the released file was not tried.
 
 | save as | weights |
 |---|---|
