@@ -8,6 +8,7 @@ A model gets the hook when a module that is or contains a converted network beco
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -46,6 +47,9 @@ def is_converted(module: nn.Module) -> bool:
         >>> [name for name, part in detector.named_modules() if mmkw.is_converted(part)]
         ['backbone']
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        # Its submodules are no dictionary, also while it is loaded from a file.
+        return False
     # A dynamic layer with its own warehouse has a manager, too, and a static_class.
     manager = module._modules.get('warehouse_manager')
     return isinstance(manager, WarehouseManager) and not hasattr(module, 'static_class')

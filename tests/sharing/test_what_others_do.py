@@ -18,6 +18,7 @@ from torch.nn.utils import fusion, parametrizations, parametrize, prune
 from torch.optim.swa_utils import update_bn
 
 from mmkw import KWConv1d, KWConv2d, KWConv3d, KWLinear, SharingPlan, convert
+from mmkw.sharing.loading import watch_parents
 
 close = torch.testing.assert_close
 
@@ -601,3 +602,11 @@ def test_mmengine_counts_mixing_and_attention():
         more += 2 * attention.norm1.num_features
     assert counts[0]['flops'] == counts[1]['flops'] + more
     assert counts[0]['params'] == sum(p.numel() for p in dynamic.parameters())
+
+
+def test_torchscript_files_are_loaded_beside_converted_networks(tmp_path):
+    """Every new submodule is looked at from the first conversion on, those of TorchScript too."""
+    watch_parents()
+    static, x = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3))), torch.randn(2, 3, 5, 5)
+    torch.jit.script(static).save(tmp_path / 'a.pt')
+    torch.testing.assert_close(torch.jit.load(tmp_path / 'a.pt')(x), static(x))
