@@ -1,0 +1,89 @@
+"""The study pairs runs by seed, reports all that ended, and makes only what is missing."""
+
+import importlib
+import json
+
+import pytest
+
+
+@pytest.fixture
+def study(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / 'tools/benchmarks'))
+    return importlib.import_module('study')
+
+
+def run_of(arm, seed, box, mask=30.0, seconds=1.0):
+    return {
+        'arm': arm,
+        'seed': seed,
+        'box AP': box,
+        'mask AP': mask,
+        'seconds a step': seconds,
+        'parameters': 1_500_000,
+    }
+
+
+@pytest.fixture
+def table(study):
+    arms = {'static': study.Arm(), 'KW 1x': study.Arm(1, {'a.b': 2})}
+    return study.Table(arms, seeds=(0, 1, 2), epochs=3, data='mini_coco', split='val', source=6)
+
+
+def test_gains_are_taken_seed_by_seed(study, table):
+    """The seeds differ by more than the networks: only pairs show the gain."""
+    pytest.importorskip('scipy')
+    runs = [run_of('static', seed, box) for seed, box in enumerate((40.0, 44.0, 48.0))]
+    runs += [run_of('KW 1x', seed, box, 31.0, 1.2) for seed, box in enumerate((41.0, 45.2, 48.9))]
+    static, dynamic = study.report(table, runs).splitlines()[2:]
+    assert static == '| static (3 seeds) | 44.0 ± 4.0 | 30.0 ± 0.0 |  |  |  |  |  | 1.50 |'
+    name, box, mask, gain, _, p_box, _, ratio, _ = dynamic.strip('| ').split(' | ')
+    assert (name, box, mask) == ('KW 1x (3 seeds)', '45.0 ± 4.0', '31.0 ± 0.0')
+    assert (gain, ratio) == ('+1.0 ± 0.2', '1.20')
+    # scipy's paired t-test of 1.0, 1.2, 0.9.
+    assert p_box == '0.007'
+
+
+def test_a_study_that_has_not_ended_reports_what_it_has(study, table):
+    pytest.importorskip('scipy')
+    lines = study.report(table, [run_of('KW 1x', 2, 41.0)]).splitlines()
+    assert lines[2:] == ['| KW 1x (1 seeds) | 41.0 | 30.0 |  |  |  |  |  | 1.50 |']
+
+
+def test_what_is_there_is_not_made_again(study, table, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, 'RESULTS', tmp_path)
+    monkeypatch.setattr(study, 'ROOT', tmp_path)
+    monkeypatch.setitem(study.TABLES, 'some', table)
+    with pytest.raises(SystemExit, match=r'data/mini_coco is missing\. Run: python tools/dataset'):
+        study.Study('some', 1).make()
+    (tmp_path / 'data/mini_coco').mkdir(parents=True)
+    runs = [run_of(arm, seed, 40.0) for arm in table.arms for seed in (0, 1)]
+    (tmp_path / 'some.json').write_text(json.dumps(dict(runs=runs)))
+    made, trained = [], []
+    monkeypatch.setattr(study.Study, 'add', lambda self, *run: made.append(run))
+    monkeypatch.setattr(study.Study, 'train', lambda self, *source: trained.append(source))
+    study.Study('some', 2).make()
+    assert sorted(made) == [('KW 1x', 2), ('static', 2)]
+    assert trained == [('work_dirs/study/mini_coco_6_epochs', 6, {}, 0)]
+
+
+def test_arms_differ_by_their_overrides_alone(study, table):
+    assert table.arms['static'].overrides() == {}
+    expected = {'model.backbone.type': 'mmkw.KWResNet', 'model.backbone.cell_num_ratio': 1}
+    assert table.arms['KW 1x'].overrides() == {**expected, 'a.b': 2}
+
+
+def test_every_table_of_the_project_can_be_made(study, root):
+    """Its overrides are those of its config, and its results are where they belong."""
+    from mmengine.config import Config
+
+    pytest.importorskip('mmdet', reason='the config inherits from its own')
+    for name, table in study.TABLES.items():
+        config = Config.fromfile(root / study.Study(name, 1).config)
+        for arm in table.arms.values():
+            changed = config.copy()
+            changed.merge_from_dict(arm.overrides())
+            kind = 'mmkw.ResNet' if arm.budget is None else 'mmkw.KWResNet'
+            assert changed.model.backbone.type == kind
+        assert len(table.seeds) >= 3
+    results = {path.stem for path in (root / 'docs/evidence').glob('*.json')}
+    assert results <= set(study.TABLES)
