@@ -39,76 +39,34 @@ def _conv(settings: Sequence[Any]) -> SampleConv:
     return SampleConv(tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
-# What an operator returns shares no memory with its operands, and lies as its fake says.
+_SETTINGS = 'int[] stride, int[] padding, int[] dilation, int groups'
+
+# What an operator returns shares no memory with its operands, and is contiguous, as its fake says.
 
 
-@torch.library.custom_op('mmkw::convolve', mutates_args=())
-def _convolve(
-    x: Tensor,
-    kernels: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    return _conv((stride, padding, dilation, groups))(x, kernels).contiguous()
+def _convolve(x: Tensor, kernels: Tensor, *settings: Any) -> Tensor:
+    return _conv(settings)(x, kernels).contiguous()
 
 
-@_convolve.register_fake
-def _(
-    x: Tensor,
-    kernels: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    sides = zip(x.shape[2:], kernels.shape[3:], stride, padding, dilation)
+def _fake_convolve(x: Tensor, kernels: Tensor, *settings: Any) -> Tensor:
+    sides = zip(x.shape[2:], kernels.shape[3:], *settings[:3])
     size = [(n + 2 * pad - far * (k - 1) - 1) // step + 1 for n, k, step, pad, far in sides]
     return x.new_empty(x.shape[0], kernels.shape[1], *size)
 
 
-@torch.library.custom_op('mmkw::convolve_backward_x', mutates_args=())
-def _convolve_backward_x(
-    grad: Tensor,
-    x: Tensor,
-    kernels: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    conv = _conv((stride, padding, dilation, groups))
-    return conv.backward_x(grad, x, kernels).contiguous() if len(x) else torch.zeros_like(x)
+def _convolve_backward_x(grad: Tensor, x: Tensor, kernels: Tensor, *settings: Any) -> Tensor:
+    if not len(x):
+        return torch.zeros_like(x)
+    return _conv(settings).backward_x(grad, x, kernels).contiguous()
 
 
-@_convolve_backward_x.register_fake
-def _(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op('mmkw::convolve_backward_kernels', mutates_args=())
-def _convolve_backward_kernels(
-    grad: Tensor,
-    x: Tensor,
-    kernels: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def _convolve_backward_kernels(grad: Tensor, x: Tensor, kernels: Tensor, *settings: Any) -> Tensor:
     if not len(x):
         return torch.zeros_like(kernels)
-    conv = _conv((stride, padding, dilation, groups))
-    gradients = conv.backward_kernels(grad, x, kernels.shape[1:], Scratch())
+    gradients = _conv(settings).backward_kernels(grad, x, kernels.shape[1:], Scratch())
     if isinstance(gradients, Tensor):
         return gradients.contiguous()
     return torch.stack([gradient.reshape(kernels.shape[1:]) for gradient in gradients])
-
-
-@_convolve_backward_kernels.register_fake
-def _(grad: Tensor, x: Tensor, kernels: Tensor, *_: Any) -> Tensor:
-    return kernels.new_empty(kernels.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -127,4 +85,27 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     )
 
 
-_convolve.register_autograd(_backward, setup_context=_setup_context)
+def _register() -> None:
+    library = torch.library
+    for name, operands, compute, fake in (
+        ('convolve', 'Tensor x, Tensor kernels', _convolve, _fake_convolve),
+        (
+            'convolve_backward_x',
+            'Tensor grad, Tensor x, Tensor kernels',
+            _convolve_backward_x,
+            lambda grad, x, *_: x.new_empty(x.shape),
+        ),
+        (
+            'convolve_backward_kernels',
+            'Tensor grad, Tensor x, Tensor kernels',
+            _convolve_backward_kernels,
+            lambda grad, x, kernels, *_: kernels.new_empty(kernels.shape),
+        ),
+    ):
+        library.define(f'mmkw::{name}', f'({operands}, {_SETTINGS}) -> Tensor')
+        library.impl(f'mmkw::{name}', 'default', compute)
+        library.register_fake(f'mmkw::{name}', fake)
+    library.register_autograd('mmkw::convolve', _backward, setup_context=_setup_context)
+
+
+_register()
