@@ -19,9 +19,35 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    """``--exhaustive``, as before a release."""
+    text = 'run also the tests that repeat others on more networks, budgets or files'
+    parser.addoption('--exhaustive', action='store_true', help=text)
+
+
+def pytest_collection_modifyitems(config, items):
     """Those that take longest start first: at the end no process waits for one of them."""
+    if not config.getoption('exhaustive'):
+        left = [item for item in items if item.get_closest_marker('exhaustive')]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
     items.sort(key=lambda item: item.get_closest_marker('slow') is None)
+
+
+def exhaustively(names, others):
+    """Parameters of a test, of which some are for ``--exhaustive`` alone.
+
+    Args:
+        names: All of them.
+        others: Those.
+    """
+    mark = pytest.mark.exhaustive
+    return [
+        pytest.param(*(name if isinstance(name, tuple) else [name]), marks=mark)
+        if name in others
+        else name
+        for name in names
+    ]
 
 
 @pytest.fixture(autouse=True)

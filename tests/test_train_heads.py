@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from command_util import run, scalars
+from conftest import exhaustively
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
@@ -149,7 +150,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=exhaustively(CASES, ['RetinaHead']))
 def case(request):
     if request.param == 'FPNHead':
         pytest.importorskip('mmseg', reason='trains a segmentor')

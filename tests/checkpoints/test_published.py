@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import exhaustively
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.runner.checkpoint import load_state_dict
@@ -181,7 +182,9 @@ def oracle(name, x, tau, state=None):
     return net.state, outputs
 
 
-@pytest.fixture(scope='module', params=CASES)
+@pytest.fixture(
+    scope='module', params=exhaustively(CASES, ['r18-2x', 'r18-4x', 'r50-1d2x', 'r50-4x'])
+)
 def published(request, tmp_path_factory):
     """A published file, and what its network gives for some images at every temperature.
 

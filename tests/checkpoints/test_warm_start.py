@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import exhaustively
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_checkpoint, load_state_dict
@@ -113,7 +114,7 @@ def build_static(name):
     return exactness.build_static(library, config)
 
 
-@pytest.mark.parametrize('budget, tau', [(1, 1), (2, 0), (4, 0)])
+@pytest.mark.parametrize('budget, tau', exhaustively([(1, 1), (2, 0), (4, 0)], [(2, 0)]))
 @pytest.mark.parametrize('name', NETWORKS)
 def test_outputs_equal_those_of_the_static_network(name, budget, tau):
     side = NETWORKS[name][2]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import exhaustively
 from mmengine.registry import MODELS, init_default_scope
 from thin_models import segmentor
 
@@ -71,7 +72,7 @@ def build(name, dynamic):
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('dynamic', [False, True], ids=['static', 'dynamic'])
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', exhaustively(NETWORKS, ['ResNet18 4x', 'ResNet50 1x']))
 def test_a_backbone(name, dynamic, tmp_path):
     needs('mmdet')
     parity = export(build(name, dynamic), torch.randn(1, 3, 64, 64), tmp_path / 'a.pt2')

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from command_util import run
+from conftest import exhaustively
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -161,7 +162,7 @@ CAPABILITIES = ['default', 'avx2', 'avx512']
 
 
 @needs_native
-@pytest.mark.parametrize('capability', CAPABILITIES)
+@pytest.mark.parametrize('capability', exhaustively(CAPABILITIES, ['avx2']))
 def test_compiled_kernels_of_every_processor_equal_pytorch(capability, root):
     """PyTorch's variable chooses among the generations of x86 that the machine knows."""
     best = torch.backends.cpu.get_cpu_capability().lower()
