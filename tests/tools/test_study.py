@@ -4,6 +4,7 @@ import importlib
 import json
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -12,10 +13,11 @@ def study(root, monkeypatch):
     return importlib.import_module('study')
 
 
-def run_of(arm, seed, box, mask=30.0, seconds=1.0):
+def run_of(arm, seed, box, mask=30.0, seconds=1.0, source='a'):
     return {
         'arm': arm,
         'seed': seed,
+        'source': source,
         'box AP': box,
         'mask AP': mask,
         'seconds a step': seconds,
@@ -34,10 +36,12 @@ def test_gains_are_taken_seed_by_seed(study, table):
     pytest.importorskip('scipy')
     runs = [run_of('static', seed, box) for seed, box in enumerate((40.0, 44.0, 48.0))]
     runs += [run_of('KW 1x', seed, box, 31.0, 1.2) for seed, box in enumerate((41.0, 45.2, 48.9))]
+    # A static network that started elsewhere says nothing about these.
+    runs.append(run_of('static', 0, 44.0, source='b'))
     static, dynamic = study.report(table, runs).splitlines()[2:]
-    assert static == '| static (3 seeds) | 44.0 ± 4.0 | 30.0 ± 0.0 |  |  |  |  |  | 1.50 |'
+    assert static == '| static (4) | 44.0 ± 3.3 | 30.0 ± 0.0 |  |  |  |  |  | 1.50 |'
     name, box, mask, gain, _, p_box, _, ratio, _ = dynamic.strip('| ').split(' | ')
-    assert (name, box, mask) == ('KW 1x (3 seeds)', '45.0 ± 4.0', '31.0 ± 0.0')
+    assert (name, box, mask) == ('KW 1x (3)', '45.0 ± 4.0', '31.0 ± 0.0')
     assert (gain, ratio) == ('+1.0 ± 0.2', '1.20')
     # scipy's paired t-test of 1.0, 1.2, 0.9.
     assert p_box == '0.007'
@@ -46,7 +50,7 @@ def test_gains_are_taken_seed_by_seed(study, table):
 def test_a_study_that_has_not_ended_reports_what_it_has(study, table):
     pytest.importorskip('scipy')
     lines = study.report(table, [run_of('KW 1x', 2, 41.0)]).splitlines()
-    assert lines[2:] == ['| KW 1x (1 seeds) | 41.0 | 30.0 |  |  |  |  |  | 1.50 |']
+    assert lines[2:] == ['| KW 1x (1) | 41.0 | 30.0 |  |  |  |  |  | 1.50 |']
 
 
 def test_what_is_there_is_not_made_again(study, table, tmp_path, monkeypatch):
@@ -57,13 +61,26 @@ def test_what_is_there_is_not_made_again(study, table, tmp_path, monkeypatch):
         study.Study('some', 1).make()
     (tmp_path / 'data/mini_coco').mkdir(parents=True)
     runs = [run_of(arm, seed, 40.0) for arm in table.arms for seed in (0, 1)]
+    # With another source it is another run.
+    runs.append(run_of('static', 2, 40.0, source='b'))
     (tmp_path / 'some.json').write_text(json.dumps(dict(runs=runs)))
     made, trained = [], []
     monkeypatch.setattr(study.Study, 'add', lambda self, *run: made.append(run))
     monkeypatch.setattr(study.Study, 'train', lambda self, *source: trained.append(source))
+    monkeypatch.setattr(study, 'digest', lambda checkpoint: 'a')
     study.Study('some', 2).make()
     assert sorted(made) == [('KW 1x', 2), ('static', 2)]
     assert trained == [('work_dirs/study/mini_coco_6_epochs', 6, {}, 0)]
+
+
+def test_a_source_is_known_by_its_weights(study, tmp_path):
+    state = dict(a=torch.zeros(2), b=torch.zeros(3))
+    torch.save(dict(state_dict=state, meta=dict(time=1)), tmp_path / 'a.pth')
+    torch.save(dict(state_dict=state, meta=dict(time=2)), tmp_path / 'b.pth')
+    state['b'][1] = 1e-6
+    torch.save(dict(state_dict=state), tmp_path / 'c.pth')
+    first, same, other = (study.digest(tmp_path / f'{name}.pth') for name in 'abc')
+    assert first == same != other
 
 
 def test_arms_differ_by_their_overrides_alone(study, table):

@@ -9,6 +9,7 @@ Data lie in ``data``, made by tools/dataset_converters/make_mini_coco.py; networ
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -23,6 +24,8 @@ from threading import Lock
 from typing import Any
 
 from harness import processor
+
+from mmkw import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 WORK = 'work_dirs/study'
@@ -115,6 +118,7 @@ class Study:
         self.path = RESULTS / f'{name}.json'
         self.jobs = jobs
         self.lock = Lock()
+        self.digest = ''
         self.runs: list[dict] = []
         if self.path.exists():
             self.runs = json.loads(self.path.read_text())['runs']
@@ -126,15 +130,16 @@ class Study:
                 f'data/{self.table.data} is missing. Run: python tools/dataset_converters/'
                 f'make_mini_coco.py data/{self.table.data} {IMAGES[self.table.data]}'
             )
-        done = {(run['arm'], run['seed']) for run in self.runs}
+        if self.table.source:
+            self.digest = digest(self.train(self.source, self.table.source, {}, 0))
+        # What started elsewhere, with another source, stays as it is, and is not mixed with these.
+        done = {(run['arm'], run['seed']) for run in self.runs if run['source'] == self.digest}
         left = [
             (arm, seed)
             for seed in self.table.seeds
             for arm in self.table.arms
             if (arm, seed) not in done
         ]
-        if left and self.table.source:
-            self.train(self.source, self.table.source, {}, 0)
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda run: self.add(*run), left))
 
@@ -163,6 +168,7 @@ class Study:
         run = {
             'arm': name,
             'seed': seed,
+            'source': self.digest,
             **{metric: 100 * found[key] for metric, key in METRICS.items()},
             'epochs': epochs,
             'steps': steps[-1]['step'],
@@ -231,12 +237,23 @@ def latest(folder: str, pattern: str) -> Path:
     return max((ROOT / folder).glob(pattern), key=lambda path: path.stat().st_mtime)
 
 
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """The tensors of a checkpoint of ours."""
+    return read_checkpoint(str(checkpoint))['state_dict']
+
+
 def parameters(checkpoint: Path) -> int:
     """Parameters of a network, without the statistics of its norms."""
-    import torch
+    statistics = ('_mean', '_var', '_tracked')
+    return sum(v.numel() for k, v in state_of(checkpoint).items() if not k.endswith(statistics))
 
-    state = torch.load(checkpoint, weights_only=False)['state_dict']
-    return sum(v.numel() for k, v in state.items() if not k.endswith(('_mean', '_var', '_tracked')))
+
+def digest(checkpoint: Path) -> str:
+    """Tells the weights of one training from those of another."""
+    found = hashlib.sha256()
+    for tensor in state_of(checkpoint).values():
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def both(run: Mapping[str, Any]) -> str:
@@ -247,7 +264,8 @@ def both(run: Mapping[str, Any]) -> str:
 def report(table: Table, runs: Sequence[dict]) -> str:
     """The table of a study: means and spreads, and what each arm gains over the first.
 
-    Gains are taken seed by seed. ``p`` is that of a paired t-test, of both sides.
+    Gains are taken seed by seed, of networks with the same source. ``p`` is that of a paired
+    t-test, of both sides.
 
     Args:
         table: Of the study.
@@ -257,18 +275,19 @@ def report(table: Table, runs: Sequence[dict]) -> str:
 
     reference, *_ = table.arms
     lines = [
-        '| network | box AP | mask AP | gain in box AP | gain in mask AP | p, box | p, mask '
+        '| network (runs) | box AP | mask AP | gain in box AP | gain in mask AP | p, box | p, mask '
         '| time of a step | M parameters |',
         '|---|---|---|---|---|---|---|---|---|',
     ]
-    of = {(run['arm'], run['seed']): run for run in runs}
+    of = {(run['seed'], run['source']): run for run in runs if run['arm'] == reference}
     for arm in table.arms:
-        own = [of[arm, seed] for seed in table.seeds if (arm, seed) in of]
+        own = [run for run in runs if run['arm'] == arm]
         if not own:
             continue
-        cells = [f'{arm} ({len(own)} seeds)']
+        cells = [f'{arm} ({len(own)})']
         cells += [spread([run[metric] for run in own], '.1f') for metric in METRICS]
-        pairs = [(run, of[reference, run['seed']]) for run in own if (reference, run['seed']) in of]
+        places = [((run['seed'], run['source']), run) for run in own]
+        pairs = [(run, of[place]) for place, run in places if place in of]
         gains = {m: [run[m] - first[m] for run, first in pairs] for m in METRICS}
         if arm == reference or len(pairs) < 2:
             cells += [''] * 5
