@@ -49,7 +49,7 @@ def needs(suffix):
 CASES = [
     *((name, 'scan', '.pt2') for name in LAYERS),
     *((name, 'matmul', '.pt2') for name in ('dilated', 'grouped', 'depthwise', 'whole cells')),
-    *((name, 'large', '.pt2') for name in ('4x', 'matrix')),
+    ('matrix', 'large', '.pt2'),
     *((name, 'scan', '.onnx') for name in ('plain', 'linear')),
     ('depthwise', 'matmul', '.onnx'),
     ('4x', 'large', '.onnx'),

@@ -34,7 +34,7 @@ NETWORKS = {
     'ConvNeXt': (
         'mmkw.ConvNeXt',
         'mmkw.KWConvNeXt',
-        dict(arch=dict(depths=[1, 1], channels=[8, 16]), out_indices=(1,)),
+        dict(arch=dict(depths=[1], channels=[8]), out_indices=(0,)),
         {},
     ),
     'MobileNetV2': (

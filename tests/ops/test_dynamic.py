@@ -166,7 +166,8 @@ CAPABILITIES = ['default', 'avx2', 'avx512']
 def test_compiled_kernels_of_every_processor_equal_pytorch(capability, root):
     """PyTorch's variable chooses among the generations of x86 that the machine knows."""
     best = torch.backends.cpu.get_cpu_capability().lower()
-    if best not in CAPABILITIES[CAPABILITIES.index(capability) :]:
+    if best not in CAPABILITIES[CAPABILITIES.index(capability) + 1 :]:
+        # Its own generation is what the test above has.
         pytest.skip(f'this processor has {best}')
     name = 'test_compiled_kernels_equal_pytorch[three threads]'
     command = [sys.executable, '-m', 'pytest', f'{__file__}::{name}']

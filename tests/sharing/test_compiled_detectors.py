@@ -35,7 +35,8 @@ def test_a_detector_is_compiled_as_its_static_twin():
         model = retinanet(kind)
         plain = copy.deepcopy(model)
         compiled = torch.compile(model, backend='aot_eager', dynamic=True)
-        for size in ((64, 64), (64, 96), (96, 64)):
+        # With sides that differ: where they are equal PyTorch makes a graph for that.
+        for size in ((64, 96), (128, 64)):
             x = torch.randn(2, 3, *size)
             results = learned(compiled, x)
             for values, expected in zip(results, learned(plain, x)):
