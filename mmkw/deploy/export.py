@@ -15,6 +15,7 @@ from ..ops import exported
 from .networks import difference, evaluating, tensors_of
 from .runtimes import need, onnx_session
 from .static import to_static
+from .windows import counted_in_program, windowed
 
 LOGGER = logging.getLogger('mmkw')
 
@@ -101,6 +102,12 @@ def export(
     """
     path = Path(path)
     _check(model, example, path, dynamic, form)
+    if 'size' in dynamic and windowed(model):
+        # PyTorch 2.13 works on such a program for more than ten minutes.
+        raise ExportError(
+            f'{type(model).__name__} cannot be exported with dynamic={tuple(dynamic)}: it cuts '
+            "images into windows, whose number must be known. Try dynamic=('batch',)."
+        )
     if (form == 'static') != (loader is not None) or (keep and form != 'static'):
         raise ValueError(f"form='static' takes a loader, and keep; other forms do not: {form!r}.")
     if loader is not None:
@@ -114,7 +121,7 @@ def export(
     if tolerance is None:
         tolerance = HALF_TOLERANCE if half else TOLERANCE
     written = _Half(model) if half else model
-    with _as_exported(form), evaluating(model, written):
+    with _as_exported(form), counted_in_program(written), evaluating(model, written):
         program = _program(written, example, dynamic)
         unfinished = path.with_name(f'{path.stem}.part{path.suffix}')
         try:

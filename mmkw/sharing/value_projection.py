@@ -132,7 +132,7 @@ class WindowProjection(SplitProjection):
 
     def count_images(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict) -> None:
         """Notes the number of images; a hook that runs before images are cut into windows."""
-        self._images = len(inputs[0] if inputs else named['query'])
+        self._images = (inputs[0] if inputs else named['query']).shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps Tensor[images * windows, tokens, channels] to the same shape with 3 * channels."""

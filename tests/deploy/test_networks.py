@@ -44,21 +44,20 @@ NETWORKS = {
         {},
     ),
 }
-SWIN = dict(
-    type='mmdet.SwinTransformer',
-    embed_dims=8,
-    depths=(2,),
-    num_heads=(2,),
-    strides=(4,),
-    out_indices=(0,),
-    window_size=4,
-)
+THIN = dict(depths=[2], num_heads=[2])
+SWINS = {
+    'mmdet': dict(type='mmdet.SwinTransformer', embed_dims=8, strides=(4,), window_size=4, **THIN),
+    'mmpretrain': dict(
+        type='mmpretrain.SwinTransformer', arch=dict(embed_dims=8, **THIN), window_size=4
+    ),
+}
 
 
 def build(name, dynamic):
     init_default_scope('mmdet')
-    if name == 'Swin':
-        return MODELS.build(dict(type='mmkw.KWModule', module=SWIN) if dynamic else SWIN)
+    if name in SWINS:
+        swin = dict(SWINS[name], out_indices=(0,))
+        return MODELS.build(dict(type='mmkw.KWModule', module=swin) if dynamic else swin)
     static_type, dynamic_type, options, more = NETWORKS[name]
     config = dict(type=dynamic_type, **more) if dynamic else dict(type=static_type)
     network = MODELS.build(dict(config, **options))
@@ -104,14 +103,15 @@ def check(parity, sizes):
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('dynamic', [False, True], ids=['static', 'dynamic'])
-def test_a_swin_is_fixed(dynamic, tmp_path):
-    """MMDetection's counts its windows in Python, so what should be dynamic is refused."""
-    needs('mmdet')
-    images, file = torch.randn(2, 3, 64, 64), tmp_path / 'a.pt2'
-    with pytest.raises(ExportError, match=r'(?s)cannot be exported .* Or try dynamic=\(\)\.$'):
-        export(build('Swin', dynamic), images, file, dynamic=('batch',))
-    (found,) = export(build('Swin', dynamic), images, file, dynamic=())
-    assert found.shape == (2, 3, 64, 64) and found.difference < 1e-4
+@pytest.mark.parametrize('library', exhaustively(SWINS, ['mmpretrain']))
+def test_a_swin_for_any_batch(library, dynamic, tmp_path):
+    """The libraries' count images in Python; of any size they are refused."""
+    needs('mmdet', library)
+    network, image, file = build(library, dynamic), torch.randn(1, 3, 64, 64), tmp_path / 'a.pt2'
+    check(export(network, image, file, dynamic=('batch',)), sizes=1)
+    assert not [m for m in network.modules() if 'window_reverse' in m.__dict__]
+    with pytest.raises(ExportError, match=r"into windows.* Try dynamic=\('batch',\)\.$"):
+        export(network, image, file)
 
 
 @pytest.fixture(params=[False, True], ids=['static', 'dynamic'])
