@@ -169,12 +169,12 @@ class Study:
             'arm': name,
             'seed': seed,
             'source': self.digest,
-            **{metric: 100 * found[key] for metric, key in METRICS.items()},
+            **{metric: percent(found[key]) for metric, key in METRICS.items()},
             'epochs': epochs,
             'steps': steps[-1]['step'],
-            'seconds a step': statistics.median(line['time'] for line in steps),
+            'seconds a step': round(statistics.median(line['time'] for line in steps), 3),
             'parameters': parameters(checkpoint),
-            'validation': [[100 * line[key] for key in METRICS.values()] for line in curve],
+            'validation': [[percent(line[key]) for key in METRICS.values()] for line in curve],
             'options': options,
             'processor': processor(),
             'jobs': self.jobs,
@@ -235,6 +235,11 @@ class Study:
 def latest(folder: str, pattern: str) -> Path:
     """The newest file in a folder that matches a pattern."""
     return max((ROOT / folder).glob(pattern), key=lambda path: path.stat().st_mtime)
+
+
+def percent(share: float) -> float:
+    """In percent, without digits that the metric does not have."""
+    return round(100 * share, 2)
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:
