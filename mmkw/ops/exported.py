@@ -143,7 +143,6 @@ def _moved(
 def _scanned(x: Tensor, kernels: Tensor, sample_map: SampleConv) -> Tensor:
     """Convolves image by image."""
 
-    # torch.export does not trace generic types in annotations.
     # torch 2.6 does not trace generic types in annotations.
     def convolved(state: Tensor, operands: tuple) -> tuple:
         image, kernel = operands

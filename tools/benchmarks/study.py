@@ -34,7 +34,6 @@ IMAGES = {
     'mini_coco': '--train 1200 --val 200 --test 400',
     'mini_stamps': '--train 2000 --val 300 --test 500 --stamps STAMPS',
 }
-SUFFIX = {'mini_coco': 'mini-coco', 'mini_stamps': 'mini-stamps'}
 METRICS = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
 
 
@@ -113,7 +112,8 @@ class Study:
 
     def __init__(self, name: str, jobs: int) -> None:
         self.table = TABLES[name]
-        self.config = f'configs/demo/mask-rcnn_r18_fpn_{SUFFIX[self.table.data]}.py'
+        data = self.table.data.replace('_', '-')
+        self.config = f'configs/demo/mask-rcnn_r18_fpn_{data}.py'
         self.folder = f'{WORK}/{name}'
         self.path = RESULTS / f'{name}.json'
         self.jobs = jobs
@@ -315,7 +315,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def main() -> None:
-    """Reads the command line, makes the runs, prints and draws them."""
+    """Reads the command line, makes the runs and prints their table."""
     parser = argparse.ArgumentParser(description='Compare static and dynamic networks, trained')
     parser.add_argument('table', choices=TABLES)
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time (default: 2)')

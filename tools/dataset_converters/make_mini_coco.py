@@ -117,13 +117,13 @@ class Stamps:
     def __init__(self, split: str, folder: Path) -> None:
         chosen = {'val': [0], 'test': [2], 'train': [1, 3, 4]}[split]
         self.images: list[list[np.ndarray]] = []
-        for name, place in STAMPS.items():
-            files = sorted((folder / place).glob('**/*.png'))
+        for name, kind in STAMPS.items():
+            files = sorted((folder / kind).glob('**/*.png'))
             pictures = [cv2.imread(str(file), cv2.IMREAD_UNCHANGED) for file in files]
             pictures = [p for p in pictures if p is not None and p.ndim == 3 and p.shape[2] == 4]
             if len(pictures) < 5:
                 raise SystemExit(
-                    f'{folder / place} has {len(pictures)} stamps for the class {name!r}, of which '
+                    f'{folder / kind} has {len(pictures)} stamps for the class {name!r}, of which '
                     'it takes five. Give --stamps the folder usr/share/tuxpaint/stamps of the '
                     'package tuxpaint-stamps-default.'
                 )
