@@ -26,8 +26,13 @@ LEAVES = sorted(
     # Those are in test_classification.py.
     and not path.stem.endswith(('_in1k', '-digits'))
 )
-# They have another budget or method than one of the others.
-REPEATED = [name for name in LEAVES if re.search('/mask-rcnn_(kw1d2x|kw4x|dyconv4x)-', name)]
+# They have another budget, method, backbone or data set than one of the others.
+REPEATED = [
+    name
+    for name in LEAVES
+    if re.search('/mask-rcnn_(kw1d2x|kw4x|dyconv4x|kw1x-(swin|regnet)|kw2x-x50)-', name)
+    or re.search('hrnet|retinanet_kw1x-r50|retinanet_r50_kw4x|pspnet|mini-stamps', name)
+]
 BACKBONES = sorted(path.stem for path in (CONFIGS / '_base_/backbones').iterdir())
 SEGMENTATION = ('ade20k', 'cityscapes', 'coco-stuff', 'semantic')
 BOTH = ('mask2former',)

@@ -150,7 +150,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=exhaustively(CASES, ['RetinaHead']))
+@pytest.fixture(params=exhaustively(CASES, ['RetinaHead', 'FPNHead']))
 def case(request):
     if request.param == 'FPNHead':
         pytest.importorskip('mmseg', reason='trains a segmentor')

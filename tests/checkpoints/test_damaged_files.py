@@ -192,7 +192,7 @@ def mutate(content, steps):
 
 
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')
-@settings(max_examples=1500, deadline=None, derandomize=True)
+@settings(max_examples=700, deadline=None, derandomize=True)
 @given(mutations())
 def test_a_mutated_file_loads_equal_or_is_refused(mutated):
     (new, protocol), steps = mutated

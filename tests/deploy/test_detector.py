@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import exhaustively
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import init_default_scope
@@ -63,10 +64,13 @@ def check_same(found, expected):
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize(
     'name, kind',
-    [
-        *((name, kind) for name in DETECTORS for kind in ('static', 'dynamic')),
-        ('mask_rcnn', 'static twin'),
-    ],
+    exhaustively(
+        [
+            *((name, kind) for name in DETECTORS for kind in ('static', 'dynamic')),
+            ('mask_rcnn', 'static twin'),
+        ],
+        [('retinanet', 'static'), ('retinanet', 'dynamic')],
+    ),
 )
 def test_a_detector_finds_the_same(name, kind, tmp_path):
     from mmdet.apis import inference_detector

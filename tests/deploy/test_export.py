@@ -73,6 +73,17 @@ def test_every_layer_from_one_image(name, form, suffix, tmp_path, monkeypatch):
     assert layer.training and list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('make', [lambda: nn.Linear(8, 16), LAYERS['linear'][0]])
+def test_half_precision_is_the_file_s_alone(make, tmp_path):
+    layer, file = make(), tmp_path / 'a.pt2'
+    parity = export(layer, torch.randn(1, 7, 8), file, dynamic=('batch',), half=True)
+    assert 1e-5 < max(found.difference for found in parity) < 0.01
+    assert {p.dtype for p in layer.parameters()} == {torch.float32}
+    stored = torch.export.load(file).state_dict.values()
+    assert {value.dtype for value in stored if value.is_floating_point()} == {torch.float16}
+
+
 @pytest.fixture
 def detector():
     registry = pytest.importorskip('mmdet.registry', reason='has the detector')
@@ -214,6 +225,7 @@ def test_no_file_is_left_that_computes_something_else(model, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.skipif(shutil.which('g++') is None, reason='AOTInductor needs a C++ compiler')

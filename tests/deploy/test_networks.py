@@ -1,11 +1,17 @@
 """Whole networks, dynamic and static, in files made from one image: any batch and any size."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import exhaustively
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from thin_models import segmentor
 
+from mmkw import is_converted
+from mmkw.cli import export as command
 from mmkw.deploy import DenseNetwork, ExportError, export
 
 
@@ -80,7 +86,7 @@ def test_a_backbone(name, dynamic, tmp_path):
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('dynamic', [False, True], ids=['static', 'dynamic'])
-@pytest.mark.parametrize('name', ['ResNet18 1x', 'MobileNetV2'])
+@pytest.mark.parametrize('name', exhaustively(['ResNet18 1x', 'MobileNetV2'], ['MobileNetV2']))
 def test_a_trace_of_one_image(name, dynamic, tmp_path):
     """TorchScript, which C++ programs read: for any batch and any size of image."""
     needs('mmdet')
@@ -123,7 +129,7 @@ def logits(request):
 
 
 @pytest.mark.filterwarnings('ignore')
-def test_a_segmentor_in_both_runtimes_and_in_half_precision(logits, tmp_path):
+def test_a_segmentor_in_both_runtimes_and_in_half_precision(logits, tmp_path, capsys):
     image, file = torch.randn(1, 3, 64, 64), tmp_path / 'a.onnx'
     check(export(logits, image, file), sizes=3)
     images = torch.randn(3, 3, 96, 64)
@@ -134,11 +140,16 @@ def test_a_segmentor_in_both_runtimes_and_in_half_precision(logits, tmp_path):
     (found,) = onnxruntime.InferenceSession(file).run(None, {'images': images.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
 
-    half = tmp_path / 'half.onnx'
-    parity = export(logits, image, half, half=True)
-    assert 1e-5 < max(found.difference for found in parity) < 0.02
-    assert half.stat().st_size < file.stat().st_size
-    assert next(logits.parameters()).dtype == torch.float32
+    # By the command, from a config and a checkpoint.
+    half, config, checkpoint = (str(tmp_path / name) for name in ('a.half.onnx', 'a.py', 'a.pth'))
+    model = segmentor(is_converted(logits))
+    Config(dict(default_scope='mmseg', model=model)).dump(config)
+    torch.save(dict(state_dict=logits.model.state_dict()), checkpoint)
+    command.main([config, checkpoint, half, '--half', '--shape', '64', '64'])
+    table = dict(re.findall(r'^\| (\dx3x\S+) \| (\S+) ', capsys.readouterr().out, re.M))
+    assert {'1x3x64x64', '8x3x64x64'} < set(table)
+    assert 1e-5 < max(map(float, table.values())) < 0.02
+    assert Path(half).stat().st_size < file.stat().st_size
 
     openvino = pytest.importorskip('openvino', reason='runs the same file')
     # By default it computes in less than float32 where a processor can.

@@ -132,7 +132,7 @@ def expected_of(layer, twin, x, batched):
 
 @pytest.mark.parametrize('layer_type', TWINS, ids=lambda layer: layer.__name__)
 @settings(
-    max_examples=400,
+    max_examples=250,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),

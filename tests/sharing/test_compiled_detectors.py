@@ -26,6 +26,7 @@ def learned(model, x):
     return [y.detach() for y in outputs], [p.grad.clone() for p in model.parameters()]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_detector_is_compiled_as_its_static_twin():
     found = {}

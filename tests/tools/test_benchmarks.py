@@ -126,6 +126,7 @@ def test_reading(root):
     assert 'MB, 954 tensors' in output and 'ratio: ' in output
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='counts the pages of Linux')
 def test_memory_is_watched_over_many_steps(root):
