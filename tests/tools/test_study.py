@@ -2,9 +2,14 @@
 
 import importlib
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+
+# What may not be the same in two runs.
+SAME = ('data', 'split', 'source epochs', 'epochs', 'options', 'seed', 'source')
 
 
 @pytest.fixture
@@ -13,9 +18,21 @@ def study(root, monkeypatch):
     return importlib.import_module('study')
 
 
-def run_of(arm, seed, box, mask=30.0, seconds=1.0, source='a'):
+@pytest.fixture
+def table(study):
+    arms = {'static': study.Arm(), 'KW 1x': study.Arm(1, {'a.b': 2})}
+    return study.Table(arms, seeds=(0, 1, 2), epochs=3, data='mini_coco', split='val', source=6)
+
+
+@pytest.fixture
+def run_of(study, table):
+    """Makes the record of a run of one of the arms."""
+    return partial(record, study, table)
+
+
+def record(study, table, arm, seed, box, mask=30.0, seconds=1.0, source='a'):
     return {
-        'arm': arm,
+        **study.identity(table.arms[arm], table),
         'seed': seed,
         'source': source,
         'box AP': box,
@@ -25,13 +42,7 @@ def run_of(arm, seed, box, mask=30.0, seconds=1.0, source='a'):
     }
 
 
-@pytest.fixture
-def table(study):
-    arms = {'static': study.Arm(), 'KW 1x': study.Arm(1, {'a.b': 2})}
-    return study.Table(arms, seeds=(0, 1, 2), epochs=3, data='mini_coco', split='val', source=6)
-
-
-def test_gains_are_taken_seed_by_seed(study, table):
+def test_gains_are_taken_seed_by_seed(study, table, run_of):
     """The seeds differ by more than the networks: only pairs show the gain."""
     pytest.importorskip('scipy')
     runs = [run_of('static', seed, box) for seed, box in enumerate((40.0, 44.0, 48.0))]
@@ -47,14 +58,14 @@ def test_gains_are_taken_seed_by_seed(study, table):
     assert p_box == '0.007'
 
 
-def test_a_study_that_has_not_ended_reports_what_it_has(study, table):
+def test_a_study_that_has_not_ended_reports_what_it_has(study, table, run_of):
     pytest.importorskip('scipy')
     lines = study.report(table, [run_of('KW 1x', 2, 41.0)]).splitlines()
     assert lines[2:] == ['| KW 1x (1) | 41.0 | 30.0 |  |  |  |  |  | 1.50 |']
 
 
-def test_what_is_there_is_not_made_again(study, table, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, 'RESULTS', tmp_path)
+def test_what_is_there_is_not_made_again(study, table, run_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, 'RESULTS', tmp_path / 'runs.json')
     monkeypatch.setattr(study, 'ROOT', tmp_path)
     monkeypatch.setitem(study.TABLES, 'some', table)
     with pytest.raises(SystemExit, match=r'data/mini_coco is missing\. Run: python tools/dataset'):
@@ -63,7 +74,10 @@ def test_what_is_there_is_not_made_again(study, table, tmp_path, monkeypatch):
     runs = [run_of(arm, seed, 40.0) for arm in table.arms for seed in (0, 1)]
     # With another source it is another run.
     runs.append(run_of('static', 2, 40.0, source='b'))
-    (tmp_path / 'some.json').write_text(json.dumps(dict(runs=runs)))
+    # So it is after more epochs, and with another option.
+    longer = replace(table, epochs=4)
+    runs += [record(study, longer, 'static', 2, 40.0), {**runs[0], 'seed': 2, 'options': {'c': 1}}]
+    (tmp_path / 'runs.json').write_text(json.dumps(runs))
     made, trained = [], []
     monkeypatch.setattr(study.Study, 'add', lambda self, *run: made.append(run))
     monkeypatch.setattr(study.Study, 'train', lambda self, *source: trained.append(source))
@@ -71,6 +85,11 @@ def test_what_is_there_is_not_made_again(study, table, tmp_path, monkeypatch):
     study.Study('some', 2).make()
     assert sorted(made) == [('KW 1x', 2), ('static', 2)]
     assert trained == [('work_dirs/study/mini_coco_6_epochs', 6, {}, 0)]
+    # What one table made serves another.
+    names = {'first': table.arms['KW 1x'], 'second': study.Arm(4)}
+    monkeypatch.setitem(study.TABLES, 'other', replace(table, arms=names, seeds=(0,)))
+    study.Study('other', 2).make()
+    assert made[2:] == [('second', 0)]
 
 
 def test_a_source_is_known_by_its_weights(study, tmp_path):
@@ -102,5 +121,8 @@ def test_every_table_of_the_project_can_be_made(study, root):
             kind = 'mmkw.ResNet' if arm.budget is None else 'mmkw.KWResNet'
             assert changed.model.backbone.type == kind
         assert len(table.seeds) >= 3
-    results = {path.stem for path in (root / 'docs/evidence').glob('*.json')}
-    assert results <= set(study.TABLES)
+    runs = json.loads(study.RESULTS.read_text())
+    asked = [(arm, table) for table in study.TABLES.values() for arm in table.arms.values()]
+    assert all(any(study.runs_of(*arm, [run]) for arm in asked) for run in runs)
+    places = [json.dumps([run[k] for k in run if k in SAME]) for run in runs]
+    assert len(set(places)) == len(places)

@@ -1,8 +1,9 @@
 """Does it pay? Trains static and dynamic networks alike, many times, and compares them.
 
 ``study.py TABLE [--jobs 2]`` makes the runs of a table that docs/evidence.md describes, adds each
-to ``docs/evidence/TABLE.json`` as it ends, and prints them. What is there already is not done
-again, so that a study may be stopped at any time. ``--only-report`` trains nothing.
+to ``docs/evidence/runs.json`` as it ends, and prints them. What is there already, also for another
+table, is not done again, so that a study may be stopped at any time. ``--only-report`` trains
+nothing.
 
 Data lie in ``data``, made by tools/dataset_converters/make_mini_coco.py; networks in
 ``work_dirs/study``.
@@ -24,12 +25,13 @@ from threading import Lock
 from typing import Any
 
 from harness import processor
+from mmengine.config import Config
 
 from mmkw import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 WORK = 'work_dirs/study'
-RESULTS = ROOT / 'docs/evidence'
+RESULTS = ROOT / 'docs/evidence/runs.json'
 IMAGES = {
     'mini_coco': '--train 1200 --val 200 --test 400',
     'mini_stamps': '--train 2000 --val 300 --test 500 --stamps STAMPS',
@@ -81,23 +83,55 @@ class Table:
     source: int
 
 
-RATES = {'optim_wrapper.optimizer.lr': 3e-4}
-QUICK_ATTENTION = {'optim_wrapper.paramwise_cfg.custom_keys.attention.lr_mult': 10}
+SLOW = {'optim_wrapper.optimizer.lr': 3e-4}
+FAST = {'optim_wrapper.optimizer.lr': 2e-3}
+ATTENTION_RATE = 'optim_wrapper.paramwise_cfg.custom_keys.attention.lr_mult'
+QUICK_ATTENTION = {ATTENTION_RATE: 10}
+
+
+def annealed(epochs: int) -> dict[str, Any]:
+    """Overrides for a temperature from 1 to 0 within so many epochs."""
+    hooks = [
+        {'type': 'mmkw.TemperatureHook', 'length': epochs},
+        {'type': 'mmkw.IterationSeedHook'},
+    ]
+    return {'model.backbone.start_tau': 1, 'custom_hooks': hooks}
+
+
+STATIC, CHOSEN = Arm(), Arm(1, QUICK_ATTENTION)
+DIGITS = {'seeds': (0, 1, 2), 'epochs': 3, 'data': 'mini_coco', 'split': 'val', 'source': 6}
 TABLES = {
     'rates': Table(
         {
-            'static, 3e-4': Arm(None, RATES),
-            'static, 1e-3': Arm(),
-            'KW 1x, 3e-4': Arm(1, RATES),
+            'static, 3e-4': Arm(None, SLOW),
+            'static, 1e-3': STATIC,
+            'static, 2e-3': Arm(None, FAST),
+            'KW 1x, 3e-4': Arm(1, SLOW),
             'KW 1x, 1e-3': Arm(1),
-            'KW 1x, 3e-4, attentions 3e-3': Arm(1, {**RATES, **QUICK_ATTENTION}),
-            'KW 1x, 1e-3, attentions 1e-2': Arm(1, QUICK_ATTENTION),
+            'KW 1x, 3e-4, attentions 3e-3': Arm(1, {**SLOW, **QUICK_ATTENTION}),
+            'KW 1x, 1e-3, attentions 1e-2': CHOSEN,
+            'KW 1x, 2e-3, attentions 1e-2': Arm(1, {**FAST, ATTENTION_RATE: 5}),
         },
-        seeds=(0, 1, 2),
-        epochs=3,
-        data='mini_coco',
-        split='val',
-        source=6,
+        **DIGITS,
+    ),
+    'norms': Table(
+        {
+            'static': STATIC,
+            'KW 1x, attentions with BatchNorm': CHOSEN,
+            'KW 1x, attentions with LayerNorm': Arm(
+                1, {**QUICK_ATTENTION, 'model.backbone.attention_norm_cfg': {'type': 'LN'}}
+            ),
+        },
+        **DIGITS,
+    ),
+    'temperature': Table(
+        {
+            'static': STATIC,
+            'KW 1x, 0': CHOSEN,
+            'KW 1x, 1 to 0 in one epoch': Arm(1, {**QUICK_ATTENTION, **annealed(1)}),
+            'KW 1x, 1 to 0 in three epochs': Arm(1, {**QUICK_ATTENTION, **annealed(3)}),
+        },
+        **DIGITS,
     ),
 }
 
@@ -114,14 +148,12 @@ class Study:
         self.table = TABLES[name]
         data = self.table.data.replace('_', '-')
         self.config = f'configs/demo/mask-rcnn_r18_fpn_{data}.py'
-        self.folder = f'{WORK}/{name}'
-        self.path = RESULTS / f'{name}.json'
         self.jobs = jobs
         self.lock = Lock()
         self.digest = ''
         self.runs: list[dict] = []
-        if self.path.exists():
-            self.runs = json.loads(self.path.read_text())['runs']
+        if RESULTS.exists():
+            self.runs = json.loads(RESULTS.read_text())
 
     def make(self) -> None:
         """Makes the runs that are missing, seed by seed, and writes each down as it ends."""
@@ -133,12 +165,14 @@ class Study:
         if self.table.source:
             self.digest = digest(self.train(self.source, self.table.source, {}, 0))
         # What started elsewhere, with another source, stays as it is, and is not mixed with these.
-        done = {(run['arm'], run['seed']) for run in self.runs if run['source'] == self.digest}
         left = [
-            (arm, seed)
+            (name, seed)
             for seed in self.table.seeds
-            for arm in self.table.arms
-            if (arm, seed) not in done
+            for name, arm in self.table.arms.items()
+            if not any(
+                (run['seed'], run['source']) == (seed, self.digest)
+                for run in runs_of(arm, self.table, self.runs)
+            )
         ]
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda run: self.add(*run), left))
@@ -151,8 +185,9 @@ class Study:
     def add(self, name: str, seed: int) -> None:
         """Makes one run and writes it down."""
         arm = self.table.arms[name]
-        epochs = arm.epochs or self.table.epochs
-        folder = f'{self.folder}/{name.replace(" ", "_").replace(",", "")}/seed{seed}'
+        kind, epochs = identity(arm, self.table), arm.epochs or self.table.epochs
+        of_kind = hashlib.sha256(json.dumps([kind, self.digest]).encode()).hexdigest()[:12]
+        folder = f'{WORK}/{of_kind}/seed{seed}'
         options = arm.overrides()
         if self.table.source:
             options['load_from'] = f'{self.source}/epoch_{self.table.source}.pth'
@@ -166,24 +201,22 @@ class Study:
         curve = [line for line in lines if METRICS['box AP'] in line]
         found = self.test(checkpoint, folder, options) if self.table.split == 'test' else curve[-1]
         run = {
-            'arm': name,
+            **kind,
             'seed': seed,
             'source': self.digest,
             **{metric: percent(found[key]) for metric, key in METRICS.items()},
-            'epochs': epochs,
             'steps': steps[-1]['step'],
             'seconds a step': round(statistics.median(line['time'] for line in steps), 3),
             'parameters': parameters(checkpoint),
             'validation': [[percent(line[key]) for key in METRICS.values()] for line in curve],
-            'options': options,
             'processor': processor(),
             'jobs': self.jobs,
         }
         with self.lock:
             self.runs.append(run)
-            content = {'command': f'python tools/benchmarks/study.py {self.path.stem}'}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({**content, 'runs': self.runs}, indent=1) + '\n')
+            lines = ',\n'.join(json.dumps(run) for run in self.runs)
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            RESULTS.write_text(f'[\n{lines}\n]\n')
             print(f'{name}, seed {seed}: ' + both(run), flush=True)
 
     def train(self, folder: str, epochs: int, options: Mapping[str, Any], seed: int) -> Path:
@@ -216,13 +249,15 @@ class Study:
         self, script: str, config: str, folder: str, options: Mapping[str, Any], *more: str
     ) -> None:
         """Runs a script of ``tools`` on its share of the cores; stops if it fails."""
-        overrides = [f'{name}={value}' for name, value in options.items()]
-        command = [f'tools/{script}', config, *more, '--work-dir', folder]
-        threads = max((os.cpu_count() or 1) // self.jobs, 1)
+        whole = Config.fromfile(ROOT / config)
+        whole.merge_from_dict(dict(options))
         (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        whole.dump(ROOT / folder / 'config.py')
+        command = [f'tools/{script}', f'{folder}/config.py', *more, '--work-dir', folder]
+        threads = max((os.cpu_count() or 1) // self.jobs, 1)
         with open(ROOT / folder / f'{script}.log', 'w') as log:
             status = subprocess.run(
-                [sys.executable, *command, '--cfg-options', *overrides],
+                [sys.executable, *command],
                 cwd=ROOT,
                 env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
                 stdout=log,
@@ -230,6 +265,23 @@ class Study:
             ).returncode
         if status:
             raise SystemExit(f'{" ".join(command)} failed; {log.name} says why.')
+
+
+def identity(arm: Arm, table: Table) -> dict[str, Any]:
+    """What makes a run what it is, beside its seed and the weights of its source."""
+    return {
+        'data': table.data,
+        'split': table.split,
+        'source epochs': table.source,
+        'epochs': arm.epochs or table.epochs,
+        'options': arm.overrides(),
+    }
+
+
+def runs_of(arm: Arm, table: Table, runs: Sequence[dict]) -> list[dict]:
+    """The runs of an arm among all, also those that another table asked for."""
+    kind = identity(arm, table)
+    return [run for run in runs if all(run[name] == value for name, value in kind.items())]
 
 
 def latest(folder: str, pattern: str) -> Path:
@@ -278,23 +330,23 @@ def report(table: Table, runs: Sequence[dict]) -> str:
     """
     from scipy.stats import ttest_rel
 
-    reference, *_ = table.arms
+    reference, *_ = table.arms.values()
     lines = [
         '| network (runs) | box AP | mask AP | gain in box AP | gain in mask AP | p, box | p, mask '
         '| time of a step | M parameters |',
         '|---|---|---|---|---|---|---|---|---|',
     ]
-    of = {(run['seed'], run['source']): run for run in runs if run['arm'] == reference}
-    for arm in table.arms:
-        own = [run for run in runs if run['arm'] == arm]
+    of = {(run['seed'], run['source']): run for run in runs_of(reference, table, runs)}
+    for name, arm in table.arms.items():
+        own = runs_of(arm, table, runs)
         if not own:
             continue
-        cells = [f'{arm} ({len(own)})']
+        cells = [f'{name} ({len(own)})']
         cells += [spread([run[metric] for run in own], '.1f') for metric in METRICS]
         places = [((run['seed'], run['source']), run) for run in own]
         pairs = [(run, of[place]) for place, run in places if place in of]
         gains = {m: [run[m] - first[m] for run, first in pairs] for m in METRICS}
-        if arm == reference or len(pairs) < 2:
+        if arm is reference or len(pairs) < 2:
             cells += [''] * 5
         else:
             cells += [spread(values, '+.1f') for values in gains.values()]
