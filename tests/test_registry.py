@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 import pytest
+from conftest import exhaustively
 
 
 def run(code, *missing):
@@ -37,7 +38,9 @@ BUILD = """
 """
 
 
-@pytest.mark.parametrize('scope, missing', [('mmdet', 'mmseg'), ('mmseg', 'mmdet')])
+@pytest.mark.parametrize(
+    'scope, missing', exhaustively([('mmdet', 'mmseg'), ('mmseg', 'mmdet')], [('mmdet', 'mmseg')])
+)
 def test_types_resolve_in_configs_of_both_libraries(scope, missing):
     if importlib.util.find_spec(scope) is None:
         pytest.skip(f'{scope} is not installed')

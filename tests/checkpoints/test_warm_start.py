@@ -93,6 +93,10 @@ NETWORKS = {
 }
 
 
+# They are much like one of the others.
+SIMILAR = ['res2net', 'regnet', 'mobilenet-v2 of mmseg', 'cspdarknet', 'swin of mmseg']
+
+
 def build(name, **wrapper):
     library, config, _ = NETWORKS[name]
     pytest.importorskip('mmdet' if library == 'mmkw' else library, reason='the network is its')
@@ -115,7 +119,7 @@ def build_static(name):
 
 
 @pytest.mark.parametrize('budget, tau', exhaustively([(1, 1), (2, 0), (4, 0)], [(2, 0)]))
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', exhaustively(NETWORKS, SIMILAR))
 def test_outputs_equal_those_of_the_static_network(name, budget, tau):
     side = NETWORKS[name][2]
     state, expected, expected_double = static_twin(name)

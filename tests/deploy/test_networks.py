@@ -50,6 +50,8 @@ NETWORKS = {
         {},
     ),
 }
+# Their kinds of layers are those of the others.
+REPEATED = ['ResNet18 4x', 'ResNet50 1x', 'MobileNetV2']
 THIN = dict(depths=[2], num_heads=[2])
 SWINS = {
     'mmdet': dict(type='mmdet.SwinTransformer', embed_dims=8, strides=(4,), window_size=4, **THIN),
@@ -77,7 +79,9 @@ def build(name, dynamic):
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('dynamic', [False, True], ids=['static', 'dynamic'])
-@pytest.mark.parametrize('name', exhaustively(NETWORKS, ['ResNet18 4x', 'ResNet50 1x']))
+@pytest.mark.parametrize(
+    'name', exhaustively(NETWORKS, ['ResNet18 4x', 'ResNet50 1x', 'MobileNetV2'])
+)
 def test_a_backbone(name, dynamic, tmp_path):
     needs('mmdet')
     parity = export(build(name, dynamic), torch.randn(1, 3, 64, 64), tmp_path / 'a.pt2')

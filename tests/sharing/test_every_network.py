@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import exhaustively
 from mmcv.cnn.utils import fuse_conv_bn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -12,6 +13,16 @@ from twin_networks import BACKBONES, HEADS, build, outputs
 from mmkw.checkpoints import CheckpointMismatchError
 from mmkw.sharing import SharingPlan, convert
 
+# They are much like one of the others.
+SIMILAR = [
+    'mmdet.ResNeXt',
+    'mmdet.RegNet',
+    'mmseg.ResNetV1c',
+    'mmseg.SwinTransformer',
+    'mmseg.MobileNetV2',
+    'mmseg.MAE',
+    'mmdet.FCOSHead',
+]
 NETWORKS = [*BACKBONES, *HEADS]
 GAUGE = dict(rtol=1e-3, atol=1e-4)
 # mmcv fuses a convolution that several norms follow once for each, also in the static head.
@@ -31,6 +42,11 @@ UNTRACED = {
 }
 
 
+def networks(but=()):
+    """All that a test takes."""
+    return exhaustively([kind for kind in NETWORKS if kind not in but], SIMILAR)
+
+
 def twins(kind):
     """A static network, and a dynamic one that computes the same."""
     torch.manual_seed(0)
@@ -47,7 +63,7 @@ def same(kind, first, second):
         torch.testing.assert_close(one, other, **GAUGE)
 
 
-@pytest.mark.parametrize('kind', [kind for kind in NETWORKS if kind not in SEVERAL_NORMS])
+@pytest.mark.parametrize('kind', networks(SEVERAL_NORMS))
 def test_fusing_batch_norms(kind):
     """The results stay; norms after static convolutions go, those after dynamic ones stay."""
     left = []
@@ -58,7 +74,7 @@ def test_fusing_batch_norms(kind):
     assert left[0] <= left[1]
 
 
-@pytest.mark.parametrize('kind', NETWORKS)
+@pytest.mark.parametrize('kind', networks())
 def test_averages(kind):
     """Of two networks, by an average of all their parameters."""
     for network in twins(kind):
@@ -75,7 +91,7 @@ def test_averages(kind):
         same(kind, network, average.module)
 
 
-@pytest.mark.parametrize('kind', NETWORKS)
+@pytest.mark.parametrize('kind', networks())
 def test_estimating_batch_norms_anew(kind):
     """With a static checkpoint both have the same maps, hence the same statistics."""
     found = []
@@ -98,7 +114,7 @@ def test_estimating_batch_norms_anew(kind):
         torch.testing.assert_close(dynamic[name], value, **GAUGE)
 
 
-@pytest.mark.parametrize('kind', [kind for kind in NETWORKS if kind not in UNTRACED])
+@pytest.mark.parametrize('kind', networks(UNTRACED))
 def test_tracing(kind):
     static, dynamic = twins(kind)
     same(kind, torch.fx.symbolic_trace(static), static)
@@ -115,7 +131,7 @@ class Model(nn.Module):
             convert(self.last, SharingPlan.make([('layer', 'one')]))
 
 
-@pytest.mark.parametrize('kind', NETWORKS)
+@pytest.mark.parametrize('kind', networks())
 def test_a_file_is_taken_whole_or_not_at_all(kind):
     state = Model(kind, False).state_dict()
     model = Model(kind, True)

@@ -136,6 +136,7 @@ def test_memory_is_watched_over_many_steps(root):
     assert names == [(network, kind) for network in ('static', 'kw 1x') for kind in kinds]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 def test_exported_files_are_timed(root, monkeypatch, capsys):
