@@ -3,7 +3,8 @@
 The choice is made once per call, for the forward and the backward pass together:
 
 - PyTorch's own operators on the whole batch, if a transformation looks inside the operator;
-- :class:`~mmkw.ops.compiled.CompiledMixing`, for float32 on the CPU;
+- :class:`~mmkw.ops.compiled.CompiledMixing`, for float32 on the CPU, and for bfloat16 where nothing
+  learns;
 - :class:`~mmkw.ops.fused.FusedMixing`, for half precision and TF32 on a GPU with Triton;
 - :class:`~mmkw.ops.mixing.Mixing`, which works on blocks of images, in all other cases.
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import modes
-from .compiled import MISSING, CompiledMixing
+from .compiled import MISSING, STORED, CompiledMixing
 from .kernels import assembled_shape, is_regular
 from .mixing import Mixing
 
@@ -70,6 +71,13 @@ def _could_be_compiled(*tensors: Tensor | None) -> bool:
     )
 
 
+def _could_be_mixed(attention: Tensor, cells: Tensor, learning: bool) -> bool:
+    """Whether the compiled kernels can mix these cells: gradients are of float32."""
+    if learning:
+        return _could_be_compiled(attention, cells)
+    return all(t.dtype in STORED and t.device.type == 'cpu' for t in (attention, cells))
+
+
 def mixing_of(
     x: Tensor,
     attention: Tensor,
@@ -77,6 +85,7 @@ def mixing_of(
     grid: Sequence[int],
     sample_map: Any,
     dtype: torch.dtype,
+    learning: bool,
 ) -> Callable[[Tensor], Mixing] | None:
     """Chooses what mixes the kernels of a call.
 
@@ -87,16 +96,18 @@ def mixing_of(
         grid: Cells of the kernel along ``(*spatial, out, in)``.
         sample_map: The map that applies the kernels.
         dtype: Precision of the map.
+        learning: Whether there will be a backward pass.
 
     Returns:
         What makes the object from the cells, or None if PyTorch's own operators must compute.
     """
     if modes.is_seen_through(x, attention, cells) or x.shape[0] == 0:
         return None
-    if is_compiled(attention, cells) and is_regular(cells, grid):
-        return partial(CompiledMixing, grid=grid, dtype=dtype)
-    if MISSING is not None and _switched_on and _could_be_compiled(attention, cells):
-        _tell(MISSING)
+    if _could_be_mixed(attention, cells, learning) and is_regular(cells, grid):
+        if why_not_compiled() is None:
+            return partial(CompiledMixing, grid=grid, dtype=dtype)
+        if MISSING is not None and _switched_on:
+            _tell(MISSING)
     if (
         _is_on_current_gpu(cells)
         and cells.dtype in (torch.float32, *_HALF)

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels, if the installation has them: float32, as constants for autograd.
+"""The compiled CPU kernels, if the installation has them, as constants for autograd.
 
 Their source is in ``csrc``. This module loads them and registers them with PyTorch: shapes without
 values, the gradient, floating-point operations. :class:`CompiledMixing` is
@@ -39,6 +39,9 @@ def _load() -> str | None:
     return None
 
 
+# What the kernels read and write. They sum up in float32.
+STORED = (torch.float32, torch.bfloat16)
+
 # The reason why the kernels are missing; None if they are loaded.
 MISSING = _load()
 
@@ -51,7 +54,10 @@ def cpu_level() -> str:
 
 
 class CompiledMixing(Mixing):
-    """Mixing by the compiled kernels. They mix and assemble in one step."""
+    """Mixing by the compiled kernels. They mix and assemble in one step.
+
+    For a map in bfloat16 kernels are stored in that.
+    """
 
     def parts(self, attention: Tensor) -> list[slice]:
         """All images in one part."""
@@ -59,15 +65,15 @@ class CompiledMixing(Mixing):
 
     def kernels(self, attention: Tensor) -> Tensor:
         """See :class:`Mixing`."""
-        return torch.ops.mmkw.mix_cells(attention, self.cells, self.grid)
+        memory = self.cells.new_empty(self._shape(attention), dtype=self._stored)
+        return self._mix_into(memory, attention)
 
     def mixed(
         self, attention: Tensor, kept: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
         """See :class:`Mixing`."""
         if kept is None:
-            kept = self._kernels(attention)
-            torch.ops.mmkw.mix_cells_into(attention, self.cells, self.grid, kept)
+            kept = self._mix_into(self._memory(attention), attention)
         yield slice(None), kept
 
     def backward(
@@ -82,9 +88,12 @@ class CompiledMixing(Mixing):
         place = rows = None if total is None else total.place(attention, self.cells.dtype)
         if total is not None and place is None:
             rows = self._rows(attention, 'rows')
-        dtype = self.cells.dtype
-        gradients = [kernel.to(dtype) for part in grad_kernels for kernel in part]
-        mixed = self._kernels(attention) if again and kept is None else None
+        gradients = [
+            kernel if kernel.dtype in STORED else kernel.to(self.cells.dtype)
+            for part in grad_kernels
+            for kernel in part
+        ]
+        mixed = self._memory(attention) if again and kept is None else None
         grad_attention = torch.ops.mmkw.mix_backward(
             gradients, attention, self.cells, self.grid, mixed, rows
         )
@@ -98,10 +107,22 @@ class CompiledMixing(Mixing):
         """See :class:`Mixing`."""
         torch.ops.mmkw.add_to_cells(weights, rows, total, begin)
 
-    def _kernels(self, attention: Tensor) -> Tensor:
-        """Memory for kernels: Tensor[images, out, in, *kernel_size]."""
-        shape = (len(attention), *assembled_shape(self.cells.shape[1:], self.grid))
-        return self.scratch.take(self.cells, shape, 'mixing')
+    def _mix_into(self, kernels: Tensor, attention: Tensor) -> Tensor:
+        weights = attention.to(torch.float32)
+        torch.ops.mmkw.mix_cells_into(weights, self.cells, self.grid, kernels)
+        return kernels
+
+    def _memory(self, attention: Tensor) -> Tensor:
+        return self.scratch.take(self.cells, self._shape(attention), 'mixing', self._stored)
+
+    def _shape(self, attention: Tensor) -> tuple[int, ...]:
+        """Shape of kernels: ``(images, out, in, *kernel_size)``."""
+        return (len(attention), *assembled_shape(self.cells.shape[1:], self.grid))
+
+    @property
+    def _stored(self) -> torch.dtype:
+        """Precision of the kernels, which are cast to that of the map."""
+        return self.dtype if self.dtype in STORED else torch.float32
 
 
 def _register() -> None:

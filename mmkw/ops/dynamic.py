@@ -73,12 +73,12 @@ def _apply(
     taps: Tensor | None,
     settings: _Settings,
 ) -> Tensor:
-    mixing_of = backend.mixing_of(x, attention, cells, *settings)
-    if mixing_of is None:
-        return _apply_plainly(x, attention, cells, bias, taps, settings)
     learning = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, attention, cells, bias, taps)
     )
+    mixing_of = backend.mixing_of(x, attention, cells, *settings, learning)
+    if mixing_of is None:
+        return _apply_plainly(x, attention, cells, bias, taps, settings)
     if not learning:
         return _apply_in_parts(x, attention, bias, taps, settings, mixing_of(cells))
     token = Token.of(cells) if cells.requires_grad else None

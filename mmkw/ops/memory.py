@@ -28,21 +28,25 @@ class Scratch:
             _of_thread.scratch = Scratch()
         return _of_thread.scratch
 
-    def take(self, like: Tensor, shape: Sequence[int], use: str) -> Tensor:
+    def take(
+        self, like: Tensor, shape: Sequence[int], use: str, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Takes a piece of memory.
 
         Args:
-            like: A tensor with the device and the dtype of the result; not of a subclass.
+            like: A tensor with the device of the result; not of a subclass.
             shape: Shape of the result.
             use: Name of the use. Pieces for different uses do not overlap.
+            dtype: Of the result; by default that of ``like``.
         """
+        dtype = dtype or like.dtype
         if like.device.type != 'cpu':
-            return like.new_empty(shape)
+            return like.new_empty(shape, dtype=dtype)
         size = math.prod(shape)
-        memory = self._pieces.get((use, like.dtype))
+        memory = self._pieces.get((use, dtype))
         if memory is None or memory.numel() < size:
             # The memory outlives an inference mode, so it must not be an inference tensor.
             with torch.inference_mode(False):
-                memory = torch.empty(size, dtype=like.dtype, device='cpu')
-            self._pieces[use, like.dtype] = memory
+                memory = torch.empty(size, dtype=dtype, device='cpu')
+            self._pieces[use, dtype] = memory
         return memory[:size].view(shape)

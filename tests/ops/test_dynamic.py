@@ -151,11 +151,53 @@ def test_compiled_kernels_equal_pytorch(threads, batch, cells, blocks, channels,
         grad_attention, parts = compiled.backward([gradients], attention, total, None, True)
     [(_, mixed)] = parts
     results = [kernels, mixed, grad_attention, total.total() / 2]
+    check_half(compiled, attention, kernels, gradients)
 
     attention, store = (t.double().requires_grad_() for t in (attention, store))
     slow = mix_cells(attention, store, grid)
     slow_gradients = torch.autograd.grad(slow, (attention, store), torch.stack(gradients).double())
     assert_close(results, [slow, slow, *slow_gradients], 1e-5)
+
+
+def check_half(compiled, attention, kernels, gradients):
+    """What is stored in bfloat16 is read as it is, and rounded once when it is written."""
+    half = torch.bfloat16
+    into_half = CompiledMixing(compiled.cells, compiled.grid, half)
+    assert into_half.kernels(attention).equal(kernels.to(half))
+    rounded = [one.to(half) for one in gradients]
+    found = []
+    for one, grads in ((into_half, rounded), (compiled, [grad.float() for grad in rounded])):
+        total = gradient.CellSum(one)
+        grad_attention, [(_, mixed)] = one.backward([grads], attention, total, None, True)
+        found.append([grad_attention, total.total(), mixed.to(half)])
+    assert all(map(torch.equal, *found))
+    stored = compiled.cells.to(half)
+    wide = CompiledMixing(stored.float(), compiled.grid, torch.float32)
+    assert (
+        CompiledMixing(stored, compiled.grid, torch.float32)
+        .kernels(attention)
+        .equal(wide.kernels(attention))
+    )
+
+
+@needs_native
+def test_what_is_no_number_stays_so_in_half_precision():
+    values = [
+        math.nan,
+        math.inf,
+        -math.inf,
+        3.4e38,
+        -3.4e38,
+        0.0,
+        1e-40,
+        1.0,
+        1 + 2**-8,
+        1 + 3 * 2**-8,
+    ]
+    cells = torch.tensor(values * 4).view(1, 40, 1, 1, 1)
+    kernels = CompiledMixing(cells, (1, 1, 1, 1), torch.bfloat16).kernels(torch.ones(1, 1, 1))
+    expected = cells.bfloat16()
+    torch.testing.assert_close(kernels, expected, rtol=0, atol=0, equal_nan=True)
 
 
 CAPABILITIES = ['default', 'avx2', 'avx512']
@@ -188,12 +230,16 @@ def test_the_compiled_kernels_are_chosen_where_they_serve(monkeypatch):
     x, attention, cells = torch.randn(1, 4, 5, 5), torch.randn(1, 9, 9), torch.randn(9, 4, 4, 1, 1)
     grid = (3, 3, 1, 1)
 
-    def kind(attention, cells):
+    def kind(attention, cells, learning=True):
         sample_map = SampleConv((1, 1), (1, 1), (1, 1))
-        return type(backend.mixing_of(x, attention, cells, grid, sample_map, cells.dtype)(cells))
+        settings = (grid, sample_map, cells.dtype)
+        return type(backend.mixing_of(x, attention, cells, *settings, learning)(cells))
 
     assert kind(attention, cells) is CompiledMixing
     assert kind(attention.double(), cells.double()) is mixing.Mixing
+    half = attention.bfloat16(), cells.bfloat16()
+    assert kind(*half, learning=False) is CompiledMixing
+    assert kind(*half) is kind(attention.half(), cells.half(), learning=False) is mixing.Mixing
     assert kind(attention, cells.view(9, 4, 2, 1, 2)) is mixing.Mixing
     monkeypatch.setattr(backend, '_switched_on', False)
     assert kind(attention, cells) is mixing.Mixing
@@ -388,9 +434,9 @@ def test_kernels_are_mixed_again_for_the_images_alone(path, learns, monkeypatch)
     y = layer(x)
     mixed = []
     if path == 'native':
-        memory = CompiledMixing._kernels
+        memory = CompiledMixing._memory
         monkeypatch.setattr(
-            CompiledMixing, '_kernels', lambda *args: mixed.append(1) or memory(*args)
+            CompiledMixing, '_memory', lambda *args: mixed.append(1) or memory(*args)
         )
     else:
         assemble = mixing.assemble
@@ -446,10 +492,10 @@ def test_function_transformations():
     torch.testing.assert_close(slope, (expected * direction).sum())
 
 
-@pytest.mark.parametrize('layer', [KWConv2d(8, 8, 3), KWConv2d(8, 8, 1), KWLinear(8, 8)])
+@pytest.mark.parametrize('kind, arguments', [(KWConv2d, [3]), (KWConv2d, [1]), (KWLinear, [])])
 @pytest.mark.parametrize('batch', [1, 2])
-def test_compiled_in_one_graph(path, layer, batch):
-    layer.eval()
+def test_compiled_in_one_graph(path, kind, arguments, batch):
+    layer = kind(8, 8, *arguments).eval()
     x = torch.randn(batch, 5, 8) if isinstance(layer, KWLinear) else torch.randn(batch, 8, 5, 5)
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend='aot_eager', fullgraph=True)

@@ -47,7 +47,15 @@ CALLS = {
     'mix_cells': ('mix_cells', mixing),
     'mix_cells for no image': ('mix_cells', lambda: mixing(attention=floats(0, MIXTURES, 6))),
     'mix_cells_into': ('mix_cells_into', lambda: dict(**mixing(), kernels=kernels())),
+    'mix_cells_into of half': (
+        'mix_cells_into',
+        lambda: dict(mixing(cells=floats(*CELLS).bfloat16()), kernels=kernels().bfloat16()),
+    ),
     'mix_backward': ('mix_backward', backward),
+    'mix_backward of half': (
+        'mix_backward',
+        lambda: backward(grad_kernels=list(kernels().bfloat16()), kernels=kernels().bfloat16()),
+    ),
     'mix_backward and kernels': ('mix_backward', lambda: backward(kernels=kernels())),
     'mix_backward and rows': (
         'mix_backward',
@@ -73,7 +81,13 @@ def test_every_operator_is_checked():
 
 
 # Writing into arguments is nothing to learn from.
-WRITING = ('mix_cells_into', 'mix_backward and kernels', 'mix_backward and rows')
+WRITING = (
+    'mix_cells_into',
+    'mix_cells_into of half',
+    'mix_backward and kernels',
+    'mix_backward of half',
+    'mix_backward and rows',
+)
 LEARNING = [call for call in CALLS if call not in WRITING and not call.startswith('add_to_cells')]
 
 
@@ -167,6 +181,7 @@ WRONG = {
         lambda: backward(grad_kernels=list(floats(2, 8, 8, 2, 2))),
     ),
     'double gradients': ('mix_backward', lambda: backward(grad_kernels=list(kernels().double()))),
+    'cells of half that learn': ('mix_backward', lambda: backward(cells=floats(*CELLS).bfloat16())),
     'small rows': ('mix_backward', lambda: backward(rows=floats(2, 9, *CELLS[1:]))),
     'rows of as many values': (
         'mix_backward',

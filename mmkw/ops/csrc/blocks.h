@@ -2,9 +2,13 @@
 
 #pragma once
 
+#include <c10/util/BFloat16.h>
+
 #include <cstdint>
 
 namespace mmkw {
+
+using c10::BFloat16;
 
 inline int64_t num_parts(int64_t count, int64_t fitting) { return (count + fitting - 1) / fitting; }
 
@@ -30,6 +34,12 @@ struct Blocks {
   // C = beta * C + A * B, beta 0 or 1, A packed tile by tile.
   void (*gemm)(int64_t m, int64_t n, int64_t k, const float* a, const float* b, int64_t ldb,
                float beta, float* c, int64_t ldc);
+  // The same with a B of bfloat16. Sums are of float32.
+  void (*gemm_of_half)(int64_t m, int64_t n, int64_t k, const float* a, const BFloat16* b,
+                       int64_t ldb, float beta, float* c, int64_t ldc);
+  // y = x for n numbers. Rounds to the nearest. y may begin where x does.
+  void (*widen)(int64_t n, const BFloat16* x, float* y);
+  void (*narrow)(int64_t n, const float* x, BFloat16* y);
   // C += A * B^T.
   void (*gemm_nt)(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
                   int64_t ldb, float* c, int64_t ldc);

@@ -1,4 +1,5 @@
-// Mixing and its backward pass for float32 on the CPU, behind mmkw/ops/compiled.py.
+// Mixing and its backward pass on the CPU, behind mmkw/ops/compiled.py. Arithmetic is in float32.
+// Cells and kernels may also be stored in bfloat16: half as much to read and to write.
 //
 // A warehouse is a matrix with n cells as rows of `size` values. It is far larger than the caches
 // of a core. Its rows often lie a power of two apart, so that one column of all rows falls into few
@@ -19,6 +20,7 @@
 #include <atomic>
 #include <cstring>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 namespace mmkw {
@@ -51,10 +53,17 @@ class Weights {
 
   // result (rows, columns) (+)= weights of a part * values (terms of the part, columns). columns
   // must be a multiple of the width of a tile.
+  template <typename Value>
   void multiply(int64_t first, int64_t terms, float* result, int64_t result_stride,
-                const float* values, int64_t stride, int64_t columns, bool begin) const {
-    blocks().gemm(rows_, columns, terms, packed_.data() + first * rows_, values, stride,
-                  begin ? 0 : 1, result, result_stride);
+                const Value* values, int64_t stride, int64_t columns, bool begin) const {
+    const auto gemm = [] {
+      if constexpr (std::is_same_v<Value, float>)
+        return blocks().gemm;
+      else
+        return blocks().gemm_of_half;
+    }();
+    gemm(rows_, columns, terms, packed_.data() + first * rows_, values, stride, begin ? 0 : 1,
+         result, result_stride);
   }
 
  private:
@@ -91,6 +100,16 @@ Places places(at::IntArrayRef grid, at::IntArrayRef warehouse) {
   return p;
 }
 
+inline void copy_run(const float* from, int64_t count, float* to) {
+  std::memcpy(to, from, count * sizeof(float));
+}
+inline void copy_run(const BFloat16* from, int64_t count, BFloat16* to) {
+  std::memcpy(to, from, count * sizeof(BFloat16));
+}
+inline void copy_run(const BFloat16* from, int64_t count, float* to) {
+  blocks().widen(count, from, to);
+}
+
 template <int TAPS, bool INTO_KERNEL, typename Kernel, typename Rows>
 inline void move_run(Kernel* kernel, Rows* rows, int64_t tap_stride, int64_t taps, int64_t run) {
   const int64_t step = TAPS ? TAPS : taps;
@@ -117,9 +136,9 @@ void move_columns(Kernel* kernel, Rows* rows, int64_t stride, const Places& p, i
         const int64_t tap_stride = p.out_blocks * p.in_blocks * stride;
         if (p.taps == 1) {
           if constexpr (INTO_KERNEL)
-            std::memcpy(at, first, run * sizeof(float));
+            copy_run(first, run, at);
           else
-            std::memcpy(first, at, run * sizeof(float));
+            copy_run(at, run, first);
         } else if (p.taps == 9) {
           move_run<9, INTO_KERNEL>(at, first, tap_stride, 9, run);
         } else {
@@ -213,23 +232,37 @@ void clear_rest(const Block& block, int64_t rows, int64_t count) {
 }
 
 // Copies some columns of a matrix (rows, size).
-void copy_columns(const Block& block, const float* matrix, int64_t rows, int64_t size, Span span) {
-  constexpr int64_t AHEAD = 3, LINE = 16;
+template <typename Value>
+void copy_columns(const Block& block, const Value* matrix, int64_t rows, int64_t size, Span span) {
+  constexpr int64_t AHEAD = 3, LINE = 64 / sizeof(Value);
   for (int64_t row = 0; row < rows; row++) {
-    const float* from = matrix + row * size + span.begin;
+    const Value* from = matrix + row * size + span.begin;
     if (row + AHEAD < rows)
       for (int64_t c = 0; c < span.count; c += LINE)
         __builtin_prefetch(from + AHEAD * size + c, 0, 2);
-    std::memcpy(block.values + row * block.stride, from, span.count * sizeof(float));
+    copy_run(from, span.count, block.values + row * block.stride);
   }
   clear_rest(block, rows, span.count);
 }
 
 // --- common parts of the operators ---------------------------------------------------------------
 
+bool is_stored(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16;
+}
+
 // Whether a tensor is contiguous, of this shape, and of float32.
 bool is_dense(const at::Tensor& tensor, at::IntArrayRef shape) {
   return tensor.sizes() == shape && tensor.is_contiguous() && tensor.scalar_type() == at::kFloat;
+}
+
+// Calls work(pointer) with a pointer to the values, which are of float32 or bfloat16.
+template <typename Work>
+void with_values(const at::Tensor& tensor, const Work& work) {
+  if (tensor.scalar_type() == at::kFloat)
+    work(tensor.const_data_ptr<float>());
+  else
+    work(tensor.const_data_ptr<BFloat16>());
 }
 
 // (batch, out, in, *kernel_size)
@@ -267,23 +300,30 @@ struct Mixing {
 
   const at::Tensor& checked(const at::Tensor& given, at::IntArrayRef grid) const {
     TORCH_CHECK(given.dim() == 3 && given.size(1) == p.rows() && given.size(2) == num_cells &&
-                    given.scalar_type() == at::kFloat && cells.scalar_type() == at::kFloat,
+                    given.scalar_type() == at::kFloat && is_stored(cells),
                 "attention of ", given.sizes(), " does not fit grid ", grid, " and cells of ", cells.sizes());
     return given;
   }
 
   void check_kernels(const at::Tensor& kernels, at::IntArrayRef grid) const {
-    TORCH_CHECK(is_dense(kernels, kernel_shape(batch, cells, grid)), "kernels of ",
-                kernels.sizes(), " for ", batch, " images, grid ", grid, " and cells of ",
-                cells.sizes());
+    TORCH_CHECK(kernels.sizes() == kernel_shape(batch, cells, grid) && kernels.is_contiguous() &&
+                    is_stored(kernels),
+                "kernels of ", kernels.sizes(), " for ", batch, " images, grid ", grid,
+                " and cells of ", cells.sizes());
   }
-
-  const float* warehouse() const { return cells.const_data_ptr<float>(); }
 
   // mixed (+)= the contribution of a part of the cells, which are read directly.
   void mix_part(const Block& mixed, Span span, int64_t first, int64_t count) const {
-    weights.multiply(first, count, mixed.values, mixed.stride,
-                     warehouse() + first * size + span.begin, size, span.count, first == 0);
+    with_values(cells, [&](const auto* warehouse) {
+      weights.multiply(first, count, mixed.values, mixed.stride,
+                       warehouse + first * size + span.begin, size, span.count, first == 0);
+    });
+  }
+
+  void copy_cells(const Block& block, Span span) const {
+    with_values(cells, [&](const auto* warehouse) {
+      copy_columns(block, warehouse, num_cells, size, span);
+    });
   }
 
   // mixed = columns of the mixtures, from a copy of the cells' columns.
@@ -297,11 +337,24 @@ struct Mixing {
     });
   }
 
-  void into_kernels(float* kernels, const Block& mixed, Span span) const {
+  // Overwrites the block.
+  void into_kernels(const at::Tensor& kernels, const Block& mixed, Span span) const {
+    if (kernels.scalar_type() == at::kFloat)
+      return move_rows(kernels.mutable_data_ptr<float>(), mixed.values, mixed.stride, span);
+    // Rounded row by row, in place: kernels then take single numbers out of the rows.
+    for (int64_t row = 0; row < rows; row++) {
+      float* const values = mixed.values + row * mixed.stride;
+      blocks().narrow(span.count, values, reinterpret_cast<BFloat16*>(values));
+    }
+    move_rows(kernels.mutable_data_ptr<BFloat16>(),
+              reinterpret_cast<const BFloat16*>(mixed.values), 2 * mixed.stride, span);
+  }
+
+  template <typename Value>
+  void move_rows(Value* kernels, const Value* mixed, int64_t stride, Span span) const {
     for (int64_t image = 0; image < batch; image++)
-      move_columns<true>(kernels + image * kernel_size,
-                         mixed.values + image * p.rows() * mixed.stride, mixed.stride, p,
-                         span.begin, span.begin + span.count);
+      move_columns<true>(kernels + image * kernel_size, mixed + image * p.rows() * stride, stride,
+                         p, span.begin, span.begin + span.count);
   }
 };
 
@@ -310,12 +363,11 @@ struct Mixing {
 // --- the operators -----------------------------------------------------------------------------
 
 // Fills kernels (batch, out, in, ...) from attention (batch, mixtures, n) and cells (n, cell_out,
-// cell_in, ...).
+// cell_in, ...). Kernels and cells are of float32 or bfloat16, each.
 void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid,
                     at::Tensor kernels) {
   const Mixing m(attention, cells, grid);
   m.check_kernels(kernels, grid);
-  float* to = kernels.mutable_data_ptr<float>();
   const int64_t rows = m.streamed ? m.rows : m.rows + m.num_cells;
   const int64_t most = m.streamed ? STREAMED_COLUMNS : COPIED_COLUMNS;
   const int64_t columns = block_columns(m.size, rows, most), stride = columns + PADDING;
@@ -327,14 +379,14 @@ void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::In
       });
     } else {
       const Block copy{memory + m.rows * stride, stride};
-      copy_columns(copy, m.warehouse(), m.num_cells, m.size, span);
+      m.copy_cells(copy, span);
       m.mix_copied(mixed, copy, span.count);
     }
-    m.into_kernels(to, mixed, span);
+    m.into_kernels(kernels, mixed, span);
   });
 }
 
-// The same, but returns kernels in new memory.
+// The same, but returns kernels in new memory, in the precision of the cells.
 at::Tensor mix_cells(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid) {
   places(grid, cells.sizes());
   TORCH_CHECK(attention.dim() == 3, "attention of ", attention.sizes());
@@ -383,7 +435,8 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
 // The backward pass, in one pass over the warehouse. grad_kernels has the gradient (out, in, ...)
 // of every image's kernel. If given, kernels (batch, out, in, ...) is filled with the mixed
 // kernels. If given, rows (batch, mixtures, cell_out, cell_in, ...) is filled with the gradients,
-// cut into cells, for add_to_cells. Returns the gradient of the attention.
+// cut into cells, for add_to_cells. Returns the gradient of the attention. Gradients and kernels are
+// of float32 or bfloat16; cells and rows, which sums are made of, of float32.
 at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention,
                         const at::Tensor& cells, at::IntArrayRef grid,
                         std::optional<at::Tensor> kernels, std::optional<at::Tensor> rows) {
@@ -391,17 +444,18 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
   if (kernels) m.check_kernels(*kernels, grid);
   std::vector<int64_t> rows_shape = cells.sizes().slice(1).vec();
   rows_shape.insert(rows_shape.begin(), {m.batch, m.p.rows()});
+  TORCH_CHECK(m.cells.scalar_type() == at::kFloat, "cells must be of float32");
   TORCH_CHECK(!rows || is_dense(*rows, rows_shape), "rows must be dense float32 of ", rows_shape);
   TORCH_CHECK(static_cast<int64_t>(grad_kernels.size()) == m.batch, grad_kernels.size(),
               " gradients for ", m.batch, " images");
   std::vector<at::Tensor> gradients;
   for (const at::Tensor& gradient : grad_kernels) {
-    TORCH_CHECK(gradient.numel() == m.kernel_size && gradient.scalar_type() == at::kFloat,
+    TORCH_CHECK(gradient.numel() == m.kernel_size && is_stored(gradient),
                 "a gradient of ", gradient.sizes(),
                 " does not fit grid ", grid, " and cells of ", cells.sizes());
     gradients.push_back(gradient.contiguous());
   }
-  float* const to = kernels ? kernels->mutable_data_ptr<float>() : nullptr;
+  const bool to = kernels.has_value();
   float* const row = rows ? rows->mutable_data_ptr<float>() : nullptr;
   // With few mixtures, the block has rows for the gradients and for the mixtures. With many, the
   // mixtures overwrite the gradients, a few columns at a time.
@@ -417,9 +471,10 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
   for_blocks(m.size, columns, values, [&](Span span, float* memory, int64_t share) {
     const Block gradient{memory, stride};
     for (int64_t image = 0; image < m.batch; image++)
-      move_columns<false>(gradients[image].const_data_ptr<float>(),
-                          gradient.values + image * m.p.rows() * stride, stride, m.p, span.begin,
-                          span.begin + span.count);
+      with_values(gradients[image], [&](const auto* from) {
+        move_columns<false>(from, gradient.values + image * m.p.rows() * stride, stride, m.p,
+                            span.begin, span.begin + span.count);
+      });
     clear_rest(gradient, m.rows, span.count);
     for (int64_t r = 0; row && r < m.rows; r++)
       std::memcpy(row + r * m.size + span.begin, gradient.values + r * stride,
@@ -432,14 +487,14 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
       blocks().gemm_nt(m.rows, count, padded(width), gradient.values + column, stride, from,
                        from_stride, grad_attention + first, m.num_cells);
     };
-    const float* from = m.warehouse() + span.begin;
+    const float* from = m.cells.const_data_ptr<float>() + span.begin;
     if (m.streamed) {
       const Block mixed{memory + m.rows * stride, stride};
       m.weights.for_parts([&](int64_t first, int64_t count) {
         add_dots(first, count, from + first * m.size, m.size, 0, span.count);
         if (to) m.mix_part(mixed, span, first, count);
       });
-      if (to) m.into_kernels(to, mixed, span);
+      if (to) m.into_kernels(*kernels, mixed, span);
       return;
     }
     // Inner products of long rows are the fastest, so all columns of the span go at once.
@@ -448,11 +503,11 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
     const Block copy{memory + m.rows * stride, copy_stride};
     for (int64_t c = 0; c < span.count; c += COLUMNS_STEP) {
       const int64_t count = std::min(COLUMNS_STEP, span.count - c);
-      copy_columns(copy, m.warehouse(), m.num_cells, m.size, {span.begin + c, count});
+      m.copy_cells(copy, {span.begin + c, count});
       if (!m.aligned) add_dots(0, m.num_cells, copy.values, copy_stride, c, count);
       if (to) m.mix_copied({gradient.values + c, stride}, copy, count);
     }
-    if (to) m.into_kernels(to, gradient, span);
+    if (to) m.into_kernels(*kernels, gradient, span);
   }, m.rows * m.num_cells);
   return parts.sum(0).view(attention.sizes());
 }

@@ -16,11 +16,42 @@ typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
 
 constexpr int64_t WIDTH = LANES * VECTORS;
 
+typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
 INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 
+// bfloat16 is the upper half of float32.
+INLINE Vec load(const BFloat16* from) {
+  const HalfVec half = *reinterpret_cast<const HalfVec*>(from);
+  return reinterpret_cast<Vec>(__builtin_convertvector(half, Bits) << 16);
+}
+
+INLINE void store(Vec value, BFloat16* to) {
+  const Bits bits = reinterpret_cast<Bits>(value);
+  // Half of the last digit that stays, and a bit less before an even one.
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  // What is no number must not become one.
+  const Bits is_number = reinterpret_cast<Bits>(value == value);
+  const Bits result = (rounded & is_number) | (0x7fc0 & ~is_number);
+  *reinterpret_cast<HalfVec*>(to) = __builtin_convertvector(result, HalfVec);
+}
+
+TARGET void widen(int64_t n, const BFloat16* x, float* y) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) *reinterpret_cast<Vec*>(y + i) = load(x + i);
+  for (; i < n; i++) y[i] = x[i];
+}
+
+TARGET void narrow(int64_t n, const float* x, BFloat16* y) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(load(x + i), y + i);
+  for (; i < n; i++) y[i] = x[i];
+}
+
 // C (M, WIDTH) = beta * C + A (M, k) * B (k, WIDTH). beta is 0 or 1. A lies column by column.
-template <int M>
-INLINE void gemm_tile(int64_t k, const float* a, const float* b, int64_t ldb, float beta, float* c,
+template <int M, typename Value>
+INLINE void gemm_tile(int64_t k, const float* a, const Value* b, int64_t ldb, float beta, float* c,
                       int64_t ldc) {
   Vec sum[M][VECTORS];
   for (int i = 0; i < M; i++)
@@ -41,8 +72,8 @@ INLINE void gemm_tile(int64_t k, const float* a, const float* b, int64_t ldb, fl
 }
 
 // The same for m <= M rows and n columns. n is a multiple of WIDTH.
-template <int M>
-TARGET void gemm_tiles(int64_t m, int64_t n, int64_t k, const float* a, const float* b,
+template <int M, typename Value>
+TARGET void gemm_tiles(int64_t m, int64_t n, int64_t k, const float* a, const Value* b,
                        int64_t ldb, float beta, float* c, int64_t ldc) {
   if constexpr (M > 1)
     if (m < M) return gemm_tiles<M - 1>(m, n, k, a, b, ldb, beta, c, ldc);
@@ -51,7 +82,8 @@ TARGET void gemm_tiles(int64_t m, int64_t n, int64_t k, const float* a, const fl
 
 // C (m, n) = beta * C + A (m, k) * B (k, n). beta is 0 or 1. n is a multiple of WIDTH. A lies tile
 // by tile, and each tile lies column by column.
-TARGET void gemm(int64_t m, int64_t n, int64_t k, const float* a, const float* b, int64_t ldb,
+template <typename Value>
+TARGET void gemm(int64_t m, int64_t n, int64_t k, const float* a, const Value* b, int64_t ldb,
                  float beta, float* c, int64_t ldc) {
   for_tiles(m, ROWS, [&](int64_t i, int64_t rows) {
     gemm_tiles<ROWS>(rows, n, k, a + i * k, b, ldb, beta, c + i * ldc, ldc);
@@ -119,7 +151,7 @@ TARGET void gemm_nt(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda
   });
 }
 
-constexpr Blocks blocks{CPU_LEVEL, LANES, ROWS, WIDTH, &gemm, &gemm_nt};
+constexpr Blocks blocks{CPU_LEVEL, LANES, ROWS, WIDTH, &gemm<float>, &gemm<BFloat16>, &widen, &narrow, &gemm_nt};
 
 #undef INLINE
 #undef CPU_LEVEL
