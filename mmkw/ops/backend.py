@@ -75,7 +75,12 @@ def _could_be_mixed(attention: Tensor, cells: Tensor, learning: bool) -> bool:
     """Whether the compiled kernels can mix these cells: gradients are of float32."""
     if learning:
         return _could_be_compiled(attention, cells)
-    return all(t.dtype in STORED and t.device.type == 'cpu' for t in (attention, cells))
+    return _are_stored(attention, cells)
+
+
+def _are_stored(*tensors: Tensor) -> bool:
+    """Whether the compiled kernels can read these tensors."""
+    return all(tensor.dtype in STORED and tensor.device.type == 'cpu' for tensor in tensors)
 
 
 def mixing_of(
@@ -200,4 +205,9 @@ def computes_constants(*tensors: Tensor | None) -> bool:
     """
     given = [tensor for tensor in tensors if tensor is not None]
     learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    return not learns and is_compiled(*given) and not modes.is_seen_through(*given)
+    return (
+        not learns
+        and why_not_compiled() is None
+        and _are_stored(*given)
+        and not modes.is_seen_through(*given)
+    )

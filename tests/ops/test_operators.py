@@ -64,6 +64,10 @@ CALLS = {
     'add_to_cells': ('add_to_cells', addition),
     'add_to_cells at first': ('add_to_cells', lambda: addition(begin=True)),
     'attend': ('attend', attention),
+    'attend of half': (
+        'attend',
+        lambda: {k: v.bfloat16() if hasattr(v, 'dim') else v for k, v in attention().items()},
+    ),
     'attend by own statistics': (
         'attend',
         lambda: attention(mean=None, variance=None, fc1_bias=floats(16)),

@@ -1,4 +1,4 @@
-// Computes attentions in float32 on the CPU, where nothing learns.
+// Computes attentions on the CPU, where nothing learns: in float32, also of bfloat16.
 
 #include "blocks.h"
 #include "operators.h"
@@ -14,11 +14,13 @@
 namespace mmkw {
 namespace {
 
-// Checks the shape, and makes the tensor contiguous.
+// Checks the shape, and makes the tensor contiguous and of float32.
 at::Tensor dense(const at::Tensor& tensor, at::IntArrayRef shape) {
-  TORCH_CHECK(tensor.sizes() == shape && tensor.scalar_type() == at::kFloat, "expected float32 of ",
-              shape, ", got ", tensor.scalar_type(), " of ", tensor.sizes());
-  return tensor.contiguous();
+  const bool is_stored =
+      tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(tensor.sizes() == shape && is_stored, "expected float32 or bfloat16 of ", shape,
+              ", got ", tensor.scalar_type(), " of ", tensor.sizes());
+  return tensor.to(at::kFloat).contiguous();
 }
 
 std::optional<at::Tensor> dense_or_none(const std::optional<at::Tensor>& tensor, int64_t size) {
@@ -96,7 +98,7 @@ at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
             norm_eps);
   linear(z.data(), hidden.data(), batch, dense(fc2_weight, {logits, width}),
          dense(fc2_bias, {logits}));
-  const at::Tensor alpha = at::empty({batch, mixtures, n}, pooled.options());
+  const at::Tensor alpha = at::empty({batch, mixtures, n}, pooled.options().dtype(at::kFloat));
   float* to = alpha.mutable_data_ptr<float>();
   for (int64_t mixture = 0; mixture < batch * mixtures; mixture++) {
     const float* from = z.data() + mixture * (n + 1);
@@ -104,7 +106,7 @@ at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
     for (int64_t i = 0; i <= n; i++) sum += std::abs(from[i]);
     for (int64_t i = 0; i < n; i++) to[mixture * n + i] = from[i] / (sum + static_cast<float>(eps));
   }
-  return alpha;
+  return alpha.to(pooled.scalar_type());
 }
 
 }  // namespace mmkw
