@@ -10,6 +10,7 @@ from pathlib import Path
 import command_util
 import pytest
 import torch
+from conftest import exhaustively
 from mmengine.utils import is_installed
 
 import mmkw
@@ -100,9 +101,13 @@ def test_a_layer_is_timed_against_the_static_one(root, tmp_path):
     assert (tmp_path / 'layer.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_a_backbone_is_timed(root):
+@pytest.mark.parametrize(
+    'precision', exhaustively(['float32', 'autocast', 'bfloat16'], ['float32', 'autocast'])
+)
+def test_a_backbone_is_timed(root, precision):
     pytest.importorskip('mmdet', reason='the static ResNet is its')
-    out = run(root, 'backbone.py', 'R18', '--shapes', '2x64x64', '--repeats', '1')
+    options = ['--shapes', '2x64x64', '--repeats', '1', '--precision', precision]
+    out = run(root, 'backbone.py', 'R18', *options)
     assert '| 2x64x64 | kw 1x |' in out
 
 

@@ -45,19 +45,34 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument('backbone', choices=BACKBONES)
     options.add_argument('--budgets', type=float, nargs='+', default=[1])
+    options.add_argument(
+        '--precision',
+        choices=('float32', 'autocast', 'bfloat16'),
+        default='float32',
+        help='of network and images; autocast: float32, computed in bfloat16',
+    )
     args = options.parse_args()
+    half = args.precision == 'bfloat16'
+
+    def made(budget: float | None) -> nn.Module:
+        network = build(args.backbone, budget)
+        return network.bfloat16() if half else network
 
     def cases_of(shape: str, only: str | None) -> list[Case]:
         torch.manual_seed(0)
         batch, height, width = parse_shape(shape)
-        x = torch.randn(batch, 3, height, width)
-        variants = {'static': partial(build, args.backbone, None)}
-        variants |= {f'kw {b:g}x': partial(build, args.backbone, b) for b in args.budgets}
-        return make_cases(
-            args, variants, lambda network: sum(y.square().mean() for y in network(x)), only
-        )
+        x = torch.randn(batch, 3, height, width, dtype=torch.bfloat16 if half else torch.float32)
+        variants = {'static': partial(made, None)}
+        variants |= {f'kw {b:g}x': partial(made, b) for b in args.budgets}
 
-    compare(args.backbone, args, cases_of)
+        def loss(network: nn.Module) -> torch.Tensor:
+            with torch.autocast('cpu', torch.bfloat16, enabled=args.precision == 'autocast'):
+                return sum(y.float().square().mean() for y in network(x))
+
+        return make_cases(args, variants, loss, only)
+
+    title = args.backbone if args.precision == 'float32' else f'{args.backbone}, {args.precision}'
+    compare(title, args, cases_of)
 
 
 if __name__ == '__main__':
