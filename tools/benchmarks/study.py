@@ -249,9 +249,11 @@ class Study:
         self, script: str, config: str, folder: str, options: Mapping[str, Any], *more: str
     ) -> None:
         """Runs a script of ``tools`` on its share of the cores; stops if it fails."""
-        whole = Config.fromfile(ROOT / config)
-        whole.merge_from_dict(dict(options))
         (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        # MMEngine reads one config at a time.
+        with self.lock:
+            whole = Config.fromfile(ROOT / config)
+        whole.merge_from_dict(dict(options))
         whole.dump(ROOT / folder / 'config.py')
         command = [f'tools/{script}', f'{folder}/config.py', *more, '--work-dir', folder]
         threads = max((os.cpu_count() or 1) // self.jobs, 1)
