@@ -8,8 +8,11 @@ from functools import partial
 import pytest
 import torch
 
+from mmkw import is_converted
+from mmkw.engine.building import build_model
+
 # What may not be the same in two runs.
-SAME = ('data', 'split', 'source epochs', 'epochs', 'options', 'seed', 'source')
+SAME = ('task', 'split', 'source epochs', 'epochs', 'options', 'seed', 'source')
 
 
 @pytest.fixture
@@ -21,7 +24,7 @@ def study(root, monkeypatch):
 @pytest.fixture
 def table(study):
     arms = {'static': study.Arm(), 'KW 1x': study.Arm(1, {'a.b': 2})}
-    return study.Table(arms, seeds=(0, 1, 2), epochs=3, data='mini_coco', split='val', source=6)
+    return study.Table(arms, seeds=(0, 1, 2), epochs=3, task='digits', split='val', source=6)
 
 
 @pytest.fixture
@@ -84,7 +87,7 @@ def test_what_is_there_is_not_made_again(study, table, run_of, tmp_path, monkeyp
     monkeypatch.setattr(study, 'digest', lambda checkpoint: 'a')
     study.Study('some', 2).make()
     assert sorted(made) == [('KW 1x', 2), ('static', 2)]
-    assert trained == [('work_dirs/study/mini_coco_6_epochs', 6, {}, 0)]
+    assert trained == [('work_dirs/study/digits_6_epochs', 6, {}, 0)]
     # What one table made serves another.
     names = {'first': table.arms['KW 1x'], 'second': study.Arm(4)}
     monkeypatch.setitem(study.TABLES, 'other', replace(table, arms=names, seeds=(0,)))
@@ -103,9 +106,10 @@ def test_a_source_is_known_by_its_weights(study, tmp_path):
 
 
 def test_arms_differ_by_their_overrides_alone(study, table):
-    assert table.arms['static'].overrides() == {}
+    task = study.TASKS['digits']
+    assert table.arms['static'].overrides(task) == {}
     expected = {'model.backbone.type': 'mmkw.KWResNet', 'model.backbone.cell_num_ratio': 1}
-    assert table.arms['KW 1x'].overrides() == {**expected, 'a.b': 2}
+    assert table.arms['KW 1x'].overrides(task) == {**expected, 'a.b': 2}
 
 
 def test_every_table_of_the_project_can_be_made(study, root):
@@ -117,12 +121,43 @@ def test_every_table_of_the_project_can_be_made(study, root):
         config = Config.fromfile(root / study.Study(name, 1).config)
         for arm in table.arms.values():
             changed = config.copy()
-            changed.merge_from_dict(arm.overrides())
-            kind = 'mmkw.ResNet' if arm.budget is None else 'mmkw.KWResNet'
-            assert changed.model.backbone.type == kind
+            changed.merge_from_dict(arm.overrides(study.TASKS[table.task]))
+            assert changed.model.backbone.type.startswith('mmkw.KW') == (arm.budget is not None)
         assert len(table.seeds) >= 3
     runs = json.loads(study.RESULTS.read_text())
     asked = [(arm, table) for table in study.TABLES.values() for arm in table.arms.values()]
     assert all(any(study.runs_of(*arm, [run]) for arm in asked) for run in runs)
     places = [json.dumps([run[k] for k in run if k in SAME]) for run in runs]
     assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize('name', ['digits', 'stamps', 'stamps from ImageNet', 'segmentation'])
+def test_every_task_has_its_schedule_and_its_test_split(study, root, name):
+    """The dynamic network is made of the static one's config, which then is another no more."""
+    from mmengine.config import Config
+
+    task = study.TASKS[name]
+    pytest.importorskip('mmseg' if task.epoch else 'mmdet', reason='the config inherits from it')
+    for package in ('mmpretrain', 'timm') if 'ImageNet' in name else ():
+        pytest.importorskip(package, reason='has the network')
+    configs = []
+    for budget in (None, 2):
+        config = Config.fromfile(root / f'configs/demo/{task.config}.py')
+        options = {**task.schedule(2), **study.Arm(budget).overrides(task), **task.on_test()}
+        config.merge_from_dict(options)
+        length, end = ('max_iters', 300) if task.epoch else ('max_epochs', 2)
+        assert config.train_cfg[length] == config.param_scheduler[1].end == end
+        prefix = config.test_dataloader.dataset.data_prefix
+        assert set(prefix.values()) <= {'test', 'test/', 'foreground/test'}
+        assert is_converted(build_model(config, on_meta=True).backbone) == (budget is not None)
+        configs.append({k: v for k, v in config.items() if k != 'model'})
+    assert configs[0] == configs[1]
+
+
+def test_pictures_show_what_ended(study, table, run_of, tmp_path):
+    pytest.importorskip('matplotlib')
+    curve = {'steps': 900, 'validation': [[30.0, 20.0], [40.0, 30.0], [44.0, 31.0]]}
+    runs = [{**run_of(arm, seed, 44.0), **curve} for arm in table.arms for seed in (0, 1)]
+    for some in (runs[:1], runs):
+        study.draw(table, some, tmp_path / 'a.png')
+        assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')

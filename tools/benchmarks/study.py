@@ -1,9 +1,9 @@
 """Does it pay? Trains static and dynamic networks alike, many times, and compares them.
 
 ``study.py TABLE [--jobs 2]`` makes the runs of a table that docs/evidence.md describes, adds each
-to ``docs/evidence/runs.json`` as it ends, and prints them. What is there already, also for another
-table, is not done again, so that a study may be stopped at any time. ``--only-report`` trains
-nothing.
+to ``docs/evidence/runs.json`` as it ends, prints them, and draws ``docs/evidence/TABLE.png``. What
+is there already, also for another table, is not done again, so that a study may be stopped at any
+time. ``--only-report`` trains nothing.
 
 Data lie in ``data``, made by tools/dataset_converters/make_mini_coco.py; networks in
 ``work_dirs/study``.
@@ -36,7 +36,82 @@ IMAGES = {
     'mini_coco': '--train 1200 --val 200 --test 400',
     'mini_stamps': '--train 2000 --val 300 --test 500 --stamps STAMPS',
 }
-METRICS = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt, by which network.
+
+    Args:
+        config: The static network's, below ``configs/demo``.
+        data: Its folder below ``data``.
+        dynamic: Overrides that make the backbone dynamic; the budget comes on top.
+        metrics: What is reported, and its name in the logs, where it has ``scale`` per cent.
+        scale: See ``metrics``.
+        epoch: Iterations of an epoch, where training is counted in iterations.
+    """
+
+    config: str
+    data: str
+    dynamic: Mapping[str, Any]
+    metrics: Mapping[str, str]
+    scale: float
+    epoch: int | None = None
+
+    def schedule(self, epochs: int) -> dict[str, Any]:
+        """Overrides for so many epochs, with a validation after each."""
+        length, end = ('epochs', epochs) if self.epoch is None else ('iters', epochs * self.epoch)
+        return {
+            f'train_cfg.max_{length}': end,
+            'train_cfg.val_interval': self.epoch or 1,
+            'param_scheduler.1.end': end,
+            **({'param_scheduler.1.T_max': end} if self.epoch is None else {}),
+            'default_hooks.checkpoint.interval': self.epoch or 1,
+            'default_hooks.checkpoint.max_keep_ckpts': 1,
+            'default_hooks.checkpoint.save_optimizer': False,
+        }
+
+    def last(self, epochs: int) -> str:
+        """The name of the last checkpoint."""
+        return f'epoch_{epochs}.pth' if self.epoch is None else f'iter_{epochs * self.epoch}.pth'
+
+    def on_test(self) -> dict[str, Any]:
+        """Overrides for the test split."""
+        if self.epoch is not None:
+            prefix = {'img_path': 'test', 'seg_map_path': 'foreground/test'}
+            return {'test_dataloader.dataset.data_prefix': prefix}
+        annotations = 'annotations/instances_test.json'
+        return {
+            'test_dataloader.dataset.ann_file': annotations,
+            'test_dataloader.dataset.data_prefix.img': 'test/',
+            'test_evaluator.ann_file': f'data/{self.data}/{annotations}',
+        }
+
+
+KW_RESNET = {'model.backbone.type': 'mmkw.KWResNet'}
+EFFICIENTNET = {
+    'type': 'mmpretrain.TIMMBackbone',
+    'model_name': 'tf_efficientnet_lite0',
+    'features_only': True,
+    'out_indices': [1, 2, 3],
+    'init_cfg': {'type': 'Pretrained', 'checkpoint': 'checkpoints/efficientnet-lite0.pth'},
+}
+KW_EFFICIENTNET = {'_delete_': True, 'type': 'mmkw.KWModule', 'module': EFFICIENTNET}
+AP = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
+TASKS = {
+    'digits': Task('mask-rcnn_r18_fpn_mini-coco', 'mini_coco', KW_RESNET, AP, 100),
+    'stamps': Task('mask-rcnn_r18_fpn_mini-stamps', 'mini_stamps', KW_RESNET, AP, 100),
+    'stamps from ImageNet': Task(
+        'mask-rcnn_efficientnet-lite0_fpn_mini-stamps',
+        'mini_stamps',
+        {'model.backbone': KW_EFFICIENTNET},
+        AP,
+        100,
+    ),
+    'segmentation': Task(
+        'fpn_r18_mini-coco-semantic', 'mini_coco', KW_RESNET, {'mIoU': 'mIoU'}, 1, epoch=150
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -53,12 +128,11 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     epochs: int | None = None
 
-    def overrides(self) -> dict[str, Any]:
+    def overrides(self, task: Task) -> dict[str, Any]:
         """All overrides of the static network's config."""
         network: dict[str, Any] = {}
         if self.budget is not None:
-            network['model.backbone.type'] = 'mmkw.KWResNet'
-            network['model.backbone.cell_num_ratio'] = self.budget
+            network = {**task.dynamic, 'model.backbone.cell_num_ratio': self.budget}
         return {**network, **self.options}
 
 
@@ -70,7 +144,7 @@ class Table:
         arms: By name; the first is the one that the others are compared with.
         seeds: Every arm is trained with each.
         epochs: Of training.
-        data: Name of the data set.
+        task: Of ``TASKS``.
         split: What the networks are evaluated on after the last epoch. Choices look at ``val``.
         source: Epochs of the static network from which all start; 0 for random weights.
     """
@@ -78,7 +152,7 @@ class Table:
     arms: Mapping[str, Arm]
     seeds: Sequence[int]
     epochs: int
-    data: str
+    task: str
     split: str
     source: int
 
@@ -99,7 +173,7 @@ def annealed(epochs: int) -> dict[str, Any]:
 
 
 STATIC, CHOSEN = Arm(), Arm(1, QUICK_ATTENTION)
-DIGITS = {'seeds': (0, 1, 2), 'epochs': 3, 'data': 'mini_coco', 'split': 'val', 'source': 6}
+DIGITS = {'seeds': (0, 1, 2), 'epochs': 3, 'task': 'digits', 'split': 'val', 'source': 6}
 TABLES = {
     'rates': Table(
         {
@@ -146,8 +220,8 @@ class Study:
 
     def __init__(self, name: str, jobs: int) -> None:
         self.table = TABLES[name]
-        data = self.table.data.replace('_', '-')
-        self.config = f'configs/demo/mask-rcnn_r18_fpn_{data}.py'
+        self.task = TASKS[self.table.task]
+        self.config = f'configs/demo/{self.task.config}.py'
         self.jobs = jobs
         self.lock = Lock()
         self.digest = ''
@@ -157,10 +231,11 @@ class Study:
 
     def make(self) -> None:
         """Makes the runs that are missing, seed by seed, and writes each down as it ends."""
-        if not (ROOT / 'data' / self.table.data).exists():
+        data = self.task.data
+        if not (ROOT / 'data' / data).exists():
             raise SystemExit(
-                f'data/{self.table.data} is missing. Run: python tools/dataset_converters/'
-                f'make_mini_coco.py data/{self.table.data} {IMAGES[self.table.data]}'
+                f'data/{data} is missing. Run: python tools/dataset_converters/make_mini_coco.py '
+                f'data/{data} {IMAGES[data]}'
             )
         if self.table.source:
             self.digest = digest(self.train(self.source, self.table.source, {}, 0))
@@ -180,7 +255,7 @@ class Study:
     @property
     def source(self) -> str:
         """The folder of the static network from which all start."""
-        return f'{WORK}/{self.table.data}_{self.table.source}_epochs'
+        return f'{WORK}/{self.table.task.replace(" ", "_")}_{self.table.source}_epochs'
 
     def add(self, name: str, seed: int) -> None:
         """Makes one run and writes it down."""
@@ -188,27 +263,28 @@ class Study:
         kind, epochs = identity(arm, self.table), arm.epochs or self.table.epochs
         of_kind = hashlib.sha256(json.dumps([kind, self.digest]).encode()).hexdigest()[:12]
         folder = f'{WORK}/{of_kind}/seed{seed}'
-        options = arm.overrides()
+        options = arm.overrides(self.task)
         if self.table.source:
-            options['load_from'] = f'{self.source}/epoch_{self.table.source}.pth'
+            options['load_from'] = f'{self.source}/{self.task.last(self.table.source)}'
         checkpoint = self.train(folder, epochs, options, seed)
         # Of one try: what was interrupted began anew.
         lines = [
             json.loads(line)
             for line in latest(folder, '2*/vis_data/scalars.json').read_text().splitlines()
         ]
+        metrics = self.task.metrics
         steps = [line for line in lines if 'time' in line and 'loss' in line]
-        curve = [line for line in lines if METRICS['box AP'] in line]
+        curve = [line for line in lines if set(metrics.values()) <= set(line)]
         found = self.test(checkpoint, folder, options) if self.table.split == 'test' else curve[-1]
         run = {
             **kind,
             'seed': seed,
             'source': self.digest,
-            **{metric: percent(found[key]) for metric, key in METRICS.items()},
+            **{metric: self.percent(found[key]) for metric, key in metrics.items()},
             'steps': steps[-1]['step'],
             'seconds a step': round(statistics.median(line['time'] for line in steps), 3),
             'parameters': parameters(checkpoint),
-            'validation': [[percent(line[key]) for key in METRICS.values()] for line in curve],
+            'validation': [[self.percent(line[key]) for key in metrics.values()] for line in curve],
             'processor': processor(),
             'jobs': self.jobs,
         }
@@ -217,32 +293,25 @@ class Study:
             lines = ',\n'.join(json.dumps(run) for run in self.runs)
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
             RESULTS.write_text(f'[\n{lines}\n]\n')
-            print(f'{name}, seed {seed}: ' + both(run), flush=True)
+            values = ' / '.join(f'{run[metric]:.1f}' for metric in metrics)
+            print(f'{name}, seed {seed}: {values}', flush=True)
+
+    def percent(self, value: float) -> float:
+        """In per cent, without digits that the metric does not have."""
+        return round(self.task.scale * value, 2)
 
     def train(self, folder: str, epochs: int, options: Mapping[str, Any], seed: int) -> Path:
         """Trains unless it was done; the last checkpoint."""
-        last = ROOT / folder / f'epoch_{epochs}.pth'
+        last = ROOT / folder / self.task.last(epochs)
         if not last.exists():
-            schedule = {
-                'train_cfg.max_epochs': epochs,
-                'train_cfg.val_interval': 1,
-                'param_scheduler.1.end': epochs,
-                'param_scheduler.1.T_max': epochs,
-                'randomness.seed': seed,
-                'default_hooks.checkpoint.max_keep_ckpts': 1,
-                'default_hooks.checkpoint.save_optimizer': False,
-            }
+            schedule = {**self.task.schedule(epochs), 'randomness.seed': seed}
             self.run('train.py', self.config, folder, {**schedule, **options})
         return last
 
     def test(self, checkpoint: Path, folder: str, options: Mapping[str, Any]) -> dict[str, float]:
         """Evaluates on the test split; the metrics."""
-        data = {
-            'test_dataloader.dataset.ann_file': 'annotations/instances_test.json',
-            'test_dataloader.dataset.data_prefix.img': 'test/',
-            'test_evaluator.ann_file': f'data/{self.table.data}/annotations/instances_test.json',
-        }
-        self.run('test.py', self.config, f'{folder}/test', {**options, **data}, str(checkpoint))
+        options = {**options, **self.task.on_test()}
+        self.run('test.py', self.config, f'{folder}/test', options, str(checkpoint))
         return json.loads(latest(folder, 'test/*/*.json').read_text())
 
     def run(
@@ -272,11 +341,11 @@ class Study:
 def identity(arm: Arm, table: Table) -> dict[str, Any]:
     """What makes a run what it is, beside its seed and the weights of its source."""
     return {
-        'data': table.data,
+        'task': table.task,
         'split': table.split,
         'source epochs': table.source,
         'epochs': arm.epochs or table.epochs,
-        'options': arm.overrides(),
+        'options': arm.overrides(TASKS[table.task]),
     }
 
 
@@ -289,11 +358,6 @@ def runs_of(arm: Arm, table: Table, runs: Sequence[dict]) -> list[dict]:
 def latest(folder: str, pattern: str) -> Path:
     """The newest file in a folder that matches a pattern."""
     return max((ROOT / folder).glob(pattern), key=lambda path: path.stat().st_mtime)
-
-
-def percent(share: float) -> float:
-    """In percent, without digits that the metric does not have."""
-    return round(100 * share, 2)
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:
@@ -315,11 +379,6 @@ def digest(checkpoint: Path) -> str:
     return found.hexdigest()[:12]
 
 
-def both(run: Mapping[str, Any]) -> str:
-    """Box and mask AP."""
-    return ' / '.join(f'{run[metric]:.1f}' for metric in METRICS)
-
-
 def report(table: Table, runs: Sequence[dict]) -> str:
     """The table of a study: means and spreads, and what each arm gains over the first.
 
@@ -333,26 +392,25 @@ def report(table: Table, runs: Sequence[dict]) -> str:
     from scipy.stats import ttest_rel
 
     reference, *_ = table.arms.values()
-    lines = [
-        '| network (runs) | box AP | mask AP | gain in box AP | gain in mask AP | p, box | p, mask '
-        '| time of a step | M parameters |',
-        '|---|---|---|---|---|---|---|---|---|',
-    ]
+    metrics = TASKS[table.task].metrics
+    columns = ['network (runs)', *metrics, *(f'gain in {metric}' for metric in metrics)]
+    columns += [*(f'p, {metric}' for metric in metrics), 'time of a step', 'M parameters']
+    lines = ['| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|']
     of = {(run['seed'], run['source']): run for run in runs_of(reference, table, runs)}
     for name, arm in table.arms.items():
         own = runs_of(arm, table, runs)
         if not own:
             continue
         cells = [f'{name} ({len(own)})']
-        cells += [spread([run[metric] for run in own], '.1f') for metric in METRICS]
+        cells += [spread([run[metric] for run in own], '.1f') for metric in metrics]
         places = [((run['seed'], run['source']), run) for run in own]
         pairs = [(run, of[place]) for place, run in places if place in of]
-        gains = {m: [run[m] - first[m] for run, first in pairs] for m in METRICS}
+        gains = {m: [run[m] - first[m] for run, first in pairs] for m in metrics}
         if arm is reference or len(pairs) < 2:
-            cells += [''] * 5
+            cells += [''] * (2 * len(metrics) + 1)
         else:
             cells += [spread(values, '+.1f') for values in gains.values()]
-            for metric in METRICS:
+            for metric in metrics:
                 sides = zip(*((run[metric], first[metric]) for run, first in pairs))
                 cells.append(f'{ttest_rel(*map(list, sides)).pvalue:.3f}')
             ratios = [run['seconds a step'] / first['seconds a step'] for run, first in pairs]
@@ -360,6 +418,51 @@ def report(table: Table, runs: Sequence[dict]) -> str:
         cells.append(f'{own[0]["parameters"] / 1e6:.2f}')
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
+
+
+def draw(table: Table, runs: Sequence[dict], path: Path) -> None:
+    """Draws metrics against steps, time and parameters: means, and standard deviations around.
+
+    Time is that of the steps alone, relative to the first arm's whole training.
+
+    Args:
+        table: Of the study.
+        runs: As the study writes them.
+        path: Of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    metrics = TASKS[table.task].metrics
+    figure = Figure((12, 3.2 * len(metrics)), layout='constrained')
+    axes = figure.subplots(len(metrics), 3, squeeze=False, sharey='row')
+    arms = {name: own for name, arm in table.arms.items() if (own := runs_of(arm, table, runs))}
+    whole = None
+    for index, (name, own) in enumerate(arms.items()):
+        steps = own[0]['steps']
+        seconds = statistics.median(run['seconds a step'] for run in own)
+        whole = whole or steps * seconds
+        for row, (metric, (by_steps, by_time, by_size)) in enumerate(zip(metrics, axes)):
+            color = {'color': f'C{index}'}
+            points = list(zip(*([values[row] for values in run['validation']] for run in own)))
+            mean = [statistics.mean(point) for point in points]
+            off = [statistics.pstdev(point) for point in points]
+            at = [steps * (number + 1) / len(points) for number in range(len(points))]
+            for axis, x in ((by_steps, at), (by_time, [seconds * step / whole for step in at])):
+                axis.plot(x, mean, label=name, **color)
+                edges = [[m + sign * d for m, d in zip(mean, off)] for sign in (-1, 1)]
+                axis.fill_between(x, *edges, alpha=0.2, **color)
+            last = [run[metric] for run in own]
+            size = own[0]['parameters'] / 1e6
+            by_size.errorbar(
+                size, statistics.mean(last), statistics.pstdev(last), fmt='o', capsize=3, **color
+            )
+            by_steps.set_ylabel(metric)
+    for axis, label in zip(
+        axes[-1], ('steps', "time, of the first one's training", 'M parameters')
+    ):
+        axis.set_xlabel(label)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
+    figure.savefig(path, dpi=110)
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -380,6 +483,7 @@ def main() -> None:
         study.make()
         print(f'{(time.time() - begin) / 3600:.1f} hours')
     print(f'\n{report(study.table, study.runs)}')
+    draw(study.table, study.runs, RESULTS.with_name(f'{args.table}.png'))
 
 
 if __name__ == '__main__':
