@@ -159,8 +159,6 @@ class Table:
 
 SLOW = {'optim_wrapper.optimizer.lr': 3e-4}
 FAST = {'optim_wrapper.optimizer.lr': 2e-3}
-ATTENTION_RATE = 'optim_wrapper.paramwise_cfg.custom_keys.attention.lr_mult'
-QUICK_ATTENTION = {ATTENTION_RATE: 10}
 
 
 def annealed(epochs: int) -> dict[str, Any]:
@@ -172,10 +170,46 @@ def annealed(epochs: int) -> dict[str, Any]:
     return {'model.backbone.start_tau': 1, 'custom_hooks': hooks}
 
 
+def rates(**of: float) -> dict[str, float]:
+    """Overrides for rates relative to the common one, of parameters by a part of their names."""
+    keys = 'optim_wrapper.paramwise_cfg.custom_keys'
+    return {f'{keys}.{name}.lr_mult': rate for name, rate in of.items()}
+
+
+def stages(*numbers: int) -> dict[str, Any]:
+    """Overrides that make these stages of the ResNet dynamic, each with a warehouse of its own."""
+    static = {
+        'type': 'mmkw.ResNet',
+        'depth': 18,
+        'base_channels': 32,
+        'num_stages': 3,
+        'strides': [1, 2, 2],
+        'dilations': [1, 1, 1],
+        'out_indices': [0, 1, 2],
+        'norm_eval': False,
+    }
+    patterns = [
+        {'match': rf'layer{n}\..*(conv\d|downsample\.0)', 'warehouse': f'layer{n}'} for n in numbers
+    ]
+    wrapped = {'_delete_': True, 'type': 'mmkw.KWModule', 'module': static, 'patterns': patterns}
+    return {'model.backbone': wrapped, **QUICK_ATTENTION, 'model.backbone.cell_num_ratio': 1}
+
+
+QUICK_ATTENTION = rates(attention=10)
+# Weights of zero rate stay as they are; so does their decay, which is of the rate.
+STILL = {'backbone': 0, 'neck': 0, 'rpn_head': 0, 'roi_head': 0}
 STATIC, CHOSEN = Arm(), Arm(1, QUICK_ATTENTION)
-DIGITS = {'seeds': (0, 1, 2), 'epochs': 3, 'task': 'digits', 'split': 'val', 'source': 6}
+
+
+def choice(
+    arms: Mapping[str, Arm], epochs: int = 3, task: str = 'digits', source: int = 6
+) -> Table:
+    """A table that a choice looks at."""
+    return Table(arms, seeds=(0, 1, 2), epochs=epochs, task=task, split='val', source=source)
+
+
 TABLES = {
-    'rates': Table(
+    'rates': choice(
         {
             'static, 3e-4': Arm(None, SLOW),
             'static, 1e-3': STATIC,
@@ -184,11 +218,10 @@ TABLES = {
             'KW 1x, 1e-3': Arm(1),
             'KW 1x, 3e-4, attentions 3e-3': Arm(1, {**SLOW, **QUICK_ATTENTION}),
             'KW 1x, 1e-3, attentions 1e-2': CHOSEN,
-            'KW 1x, 2e-3, attentions 1e-2': Arm(1, {**FAST, ATTENTION_RATE: 5}),
+            'KW 1x, 2e-3, attentions 1e-2': Arm(1, {**FAST, **rates(attention=5)}),
         },
-        **DIGITS,
     ),
-    'norms': Table(
+    'norms': choice(
         {
             'static': STATIC,
             'KW 1x, attentions with BatchNorm': CHOSEN,
@@ -196,16 +229,69 @@ TABLES = {
                 1, {**QUICK_ATTENTION, 'model.backbone.attention_norm_cfg': {'type': 'LN'}}
             ),
         },
-        **DIGITS,
     ),
-    'temperature': Table(
+    'temperature': choice(
         {
             'static': STATIC,
             'KW 1x, 0': CHOSEN,
             'KW 1x, 1 to 0 in one epoch': Arm(1, {**QUICK_ATTENTION, **annealed(1)}),
             'KW 1x, 1 to 0 in three epochs': Arm(1, {**QUICK_ATTENTION, **annealed(3)}),
         },
-        **DIGITS,
+    ),
+    'budgets': choice(
+        {
+            'static': STATIC,
+            'KW 1x': CHOSEN,
+            'KW 2x': Arm(2, QUICK_ATTENTION),
+            'KW 4x': Arm(4, QUICK_ATTENTION),
+        },
+    ),
+    'longer': choice(
+        {'static': STATIC, 'KW 1x': CHOSEN, 'KW 4x': Arm(4, QUICK_ATTENTION)},
+        epochs=6,
+    ),
+    'layers': choice(
+        {
+            'static': STATIC,
+            'KW 1x, all stages': CHOSEN,
+            'KW 1x, stages 2 and 3': Arm(None, stages(2, 3)),
+            'KW 1x, stage 3': Arm(None, stages(3)),
+            'KW 1x, cells frozen': Arm(1, rates(attention=10, warehouse_manager=0)),
+            'KW 1x, attentions alone': Arm(1, rates(attention=10, **STILL)),
+        },
+    ),
+    'comparators': choice(
+        {
+            'static': STATIC,
+            'KW 4x': Arm(4, QUICK_ATTENTION),
+            'DY-Conv 4x': Arm(4, {'model.backbone.method': 'dyconv'}),
+            'CondConv 8x': Arm(8, {'model.backbone.method': 'condconv'}),
+            'ODConv 1x': Arm(1, {'model.backbone.method': 'odconv'}),
+            'ODConv 4x': Arm(4, {'model.backbone.method': 'odconv'}),
+        },
+    ),
+    'scratch': choice(
+        {
+            'static': STATIC,
+            'KW 1x, 1 to 0 in one epoch': Arm(1, annealed(1)),
+            'KW 1x, 1 to 0 in four epochs': Arm(1, annealed(4)),
+        },
+        epochs=12,
+        source=0,
+    ),
+    'stamps': choice(
+        {'static': STATIC, 'KW 1x': CHOSEN, 'KW 4x': Arm(4, QUICK_ATTENTION)},
+        task='stamps',
+    ),
+    'imagenet': choice(
+        {'static': STATIC, 'KW 1x': CHOSEN},
+        task='stamps from ImageNet',
+        epochs=6,
+        source=0,
+    ),
+    'segmentation': choice(
+        {'static': STATIC, 'KW 1x': CHOSEN, 'KW 4x': Arm(4, QUICK_ATTENTION)},
+        task='segmentation',
     ),
 }
 
