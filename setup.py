@@ -61,8 +61,11 @@ def native_extension() -> dict:
     openmp = [] if sys.platform == 'darwin' else ['-fopenmp']
     extension = CppExtension(
         'mmkw.ops._native',
-        [f'mmkw/ops/csrc/{name}.cpp' for name in ('blocks', 'mixing', 'attention', 'operators')],
-        depends=[f'mmkw/ops/csrc/{name}.h' for name in ('blocks', 'operators', 'tiles')],
+        [
+            f'mmkw/ops/csrc/{name}.cpp'
+            for name in ('amx', 'blocks', 'mixing', 'attention', 'operators')
+        ],
+        depends=[f'mmkw/ops/csrc/{name}.h' for name in ('amx', 'blocks', 'operators', 'tiles')],
         # Whoever loads the kernels compares the torch that they were built for with their own.
         define_macros=[('MMKW_TORCH', f'"{torch.__version__}"')],
         extra_compile_args=['-O3', '-Wno-psabi', *openmp],

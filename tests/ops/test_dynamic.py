@@ -160,10 +160,15 @@ def test_compiled_kernels_equal_pytorch(threads, batch, cells, blocks, channels,
 
 
 def check_half(compiled, attention, kernels, gradients):
-    """What is stored in bfloat16 is read as it is, and rounded once when it is written."""
-    half = torch.bfloat16
+    """What is stored in bfloat16 is read as it is, and rounded once when it is written.
+
+    With many mixtures matrix instructions, where there are any, read cells in bfloat16.
+    """
+    half, few = torch.bfloat16, attention.shape[:2].numel() < 12
     into_half = CompiledMixing(compiled.cells, compiled.grid, half)
-    assert into_half.kernels(attention).equal(kernels.to(half))
+    mixed = into_half.kernels(attention)
+    assert not few or mixed.equal(kernels.to(half))
+    assert float((mixed - kernels).norm()) <= 0.01 * float(kernels.norm())
     rounded = [one.to(half) for one in gradients]
     found = []
     for one, grads in ((into_half, rounded), (compiled, [grad.float() for grad in rounded])):
@@ -172,12 +177,12 @@ def check_half(compiled, attention, kernels, gradients):
         found.append([grad_attention, total.total(), mixed.to(half)])
     assert all(map(torch.equal, *found))
     stored = compiled.cells.to(half)
-    wide = CompiledMixing(stored.float(), compiled.grid, torch.float32)
-    assert (
-        CompiledMixing(stored, compiled.grid, torch.float32)
-        .kernels(attention)
-        .equal(wide.kernels(attention))
+    mixed, expected = (
+        CompiledMixing(cells, compiled.grid, torch.float32).kernels(attention)
+        for cells in (stored, stored.float())
     )
+    assert not few or mixed.equal(expected)
+    assert float((mixed - expected).norm()) <= 1e-5 * float(expected.norm())
 
 
 @needs_native

@@ -1,5 +1,6 @@
 // Mixing and its backward pass on the CPU, behind mmkw/ops/compiled.py. Arithmetic is in float32.
-// Cells and kernels may also be stored in bfloat16: half as much to read and to write.
+// Cells and kernels may also be stored in bfloat16: half as much to read and to write. Kernels in
+// bfloat16 with many mixtures are mixed by matrix instructions, where there are any.
 //
 // A warehouse is a matrix with n cells as rows of `size` values. It is far larger than the caches
 // of a core. Its rows often lie a power of two apart, so that one column of all rows falls into few
@@ -10,6 +11,7 @@
 // mixtures the time goes to arithmetic. Then a block of the warehouse is copied, stays in the
 // caches, and is used for all mixtures. tiles.h has the arithmetic.
 
+#include "amx.h"
 #include "blocks.h"
 #include "operators.h"
 
@@ -160,6 +162,10 @@ constexpr int64_t COPIED_COLUMNS = 256;
 // tile's columns of COPIED_TERMS rows fit into the innermost cache.
 constexpr int64_t STREAMED_TERMS = 8;
 constexpr int64_t COPIED_TERMS = 192;
+// The same where matrix instructions mix, and the mixtures from which on they do: with fewer the
+// time goes to reading memory, which long runs do faster.
+constexpr int64_t AMX_COLUMNS = 512;
+constexpr int64_t AMX_ROWS = 32, AMX_ROWS_OF_HALF = 12;
 // From this number of mixtures on, arithmetic takes longer than reading memory.
 constexpr int64_t MANY_ROWS = 40;
 // Values in the blocks of one thread. They should stay in the private cache of a core.
@@ -312,6 +318,13 @@ struct Mixing {
                 " and cells of ", cells.sizes());
   }
 
+  // Whether matrix instructions mix: they round cells to bfloat16.
+  bool uses_amx(const at::Tensor& kernels) const {
+    const bool half_cells = cells.scalar_type() == at::kBFloat16;
+    return rows >= (half_cells ? AMX_ROWS_OF_HALF : AMX_ROWS) &&
+           (half_cells || kernels.scalar_type() == at::kBFloat16) && amx::is_available();
+  }
+
   // mixed (+)= the contribution of a part of the cells, which are read directly.
   void mix_part(const Block& mixed, Span span, int64_t first, int64_t count) const {
     with_values(cells, [&](const auto* warehouse) {
@@ -368,6 +381,24 @@ void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::In
                     at::Tensor kernels) {
   const Mixing m(attention, cells, grid);
   m.check_kernels(kernels, grid);
+  if (m.uses_amx(kernels)) {
+    const amx::Left weights(m.attention.const_data_ptr<float>(), m.rows, m.num_cells);
+    const int64_t of_cell = amx::values_of(m.num_cells, 1) / 2;
+    const int64_t columns = block_columns(m.size, m.rows + of_cell, AMX_COLUMNS);
+    const int64_t stride = columns + PADDING;
+    const int64_t values = m.rows * stride + of_cell * columns;
+    for_blocks(m.size, columns, values, [&](Span span, float* memory, int64_t) {
+      const Block mixed{memory, stride};
+      BFloat16* const pairs = reinterpret_cast<BFloat16*>(memory + m.rows * stride);
+      const int64_t whole = num_parts(span.count, amx::COLUMNS) * amx::COLUMNS;
+      with_values(m.cells, [&](const auto* warehouse) {
+        amx::pair(m.num_cells, whole, span.count, warehouse + span.begin, m.size, pairs);
+      });
+      weights.multiply(pairs, whole, mixed.values, stride);
+      m.into_kernels(kernels, mixed, span);
+    });
+    return;
+  }
   const int64_t rows = m.streamed ? m.rows : m.rows + m.num_cells;
   const int64_t most = m.streamed ? STREAMED_COLUMNS : COPIED_COLUMNS;
   const int64_t columns = block_columns(m.size, rows, most), stride = columns + PADDING;
