@@ -376,9 +376,9 @@ class Study:
         }
         with self.lock:
             self.runs.append(run)
-            lines = ',\n'.join(json.dumps(run) for run in self.runs)
+            content = ',\n'.join(json.dumps(run) for run in self.runs)
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            RESULTS.write_text(f'[\n{lines}\n]\n')
+            RESULTS.write_text(f'[\n{content}\n]\n')
             values = ' / '.join(f'{run[metric]:.1f}' for metric in metrics)
             print(f'{name}, seed {seed}: {values}', flush=True)
 
