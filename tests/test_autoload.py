@@ -101,7 +101,7 @@ except ImportError:
 }
 
 
-@pytest.mark.parametrize('how', AGAIN)
+@pytest.mark.parametrize('how', exhaustively(AGAIN, ['reloaded']))
 def test_a_module_that_is_loaded_again_is_ours_again(attack, how):
     code = f'import mmkw\n{AGAIN[how]}\n{LOAD.format(path=attack)}'
     result = run(code, TORCH_DEVICE_BACKEND_AUTOLOAD='0')

@@ -69,7 +69,7 @@ def check_same(found, expected):
             *((name, kind) for name in DETECTORS for kind in ('static', 'dynamic')),
             ('mask_rcnn', 'static twin'),
         ],
-        [('retinanet', 'static'), ('retinanet', 'dynamic')],
+        [('retinanet', 'static'), ('retinanet', 'dynamic'), ('rtmdet', 'static')],
     ),
 )
 def test_a_detector_finds_the_same(name, kind, tmp_path):

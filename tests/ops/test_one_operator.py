@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import exhaustively
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
@@ -31,7 +32,7 @@ def operands(kernel, stride=1, padding=0, dilation=1, groups=1, batch=3):
 
 
 @pytest.mark.parametrize('settings', SETTINGS, ids=str)
-@pytest.mark.parametrize('batch', [0, 1, 3])
+@pytest.mark.parametrize('batch', exhaustively([0, 1, 3], [1]))
 def test_what_pytorch_is_told_of_the_operators_is_true(settings, batch):
     _, x, kernels, arguments = operands(**settings, batch=batch)
     x, kernels = x.requires_grad_(), kernels.requires_grad_()
@@ -81,14 +82,17 @@ def graphs(layer, shapes, train):
 
 @pytest.mark.parametrize(
     'kind, arguments, sizes, train',
-    [
-        (KWConv2d, dict(kernel_size=3, padding=1), [(9, 12), (10, 13)], True),
-        (KWConv2d, dict(kernel_size=3, stride=2, groups=8), [(9, 12), (10, 13)], True),
-        (KWConv2d, dict(kernel_size=1, stride=2), [(9, 12), (10, 13)], True),
-        (KWConv1d, dict(kernel_size=3), [(9,), (11,)], False),
-        (KWConv3d, dict(kernel_size=(1, 3, 3)), [(4, 5, 6), (5, 6, 7)], False),
-    ],
-    ids=['3x3', 'depthwise', '1x1', '1d', '3d'],
+    exhaustively(
+        KINDS := [
+            (KWConv2d, dict(kernel_size=3, padding=1), [(9, 12), (10, 13)], True),
+            (KWConv2d, dict(kernel_size=1, stride=2), [(9, 12), (10, 13)], True),
+            (KWConv2d, dict(kernel_size=3, stride=2, groups=8), [(9, 12), (10, 13)], True),
+            (KWConv1d, dict(kernel_size=3), [(9,), (11,)], False),
+            (KWConv3d, dict(kernel_size=(1, 3, 3)), [(4, 5, 6), (5, 6, 7)], False),
+        ],
+        KINDS[2:],
+    ),
+    ids=['3x3', '1x1', 'depthwise', '1d', '3d'],
 )
 def test_as_many_graphs_as_the_static_layer(kind, arguments, sizes, train):
     shapes = [(batch, 8, *size) for batch, size in zip((2, 3, 5, 4), sizes * 2)]
