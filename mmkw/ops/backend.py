@@ -63,24 +63,14 @@ def is_compiled(*tensors: Tensor | None) -> bool:
     return why_not_compiled() is None and _could_be_compiled(*tensors)
 
 
-def _could_be_compiled(*tensors: Tensor | None) -> bool:
+def _could_be_compiled(*tensors: Tensor | None, learning: bool = True) -> bool:
+    """Whether tensors lie on the CPU in a precision of the kernels; gradients are of float32."""
+    precisions = (torch.float32,) if learning else STORED
     return all(
-        tensor.dtype == torch.float32 and tensor.device.type == 'cpu'
+        tensor.dtype in precisions and tensor.device.type == 'cpu'
         for tensor in tensors
         if tensor is not None
     )
-
-
-def _could_be_mixed(attention: Tensor, cells: Tensor, learning: bool) -> bool:
-    """Whether the compiled kernels can mix these cells: gradients are of float32."""
-    if learning:
-        return _could_be_compiled(attention, cells)
-    return _are_stored(attention, cells)
-
-
-def _are_stored(*tensors: Tensor) -> bool:
-    """Whether the compiled kernels can read these tensors."""
-    return all(tensor.dtype in STORED and tensor.device.type == 'cpu' for tensor in tensors)
 
 
 def mixing_of(
@@ -108,7 +98,7 @@ def mixing_of(
     """
     if modes.is_seen_through(x, attention, cells) or x.shape[0] == 0:
         return None
-    if _could_be_mixed(attention, cells, learning) and is_regular(cells, grid):
+    if _could_be_compiled(attention, cells, learning=learning) and is_regular(cells, grid):
         if why_not_compiled() is None:
             return partial(CompiledMixing, grid=grid, dtype=dtype)
         if MISSING is not None and _switched_on:
@@ -208,6 +198,6 @@ def computes_constants(*tensors: Tensor | None) -> bool:
     return (
         not learns
         and why_not_compiled() is None
-        and _are_stored(*given)
+        and _could_be_compiled(*given, learning=False)
         and not modes.is_seen_through(*given)
     )

@@ -123,6 +123,10 @@ def test_every_table_of_the_project_can_be_made(study, root):
             changed = config.copy()
             changed.merge_from_dict(arm.overrides(study.TASKS[table.task]))
             assert changed.model.backbone.type.startswith('mmkw.KW') == ('static' not in kind)
+            # A network that is wrapped is the static one.
+            wrapped = changed.model.backbone.get('module', config.model.backbone)
+            same = [json.dumps(c, sort_keys=True) for c in (wrapped, config.model.backbone)]
+            assert same[0] == same[1]
         assert len(table.seeds) >= 3
     runs = json.loads(study.RESULTS.read_text())
     asked = [(arm, table) for table in study.TABLES.values() for arm in table.arms.values()]

@@ -121,12 +121,10 @@ class Arm:
     Args:
         budget: Of KernelWarehouse; None is the static network.
         options: Overrides of the config, by their dotted names.
-        epochs: Of training, where it is not the table's.
     """
 
     budget: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    epochs: int | None = None
 
     def overrides(self, task: Task) -> dict[str, Any]:
         """All overrides of the static network's config."""
@@ -346,13 +344,13 @@ class Study:
     def add(self, name: str, seed: int) -> None:
         """Makes one run and writes it down."""
         arm = self.table.arms[name]
-        kind, epochs = identity(arm, self.table), arm.epochs or self.table.epochs
+        kind = identity(arm, self.table)
         of_kind = hashlib.sha256(json.dumps([kind, self.digest]).encode()).hexdigest()[:12]
         folder = f'{WORK}/{of_kind}/seed{seed}'
         options = arm.overrides(self.task)
         if self.table.source:
             options['load_from'] = f'{self.source}/{self.task.last(self.table.source)}'
-        checkpoint = self.train(folder, epochs, options, seed)
+        checkpoint = self.train(folder, self.table.epochs, options, seed)
         # Of one try: what was interrupted began anew.
         lines = [
             json.loads(line)
@@ -430,7 +428,7 @@ def identity(arm: Arm, table: Table) -> dict[str, Any]:
         'task': table.task,
         'split': table.split,
         'source epochs': table.source,
-        'epochs': arm.epochs or table.epochs,
+        'epochs': table.epochs,
         'options': arm.overrides(TASKS[table.task]),
     }
 

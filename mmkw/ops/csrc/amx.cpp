@@ -21,9 +21,8 @@ namespace mmkw {
 namespace amx {
 namespace {
 
-constexpr int64_t TILE_ROWS = 16, TILE_BYTES = 64;
-// Values of a tile, and columns of C in one.
-constexpr int64_t TILE_VALUES = TILE_ROWS * TERMS, WIDTH = 16;
+// Rows and bytes of a row; columns of C in a tile.
+constexpr int64_t TILE_ROWS = 16, TILE_BYTES = 64, WIDTH = 16;
 
 }  // namespace
 
