@@ -157,6 +157,7 @@ class Table:
 
 SLOW = {'optim_wrapper.optimizer.lr': 3e-4}
 FAST = {'optim_wrapper.optimizer.lr': 2e-3}
+FASTER = {'optim_wrapper.optimizer.lr': 4e-3}
 
 
 def annealed(epochs: int) -> dict[str, Any]:
@@ -212,12 +213,33 @@ TABLES = {
             'static, 3e-4': Arm(None, SLOW),
             'static, 1e-3': STATIC,
             'static, 2e-3': Arm(None, FAST),
+            'static, 4e-3': Arm(None, FASTER),
             'KW 1x, 3e-4': Arm(1, SLOW),
             'KW 1x, 1e-3': Arm(1),
             'KW 1x, 3e-4, attentions 3e-3': Arm(1, {**SLOW, **QUICK_ATTENTION}),
             'KW 1x, 1e-3, attentions 1e-2': CHOSEN,
             'KW 1x, 2e-3, attentions 1e-2': Arm(1, {**FAST, **rates(attention=5)}),
+            'KW 1x, 4e-3, attentions 1e-2': Arm(1, {**FASTER, **rates(attention=2.5)}),
         },
+    ),
+    'trained_out': choice(
+        {
+            'static, 3e-4': Arm(None, SLOW),
+            'static, 1e-3': STATIC,
+            'static, 2e-3': Arm(None, FAST),
+            'KW 1x, 3e-4, attentions 3e-3': Arm(1, {**SLOW, **QUICK_ATTENTION}),
+            'KW 1x, 1e-3, attentions 1e-2': CHOSEN,
+            'KW 1x, 2e-3, attentions 1e-2': Arm(1, {**FAST, **rates(attention=5)}),
+        },
+        source=24,
+    ),
+    'one_epoch': choice(
+        {
+            'static': Arm(None, SLOW),
+            'KW 1x': Arm(1, SLOW),
+            'KW 4x': Arm(4, SLOW),
+        },
+        epochs=1,
     ),
     'norms': choice(
         {
