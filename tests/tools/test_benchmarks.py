@@ -155,13 +155,26 @@ def test_exported_files_are_timed(root, monkeypatch, capsys):
     monkeypatch.setitem(deployment.BACKBONES, 'thin', ('mmkw.ResNet', 'mmkw.KWResNet', thin))
     # What is compiled takes a minute.
     runtimes = ['eager', 'ONNX Runtime', 'OpenVINO']
-    arguments = ['thin', '--shapes', '2x64x64', '--repeats', '1', '--runtimes', *runtimes]
+    arguments = [
+        'thin',
+        '--shapes',
+        '2x64x64',
+        '--repeats',
+        '1',
+        '--parts',
+        '--runtimes',
+        *runtimes,
+    ]
     monkeypatch.setattr(sys, 'argv', ['deployment.py', *arguments])
     deployment.main()
     output = capsys.readouterr().out
     if not is_installed('openvino'):
         runtimes.remove('OpenVINO')
-    assert [row.split(' | ')[1] for row in output.splitlines()[5:]] == runtimes
+    header, _, *rows = output.splitlines()[3:]
+    assert [row.split(' | ')[1] for row in rows] == runtimes
+    # The parts are of one runtime.
+    lengths = [len(row.split(' | ')) for row in (header, *rows)]
+    assert lengths == [9] + [9 if name == 'ONNX Runtime' else 5 for name in runtimes]
 
 
 @pytest.fixture

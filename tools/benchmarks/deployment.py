@@ -3,6 +3,9 @@
 The static and the dynamic network, in turns:
 ``deployment.py R18 --budget 1 --shapes 1x160x160 4x160x160``. Needs the extra ``deploy``; OpenVINO
 is timed where it is installed. A static twin computes as the static network does.
+
+``--parts`` also times, in ONNX Runtime, the products that mix the kernels, and the static network
+with kernels that the runtime cannot lay out beforehand since they are not constant.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from mmkw.deploy import export
 from mmkw.deploy.runtimes import onnx_session
+from mmkw.layers.dynamic_layers import ConvNd
 
 RUNTIMES = ('eager', 'compiled', 'ONNX Runtime', 'OpenVINO')
 
@@ -73,6 +77,67 @@ def medians(
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
+class Mixing(nn.Module):
+    """The products of attentions and cells alone, one a layer.
+
+    Args:
+        network: A dynamic network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.layers = [layer for layer in network.modules() if isinstance(layer, ConvNd)]
+
+    def example(self, batch: int) -> Tensor:
+        """Attentions for the largest layer; the others take a part of them."""
+        mixtures = max(layer.share.num_mixtures for layer in self.layers)
+        return torch.rand(batch, mixtures, max(len(layer.cells) for layer in self.layers))
+
+    def forward(self, attention: Tensor) -> list[Tensor]:
+        """One value of every mixture of every layer, so that the results need no copies."""
+        return [
+            (attention[:, : layer.share.num_mixtures, : len(layer.cells)] @ layer.cells.flatten(1))[
+                ..., 0
+            ]
+            for layer in self.layers
+        ]
+
+
+def with_computed_kernels(path: Path) -> Path:
+    """A copy of a file whose kernels might be computed: a runtime may not prepare them."""
+    import onnx
+
+    model = onnx.load(path)
+    kernels = {node.input[1] for node in model.graph.node if node.op_type == 'Conv'}
+    for tensor in model.graph.initializer:
+        if tensor.name in kernels:
+            # What is an input as well is a default, and no constant.
+            model.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+    copied = path.with_name(f'computed_{path.name}')
+    onnx.save(model, copied)
+    return copied
+
+
+def parts_of(network: nn.Module, static: Path, half: bool) -> dict[str, Callable[[Tensor], object]]:
+    """Parts of what a dynamic network takes, as functions of images, in ONNX Runtime.
+
+    Args:
+        network: The dynamic network.
+        static: The file of the static one.
+        half: Whether files are in half precision.
+    """
+    mixing, path = Mixing(network), static.with_name('mixing.onnx')
+    export(mixing, mixing.example(1), path, dynamic=('batch',), half=half)
+    mix, convolve = (
+        onnx_session(file, torch.get_num_threads())[0]
+        for file in (path, with_computed_kernels(static))
+    )
+    return {'mixing': lambda x: mix(mixing.example(len(x))), 'kernels not constant': convolve}
+
+
 def main() -> None:
     """Reads the command line, writes the files, measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -82,11 +147,12 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=9)
     parser.add_argument('--form', default='scan', choices=('scan', 'matmul'), help='of the file')
     parser.add_argument('--half', action='store_true', help='files in half precision')
+    parser.add_argument('--parts', action='store_true', help='of what is dynamic, too')
     parser.add_argument('--runtimes', nargs='+', default=RUNTIMES, choices=RUNTIMES)
     args = parser.parse_args()
     runtimes = [name for name in args.runtimes if name != 'OpenVINO' or find_spec('openvino')]
     torch.manual_seed(0)
-    runs = {}
+    runs: dict[str, dict[str, Callable]] = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for name, budget in (('static', None), ('dynamic', args.budget)):
             path = Path(folder, f'{name}.onnx')
@@ -99,19 +165,25 @@ def main() -> None:
             size = path.stat().st_size / 1e6
             print(f'{name}: {size:.1f} MB, written in {took:.0f} s, differs by {worst:.1e}')
             runs[name] = runs_of(network, path, runtimes)
+        if args.parts:
+            parts = parts_of(network, Path(folder, 'static.onnx'), args.half)
+            runs |= {name: {'ONNX Runtime': part} for name, part in parts.items()}
         print(f'{args.backbone}, kw {args.budget:g}x, {processor()}')
-        print('| images | runtime | static ms | dynamic ms | ratio |\n|---|---|---|---|---|')
+        columns = ['images', 'runtime', 'static ms']
+        columns += [f'{name} ms | ratio' for name in runs if name != 'static']
+        print(f'| {" | ".join(columns)} |\n{"|---" * (2 * len(runs) + 1)}|')
         for shape in args.shapes:
             batch, height, width = parse_shape(shape)
             x = torch.randn(batch, 3, height, width)
             for runtime in runtimes:
-                found = medians({name: run[runtime] for name, run in runs.items()}, x, args.repeats)
-                static, dynamic = found['static'], found['dynamic']
-                print(
-                    f'| {shape} | {runtime} | {static:.1f} | {dynamic:.1f} '
-                    f'| {dynamic / static:.2f} |',
-                    flush=True,
+                found = medians(
+                    {name: run[runtime] for name, run in runs.items() if runtime in run},
+                    x,
+                    args.repeats,
                 )
+                static = found.pop('static')
+                cells = [f'{ms:.1f} | {ms / static:.2f}' for ms in found.values()]
+                print(f'| {shape} | {runtime} | {static:.1f} | {" | ".join(cells)} |', flush=True)
 
 
 if __name__ == '__main__':
