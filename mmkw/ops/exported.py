@@ -11,7 +11,6 @@ and a scan over the images convolves one after the other. ``form`` can have all 
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,10 +74,11 @@ def _blocks(attention: Tensor, cells: Tensor, grid: Sequence[int], dtype: torch.
     *spatial, out_blocks, in_blocks = grid
     # Attentions are moved, which are small. The order of the mixtures follows.
     order = (math.prod(spatial), out_blocks, in_blocks)
-    attention = attention.unflatten(1, order).transpose(2, 3).flatten(1, 3)
+    attention = attention.unflatten(1, order).transpose(2, 3)
+    attention = attention.reshape(-1, math.prod(order), attention.shape[4])
     rows = (attention @ cells.flatten(1)).to(dtype)
     cell_out, cell_in = cells.shape[1:3]
-    return rows.flatten(1).unflatten(1, (order[0] * in_blocks, out_blocks * cell_out, cell_in))
+    return rows.reshape(-1, order[0] * in_blocks, out_blocks * cell_out, cell_in)
 
 
 def _kernels(attention: Tensor, cells: Tensor, grid: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -87,12 +87,10 @@ def _kernels(attention: Tensor, cells: Tensor, grid: Sequence[int], dtype: torch
     cell_out, cell_in, *cell_kernel = cells.shape[1:]
     places, inside = math.prod(spatial), math.prod(cell_kernel)
     rows = (attention @ cells.flatten(1)).to(dtype)
-    blocks = rows.flatten(1).unflatten(
-        1, (places, out_blocks, in_blocks, cell_out, cell_in * inside)
-    )
+    blocks = rows.reshape(-1, places, out_blocks, in_blocks, cell_out, cell_in * inside)
     # Runtimes are slow at general permutations, so here whole rows move, and then one axis.
-    shape = (places, out_blocks * cell_out, in_blocks * cell_in, inside)
-    kernels = blocks.transpose(3, 4).flatten(1).unflatten(1, shape)
+    shape = (-1, places, out_blocks * cell_out, in_blocks * cell_in, inside)
+    kernels = blocks.transpose(3, 4).reshape(shape)
     return kernels.squeeze(1) if inside > 1 else kernels.squeeze(4).movedim(1, 3)
 
 
@@ -111,33 +109,34 @@ def _multiplied(
     moved, size = _moved(x, kernel_size, sample_map)
     groups, terms, channels = sample_map.groups, matrices.shape[1], matrices.shape[3]
     # (batch, places * blocks, groups, channels, pixels)
-    moved = moved.flatten(3).flatten(1, 2).unflatten(1, (terms, groups, channels))
-    matrices = matrices.unflatten(2, (groups, matrices.shape[2] // groups))
+    moved = moved.reshape(-1, terms, groups, channels, math.prod(size))
+    out_channels = matrices.shape[2]
+    matrices = matrices.reshape(-1, terms, groups, out_channels // groups, channels)
     y = matrices * moved if matrices.shape[3:] == (1, 1) else matrices @ moved
-    y = y.squeeze(1) if y.shape[1] == 1 else y.sum(1)
-    return y.flatten(1, 2).unflatten(2, size)
+    y = y if terms == 1 else y.sum(1)
+    return y.reshape(-1, out_channels, *size)
 
 
 def _moved(
     x: Tensor, kernel_size: Sequence[int], sample_map: SampleConv
 ) -> tuple[Tensor, Sequence[int]]:
     """The image as each place of the kernel sees it: Tensor[batch, places, channels, *size]."""
-    size, views = [], [x]
+    # Of one pad, although some of its pixels are cut off again: runtimes are slow at small pads.
+    sides = [side for side in reversed(sample_map.padding) for _ in range(2)]
+    views, size = (F.pad(x, sides) if any(sides) else x).unsqueeze(1), []
     settings = zip(kernel_size, sample_map.stride, sample_map.padding, sample_map.dilation)
-    for dim, (side, stride, padding, dilation) in enumerate(settings, 2):
+    # Columns before rows: what is left of rows then lies in long runs.
+    for dim, (side, stride, padding, dilation) in reversed(list(enumerate(settings, 2))):
         reach, length = dilation * (side - 1), x.shape[dim]
         if stride > 1 or 2 * padding != reach:
             length = (length + 2 * padding - reach - 1) // stride + 1
         size.append(length)
-        index: list[Any] = [slice(None)] * x.dim()
-        narrowed = []
-        for view in views:
-            padded = F.pad(view, [0, 0] * (x.dim() - dim - 1) + [padding] * 2) if padding else view
-            for begin in range(0, reach + 1, dilation):
-                index[dim] = slice(begin, begin + (length - 1) * stride + 1, stride)
-                narrowed.append(padded[tuple(index)])
-        views = narrowed
-    return torch.stack(views, 1), size
+        cut = [
+            views[(slice(None),) * (dim + 1) + (slice(at, at + (length - 1) * stride + 1, stride),)]
+            for at in range(0, reach + 1, dilation)
+        ]
+        views = torch.cat(cut, 1) if side > 1 else cut[0]
+    return views, size[::-1]
 
 
 def _scanned(x: Tensor, kernels: Tensor, sample_map: SampleConv) -> Tensor:
@@ -145,8 +144,8 @@ def _scanned(x: Tensor, kernels: Tensor, sample_map: SampleConv) -> Tensor:
 
     # torch 2.6 does not trace generic types in annotations.
     def convolved(state: Tensor, operands: tuple) -> tuple:
-        image, kernel = operands
-        return state.clone(), sample_map.one(image.unsqueeze(0), kernel).squeeze(0)
+        return state.clone(), sample_map.one(*operands)
 
-    # A scan needs a state, which is not used.
-    return modes.scan(convolved, x.new_zeros(1), (x, kernels))[1]
+    # A scan needs a state, which is not used. Every image is a batch of one: within a loop
+    # runtimes copy what changes its shape.
+    return modes.scan(convolved, x.new_zeros(1), (x.unsqueeze(1), kernels))[1].squeeze(1)

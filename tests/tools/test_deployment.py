@@ -1,5 +1,6 @@
 """The scripts of ``tools/deployment`` run on a trained model, and report what they say."""
 
+import copy
 import importlib
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from command_util import run
 from mmengine.config import Config
+from mmengine.registry import MODELS
 
 from mmkw.engine.building import build_model
 
@@ -20,6 +22,7 @@ model = dict(
 )
 test_dataloader = dict(dataset=dict(data_root=data_root))
 test_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
+load_from = 'where_training_started.pth'  # tests have nothing to do with it
 """
 
 
@@ -46,6 +49,44 @@ def test_accuracy_and_cost(root, trained, mini_coco, tmp_path, monkeypatch, caps
     # With all layers dynamic it is the dynamic model.
     assert kept[accuracy] == dynamic[accuracy] and kept[apart] == '0.00'
     assert '2 images, 0 of 14 layers stay dynamic' in output and float(static[apart]) > 0
+
+
+@pytest.mark.parametrize('kind', ['mmkw.KWResNet', 'mmkw.ResNet'])
+def test_accuracy_in_half_precision(root, trained, tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.syspath_prepend(str(root / 'tools/deployment'))
+    precision = importlib.import_module('precision')
+    config, checkpoint = trained
+    if kind == 'mmkw.ResNet':
+        model = Config.fromfile(config)
+        model.merge_from_dict({'model.backbone.type': kind})
+        del model.model.backbone['cell_num_ratio']
+        config, checkpoint = f'{tmp_path}/static.py', f'{tmp_path}/static.pth'
+        model.dump(config)
+        torch.save(build_model(model).state_dict(), checkpoint)
+    precision.main([config, checkpoint, '--work-dir', str(tmp_path)])
+    output = capsys.readouterr().out
+    _, _, *rows = output[output.index('| backbone |') :].splitlines()
+    assert [row.split(' | ')[0] for row in rows] == [f'| {name}' for name in precision.PRECISIONS]
+
+
+def test_a_backbone_in_half_precision(root, monkeypatch):
+    """Features come in float32, and differ by rounding alone, as a static network's do."""
+    pytest.importorskip('mmdet', reason='the static network is its')
+    monkeypatch.syspath_prepend(str(root / 'tools/deployment'))
+    precision = importlib.import_module('precision')
+    options = dict(depth=18, base_channels=8, stem_channels=8)
+    images = torch.rand(2, 3, 64, 64)
+    for kind in ('mmkw.ResNet', 'mmkw.KWResNet'):
+        network = MODELS.build(dict(type=kind, **options))
+        network.eval()
+        with torch.no_grad():
+            expected = network(images)
+            for name in precision.PRECISIONS:
+                copied = precision.InPrecision(copy.deepcopy(network), name)
+                for feature, exact in zip(copied(images), expected, strict=True):
+                    assert feature.dtype == torch.float32
+                    apart = (feature - exact).norm() / exact.norm()
+                    assert apart == 0 if name == 'float32' else 1e-4 < apart < 0.05
 
 
 def test_the_export_script_is_the_command(root):

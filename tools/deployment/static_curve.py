@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import torch
+from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -24,6 +25,13 @@ from mmkw.cli.config import add_config_options, config_of
 from mmkw.deploy import DenseNetwork, to_static
 from mmkw.engine.building import build_model, load_trained
 from mmkw.engine.images import ImageLoader
+
+
+def tester(config: Config) -> Runner:
+    """A runner that tests the models it is given."""
+    # Or it would load the weights from which training started.
+    config.load_from, config.resume = None, False
+    return Runner.from_cfg(config)
 
 
 def evaluate(runner: Runner, model: nn.Module) -> dict[str, float]:
@@ -77,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         parser.error(str(error))
     models['the dynamic model'], distances['the dynamic model'] = model, '0'
-    runner = Runner.from_cfg(config)
+    runner = tester(config)
     metrics = {name: evaluate(runner, one) for name, one in models.items()}
     times = medians(models, torch.rand(1, 3, *args.shape), args.repeats)
     names = list(next(iter(metrics.values())))

@@ -1,0 +1,75 @@
+"""What a backbone in half precision costs in accuracy: ``precision.py CONFIG CHECKPOINT``.
+
+Tests a trained model on the config's test set with its backbone in float32, under autocast to
+bfloat16, and of bfloat16. The rest of the model stays in float32.
+
+Example:
+    python tools/deployment/precision.py configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py
+    work_dirs/demo/epoch_6.pth
+"""
+
+import argparse
+import copy
+from collections.abc import Sequence
+
+import torch
+from mmengine.model import revert_sync_batchnorm
+from static_curve import evaluate, tester
+from torch import Tensor, nn
+
+from mmkw.cli.config import add_config_options, config_of
+from mmkw.engine.building import build_model, load_trained
+
+PRECISIONS = ('float32', 'autocast', 'bfloat16')
+
+
+class InPrecision(nn.Module):
+    """A backbone that computes in a precision, between images and features of float32.
+
+    Args:
+        backbone: In float32; it is cast if it has to be.
+        precision: One of ``PRECISIONS``.
+    """
+
+    def __init__(self, backbone: nn.Module, precision: str) -> None:
+        super().__init__()
+        self.half, self.autocast = precision == 'bfloat16', precision == 'autocast'
+        self.backbone = backbone.bfloat16() if self.half else backbone
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """The features of images."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
+            features = self.backbone(images.bfloat16() if self.half else images)
+        return [feature.float() for feature in features]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the command line, tests in every precision, and prints a table."""
+    parser = argparse.ArgumentParser(description='Accuracy of backbones in half precision')
+    parser.add_argument('config', help='config file, or PACKAGE::CONFIG')
+    parser.add_argument('checkpoint', help='checkpoint of its model')
+    parser.add_argument('--work-dir', default='work_dirs/precision')
+    add_config_options(parser)
+    args = parser.parse_args(argv)
+    config = config_of(parser, args)
+    config.work_dir = args.work_dir
+    model = build_model(config)
+    try:
+        load_trained(model, args.checkpoint)
+    except (FileNotFoundError, RuntimeError, ValueError) as error:
+        parser.error(str(error))
+    model = revert_sync_batchnorm(model)
+    runner = tester(config)
+    metrics = {}
+    for precision in PRECISIONS:
+        copied = copy.deepcopy(model)
+        copied.backbone = InPrecision(copied.backbone, precision)
+        metrics[precision] = evaluate(runner, copied)
+    names = list(metrics['float32'])
+    print(f'| backbone | {" | ".join(names)} |\n{"|---" * (len(names) + 1)}|')
+    for precision, found in metrics.items():
+        print(f'| {precision} | {" | ".join(f"{found[name]:.4f}" for name in names)} |')
+
+
+if __name__ == '__main__':
+    main()
