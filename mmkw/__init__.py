@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         KWConv3d,
         KWLinear,
         ODConv2d,
+        quantize_cells,
         set_temperature,
         temperature_at,
     )
@@ -47,6 +48,7 @@ _PLACES = {
         'KWConv3d',
         'KWLinear',
         'ODConv2d',
+        'quantize_cells',
         'set_temperature',
         'temperature_at',
     ),
@@ -71,6 +73,7 @@ __all__ = [
     '__version__',
     'convert',
     'is_converted',
+    'quantize_cells',
     'read_checkpoint',
     'set_temperature',
     'temperature_at',

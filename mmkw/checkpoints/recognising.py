@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..layers import fault_of
 from ..layers.dynamic_layers import DynamicLayer
+from ..layers.integers import integers_of
 from ..layers.partition import METHODS
 from .advice import advice, nonlocal_basis_ratio_of, reduction_of
 from .beyond import PARTS, beyond_backbone
@@ -53,7 +54,10 @@ def check_checkpoint(
     """
     manager = getattr(network, 'warehouse_manager', None)
     # The network has no manager after to_static.
-    if manager is None or not manager.weights.is_plain:
+    if manager is None:
+        return
+    _check_integers(network, state_dict, f'{prefix}warehouse_manager.weights.')
+    if not manager.weights.is_plain:
         return
     for name, layer in modules_of(network).items():
         if isinstance(layer, DynamicLayer) and layer.place[0] is manager:
@@ -88,6 +92,21 @@ def check_checkpoint(
             f'{type(network).__name__}: deliberately not loaded, beyond the backbone: '
             f'{", ".join(unused)}'
         )
+
+
+def _check_integers(network: nn.Module, state_dict: dict[str, Tensor], place: str) -> None:
+    """Refuses cells for a network that stores them as integers, and the other way round."""
+    own = integers_of(network.warehouse_manager.weights, 0) is not None
+    if own and f'{place}0' in state_dict:
+        remedy = 'plain cells, this network integers. Load it before mmkw.quantize_cells.'
+    elif not own and f'{place}parametrizations.0.original1' in state_dict:
+        remedy = (
+            'cells stored as integers, this network plain ones. Call mmkw.quantize_cells on the '
+            'network before loading.'
+        )
+    else:
+        return
+    raise CheckpointMismatchError(f'The checkpoint of a {type(network).__name__} has {remedy}')
 
 
 def _no_warehouse(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> str:

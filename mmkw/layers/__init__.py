@@ -10,6 +10,7 @@ from .dynamic_layers import (
     dynamic_class,
     kernel_shape,
 )
+from .integers import quantize_cells
 from .partition import (
     KernelShape,
     LayerShare,
@@ -47,6 +48,7 @@ __all__ = [
     'kernel_shape',
     'leave_static_twins',
     'partition_warehouse',
+    'quantize_cells',
     'set_temperature',
     'split_options',
     'static_twins',

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import SampleConv, SampleLinear, apply_mixed, modes
+from ..ops import SampleConv, SampleLinear, apply_mixed, backend, modes
 from ..ops.kernels import assemble
 from .arguments import check_arguments, signature_of
 from .attention import Attention
+from .integers import integers_of
 from .partition import (
     KERNELWAREHOUSE,
     METHODS,
@@ -250,7 +251,12 @@ class DynamicLayer(Weightless, StandsForStatic):
         self, x: Tensor, attention: Tensor, bias: Tensor | None, taps: Tensor | None = None
     ) -> Tensor:
         """Applies the kernels that attentions mix from the cells; see :func:`apply_mixed`."""
-        cells = self.cells
+        stored = integers_of(self._warehouses[0].weights, self._warehouse_index)
+        if stored is not None and backend.mixes_integers(x, attention, stored[0], self._grid):
+            cells, scales = stored
+            attention = attention.float() * scales.flatten()
+        else:
+            cells = self.cells
         if modes.is_sharded(cells) and not modes.is_sharded(attention):
             raise RuntimeError(
                 f'The kernel cells of a {type(self).__name__} are sharded where it computes. With '

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import modes
-from .compiled import MISSING, STORED, CompiledMixing
+from .compiled import MISSING, READ, CompiledMixing
 from .kernels import assembled_shape, is_regular
 from .mixing import Mixing
 
@@ -65,7 +65,7 @@ def is_compiled(*tensors: Tensor | None) -> bool:
 
 def _could_be_compiled(*tensors: Tensor | None, learning: bool = True) -> bool:
     """Whether tensors lie on the CPU in a precision of the kernels; gradients are of float32."""
-    precisions = (torch.float32,) if learning else STORED
+    precisions = (torch.float32,) if learning else READ
     return all(
         tensor.dtype in precisions and tensor.device.type == 'cpu'
         for tensor in tensors
@@ -185,6 +185,19 @@ def is_one_operator(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bo
         grid: Cells of the kernel along ``(*spatial, out, in)``.
     """
     return modes.makes_graph() and is_compiled(attention, cells) and is_regular(cells, grid)
+
+
+def mixes_integers(x: Tensor, attention: Tensor, integers: Tensor, grid: Sequence[int]) -> bool:
+    """Whether the compiled kernels mix integers as they are: on the CPU, where nothing learns.
+
+    Args:
+        x: The images.
+        attention: Tensor[batch, mixtures, cells].
+        integers: Tensor[cells, cell_out, cell_in, *cell_kernel].
+        grid: Cells of the kernel along ``(*spatial, out, in)``.
+    """
+    regular = is_regular(integers, grid) and x.shape[0] > 0
+    return regular and computes_constants(x, attention, integers)
 
 
 def computes_constants(*tensors: Tensor | None) -> bool:

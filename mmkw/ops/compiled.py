@@ -39,8 +39,9 @@ def _load() -> str | None:
     return None
 
 
-# What the kernels read and write. They sum up in float32.
+# What the kernels write, and the precisions of cells that they read. They sum up in float32.
 STORED = (torch.float32, torch.bfloat16)
+READ = (*STORED, torch.int8)
 
 # The reason why the kernels are missing; None if they are loaded.
 MISSING = _load()

@@ -46,7 +46,8 @@ def apply_mixed(
         x: Tensor[batch, ...], the images or tokens. Under autocast the images and the kernels are
             cast, but mixing has the precision of the cells.
         attention: Tensor[batch, mixtures, cells].
-        cells: ``Tensor[cells, cell_out, cell_in, *cell_kernel]``.
+        cells: ``Tensor[cells, cell_out, cell_in, *cell_kernel]``, or integers, as
+            :func:`~mmkw.ops.backend.mixes_integers` allows.
         grid: Cells of the kernel along ``(*spatial, out, in)``.
         sample_map: The map that applies the kernels.
         bias: Bias of the map, shared by the images.
@@ -58,7 +59,8 @@ def apply_mixed(
     """
     dtype = modes.autocast_dtype(x)
     if dtype is None:
-        return _apply(x, attention, cells, bias, taps, _Settings(grid, sample_map, cells.dtype))
+        dtype = cells.dtype if cells.is_floating_point() else x.dtype
+        return _apply(x, attention, cells, bias, taps, _Settings(grid, sample_map, dtype))
     bias = None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         settings = _Settings(grid, sample_map, dtype)

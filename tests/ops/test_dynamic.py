@@ -152,6 +152,7 @@ def test_compiled_kernels_equal_pytorch(threads, batch, cells, blocks, channels,
     [(_, mixed)] = parts
     results = [kernels, mixed, grad_attention, total.total() / 2]
     check_half(compiled, attention, kernels, gradients)
+    check_integers(compiled, attention)
 
     attention, store = (t.double().requires_grad_() for t in (attention, store))
     slow = mix_cells(attention, store, grid)
@@ -183,6 +184,21 @@ def check_half(compiled, attention, kernels, gradients):
     )
     assert not few or mixed.equal(expected)
     assert float((mixed - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+def check_integers(compiled, attention):
+    """Integers are read as they are, by matrix instructions, too, which hold them exactly."""
+    integers = torch.randint(-127, 128, compiled.cells.shape, dtype=torch.int8)
+    exact = mix_cells(attention.double(), integers.double(), compiled.grid)
+    few = attention.shape[:2].numel() < 12
+    for dtype in (torch.float32, torch.bfloat16):
+        found, floats = (
+            CompiledMixing(cells, compiled.grid, dtype).kernels(attention)
+            for cells in (integers, integers.float())
+        )
+        assert found.dtype == dtype and (not few or found.equal(floats))
+        rounding = 1e-5 if dtype == torch.float32 else 4e-3
+        assert float((found - exact).norm()) <= rounding * float(exact.norm())
 
 
 @needs_native
@@ -244,6 +260,7 @@ def test_the_compiled_kernels_are_chosen_where_they_serve(monkeypatch):
     assert kind(attention.double(), cells.double()) is mixing.Mixing
     half = attention.bfloat16(), cells.bfloat16()
     assert kind(*half, learning=False) is CompiledMixing
+    assert kind(attention, cells.to(torch.int8), learning=False) is CompiledMixing
     assert kind(*half) is kind(attention.half(), cells.half(), learning=False) is mixing.Mixing
     assert kind(attention, cells.view(9, 4, 2, 1, 2)) is mixing.Mixing
     monkeypatch.setattr(backend, '_switched_on', False)

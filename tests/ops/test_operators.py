@@ -51,6 +51,10 @@ CALLS = {
         'mix_cells_into',
         lambda: dict(mixing(cells=floats(*CELLS).bfloat16()), kernels=kernels().bfloat16()),
     ),
+    'mix_cells_into from integers': (
+        'mix_cells_into',
+        lambda: dict(mixing(cells=floats(*CELLS).to(torch.int8)), kernels=kernels()),
+    ),
     'mix_backward': ('mix_backward', backward),
     'mix_backward of half': (
         'mix_backward',
@@ -185,6 +189,14 @@ WRONG = {
         lambda: backward(grad_kernels=list(floats(2, 8, 8, 2, 2))),
     ),
     'double gradients': ('mix_backward', lambda: backward(grad_kernels=list(kernels().double()))),
+    'integers that give integers': (
+        'mix_cells',
+        lambda: mixing(cells=floats(*CELLS).to(torch.int8)),
+    ),
+    'integers that learn': (
+        'mix_backward',
+        lambda: backward(cells=floats(*CELLS).to(torch.int8)),
+    ),
     'cells of half that learn': ('mix_backward', lambda: backward(cells=floats(*CELLS).bfloat16())),
     'small rows': ('mix_backward', lambda: backward(rows=floats(2, 9, *CELLS[1:]))),
     'rows of as many values': (

@@ -52,7 +52,7 @@ def test_accuracy_and_cost(root, trained, mini_coco, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize('kind', ['mmkw.KWResNet', 'mmkw.ResNet'])
-def test_accuracy_in_half_precision(root, trained, tmp_path, monkeypatch, capsys, kind):
+def test_accuracy_in_fewer_bits(root, trained, tmp_path, monkeypatch, capsys, kind):
     monkeypatch.syspath_prepend(str(root / 'tools/deployment'))
     precision = importlib.import_module('precision')
     config, checkpoint = trained
@@ -69,7 +69,7 @@ def test_accuracy_in_half_precision(root, trained, tmp_path, monkeypatch, capsys
     assert [row.split(' | ')[0] for row in rows] == [f'| {name}' for name in precision.PRECISIONS]
 
 
-def test_a_backbone_in_half_precision(root, monkeypatch):
+def test_a_backbone_in_fewer_bits(root, monkeypatch):
     """Features come in float32, and differ by rounding alone, as a static network's do."""
     pytest.importorskip('mmdet', reason='the static network is its')
     monkeypatch.syspath_prepend(str(root / 'tools/deployment'))
@@ -86,7 +86,8 @@ def test_a_backbone_in_half_precision(root, monkeypatch):
                 for feature, exact in zip(copied(images), expected, strict=True):
                     assert feature.dtype == torch.float32
                     apart = (feature - exact).norm() / exact.norm()
-                    assert apart == 0 if name == 'float32' else 1e-4 < apart < 0.05
+                    same = name == 'float32' or (name == 'int8' and kind == 'mmkw.ResNet')
+                    assert apart == 0 if same else 1e-4 < apart < 0.05
 
 
 def test_the_export_script_is_the_command(root):

@@ -11,6 +11,8 @@ from harness import Case, compare, make_cases, parse_shape, parser
 from mmengine.registry import MODELS
 from torch import nn
 
+from mmkw import quantize_cells
+
 # The static network, the dynamic one, and the options of both.
 BACKBONES = {
     'R18': ('mmkw.ResNet', 'mmkw.KWResNet', dict(depth=18)),
@@ -47,15 +49,17 @@ def main() -> None:
     options.add_argument('--budgets', type=float, nargs='+', default=[1])
     options.add_argument(
         '--precision',
-        choices=('float32', 'autocast', 'bfloat16'),
+        choices=('float32', 'autocast', 'bfloat16', 'int8', 'bfloat16 int8'),
         default='float32',
-        help='of network and images; autocast: float32, computed in bfloat16',
+        help='of network and images; autocast: float32, computed in bfloat16; int8: of the cells',
     )
     args = options.parse_args()
-    half = args.precision == 'bfloat16'
+    half = 'bfloat16' in args.precision
 
     def made(budget: float | None) -> nn.Module:
         network = build(args.backbone, budget)
+        if 'int8' in args.precision and budget is not None:
+            network = quantize_cells(network)
         return network.bfloat16() if half else network
 
     def cases_of(shape: str, only: str | None) -> list[Case]:

@@ -1,7 +1,7 @@
-"""What a backbone in half precision costs in accuracy: ``precision.py CONFIG CHECKPOINT``.
+"""What a backbone in fewer bits costs in accuracy: ``precision.py CONFIG CHECKPOINT``.
 
 Tests a trained model on the config's test set with its backbone in float32, under autocast to
-bfloat16, and of bfloat16. The rest of the model stays in float32.
+bfloat16, of bfloat16, and with cells stored as integers. The rest of the model stays in float32.
 
 Example:
     python tools/deployment/precision.py configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py
@@ -17,23 +17,26 @@ from mmengine.model import revert_sync_batchnorm
 from static_curve import evaluate, tester
 from torch import Tensor, nn
 
+from mmkw import is_converted, quantize_cells
 from mmkw.cli.config import add_config_options, config_of
 from mmkw.engine.building import build_model, load_trained
 
-PRECISIONS = ('float32', 'autocast', 'bfloat16')
+PRECISIONS = ('float32', 'autocast', 'bfloat16', 'int8')
 
 
 class InPrecision(nn.Module):
     """A backbone that computes in a precision, between images and features of float32.
 
     Args:
-        backbone: In float32; it is cast if it has to be.
+        backbone: In float32; it is changed in place. A static one has no cells.
         precision: One of ``PRECISIONS``.
     """
 
     def __init__(self, backbone: nn.Module, precision: str) -> None:
         super().__init__()
         self.half, self.autocast = precision == 'bfloat16', precision == 'autocast'
+        if precision == 'int8' and is_converted(backbone):
+            quantize_cells(backbone)
         self.backbone = backbone.bfloat16() if self.half else backbone
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -45,7 +48,7 @@ class InPrecision(nn.Module):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line, tests in every precision, and prints a table."""
-    parser = argparse.ArgumentParser(description='Accuracy of backbones in half precision')
+    parser = argparse.ArgumentParser(description='Accuracy of backbones in fewer bits')
     parser.add_argument('config', help='config file, or PACKAGE::CONFIG')
     parser.add_argument('checkpoint', help='checkpoint of its model')
     parser.add_argument('--work-dir', default='work_dirs/precision')

@@ -48,6 +48,12 @@ TARGET inline __m512i load_bits(const float* from, __mmask16 mask) {
       reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from))));
 }
 
+// bfloat16 holds integers of eight bits exactly.
+TARGET inline __m512i load_bits(const int8_t* from, __mmask16 mask) {
+  const __m512i integers = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, from));
+  return _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(integers)), 16);
+}
+
 template <typename Value>
 TARGET void pair_values(int64_t terms, int64_t columns, int64_t count, const Value* from,
                         int64_t stride, BFloat16* to) {
@@ -138,6 +144,11 @@ void pair(int64_t terms, int64_t columns, int64_t count, const BFloat16* from, i
   pair_values(terms, columns, count, from, stride, to);
 }
 
+void pair(int64_t terms, int64_t columns, int64_t count, const int8_t* from, int64_t stride,
+          BFloat16* to) {
+  pair_values(terms, columns, count, from, stride, to);
+}
+
 Left::Left(const float* a, int64_t rows, int64_t terms)
     : rows_(rows), steps_(num_parts(terms, TERMS)), packed_(2 * rows * steps_ * TERMS) {
   BFloat16* to = packed_.data();
@@ -170,6 +181,7 @@ void Left::multiply(const BFloat16* b, int64_t columns, float* c, int64_t ldc) c
 bool is_available() { return false; }
 void pair(int64_t, int64_t, int64_t, const float*, int64_t, BFloat16*) {}
 void pair(int64_t, int64_t, int64_t, const BFloat16*, int64_t, BFloat16*) {}
+void pair(int64_t, int64_t, int64_t, const int8_t*, int64_t, BFloat16*) {}
 Left::Left(const float*, int64_t, int64_t) {}
 void Left::multiply(const BFloat16*, int64_t, float*, int64_t) const {}
 

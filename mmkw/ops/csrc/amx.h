@@ -33,6 +33,8 @@ void pair(int64_t terms, int64_t columns, int64_t count, const float* from, int6
           BFloat16* to);
 void pair(int64_t terms, int64_t columns, int64_t count, const BFloat16* from, int64_t stride,
           BFloat16* to);
+void pair(int64_t terms, int64_t columns, int64_t count, const int8_t* from, int64_t stride,
+          BFloat16* to);
 
 // A (rows, terms), in the order in which the instructions read it. A value is the sum of two of
 // bfloat16, so that it keeps 16 bits.

@@ -5,6 +5,7 @@
 #include <c10/util/BFloat16.h>
 
 #include <cstdint>
+#include <tuple>
 
 namespace mmkw {
 
@@ -22,6 +23,15 @@ void for_tiles(int64_t count, int64_t fitting, const Work& work) {
   }
 }
 
+// C = beta * C + A * B, beta 0 or 1, A packed tile by tile. Sums are of float32.
+template <typename Value>
+using Gemm = void (*)(int64_t m, int64_t n, int64_t k, const float* a, const Value* b, int64_t ldb,
+                      float beta, float* c, int64_t ldc);
+
+// y = x for n numbers. y may begin where x does, if its numbers are no longer.
+template <typename From, typename To>
+using Copy = void (*)(int64_t n, const From* x, To* y);
+
 // The products of tiles.h for one generation of processors.
 struct Blocks {
   // PyTorch's name for the generation.
@@ -31,15 +41,11 @@ struct Blocks {
   // A tile of gemm has at most `rows` rows and exactly `width` columns. In gemm, n must be a
   // multiple of `width`.
   int64_t rows, width;
-  // C = beta * C + A * B, beta 0 or 1, A packed tile by tile.
-  void (*gemm)(int64_t m, int64_t n, int64_t k, const float* a, const float* b, int64_t ldb,
-               float beta, float* c, int64_t ldc);
-  // The same with a B of bfloat16. Sums are of float32.
-  void (*gemm_of_half)(int64_t m, int64_t n, int64_t k, const float* a, const BFloat16* b,
-                       int64_t ldb, float beta, float* c, int64_t ldc);
-  // y = x for n numbers. Rounds to the nearest. y may begin where x does.
-  void (*widen)(int64_t n, const BFloat16* x, float* y);
-  void (*narrow)(int64_t n, const float* x, BFloat16* y);
+  // For every precision in which cells are stored.
+  std::tuple<Gemm<float>, Gemm<BFloat16>, Gemm<int8_t>> gemm;
+  std::tuple<Copy<BFloat16, float>, Copy<int8_t, float>> widen;
+  // Rounds to the nearest.
+  Copy<float, BFloat16> narrow;
   // C += A * B^T.
   void (*gemm_nt)(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
                   int64_t ldb, float* c, int64_t ldc);

@@ -1,6 +1,7 @@
 // Mixing and its backward pass on the CPU, behind mmkw/ops/compiled.py. Arithmetic is in float32.
-// Cells and kernels may also be stored in bfloat16: half as much to read and to write. Kernels in
-// bfloat16 with many mixtures are mixed by matrix instructions, where there are any.
+// Cells and kernels may also be stored in bfloat16: half as much to read and to write. Cells may be
+// integers of eight bits: their scales are in the attention. Kernels in bfloat16 with many mixtures,
+// and those of cells in fewer bits, are mixed by matrix instructions, where there are any.
 //
 // A warehouse is a matrix with n cells as rows of `size` values. It is far larger than the caches
 // of a core. Its rows often lie a power of two apart, so that one column of all rows falls into few
@@ -22,7 +23,7 @@
 #include <atomic>
 #include <cstring>
 #include <optional>
-#include <type_traits>
+#include <tuple>
 #include <vector>
 
 namespace mmkw {
@@ -58,12 +59,7 @@ class Weights {
   template <typename Value>
   void multiply(int64_t first, int64_t terms, float* result, int64_t result_stride,
                 const Value* values, int64_t stride, int64_t columns, bool begin) const {
-    const auto gemm = [] {
-      if constexpr (std::is_same_v<Value, float>)
-        return blocks().gemm;
-      else
-        return blocks().gemm_of_half;
-    }();
+    const Gemm<Value> gemm = std::get<Gemm<Value>>(blocks().gemm);
     gemm(rows_, columns, terms, packed_.data() + first * rows_, values, stride, begin ? 0 : 1,
          result, result_stride);
   }
@@ -108,8 +104,9 @@ inline void copy_run(const float* from, int64_t count, float* to) {
 inline void copy_run(const BFloat16* from, int64_t count, BFloat16* to) {
   std::memcpy(to, from, count * sizeof(BFloat16));
 }
-inline void copy_run(const BFloat16* from, int64_t count, float* to) {
-  blocks().widen(count, from, to);
+template <typename Value>
+void copy_run(const Value* from, int64_t count, float* to) {
+  std::get<Copy<Value, float>>(blocks().widen)(count, from, to);
 }
 
 template <int TAPS, bool INTO_KERNEL, typename Kernel, typename Rows>
@@ -165,7 +162,7 @@ constexpr int64_t COPIED_TERMS = 192;
 // The same where matrix instructions mix, and the mixtures from which on they do: with fewer the
 // time goes to reading memory, which long runs do faster.
 constexpr int64_t AMX_COLUMNS = 512;
-constexpr int64_t AMX_ROWS = 32, AMX_ROWS_OF_HALF = 12;
+constexpr int64_t AMX_ROWS = 32, AMX_ROWS_OF_SHORT = 12;
 // From this number of mixtures on, arithmetic takes longer than reading memory.
 constexpr int64_t MANY_ROWS = 40;
 // Values in the blocks of one thread. They should stay in the private cache of a core.
@@ -271,6 +268,15 @@ void with_values(const at::Tensor& tensor, const Work& work) {
     work(tensor.const_data_ptr<BFloat16>());
 }
 
+// The same for cells, which may be integers, too.
+template <typename Work>
+void with_cells(const at::Tensor& cells, const Work& work) {
+  if (cells.scalar_type() == at::kChar)
+    work(cells.const_data_ptr<int8_t>());
+  else
+    with_values(cells, work);
+}
+
 // (batch, out, in, *kernel_size)
 std::vector<int64_t> kernel_shape(int64_t batch, const at::Tensor& cells, at::IntArrayRef grid) {
   const size_t dims = grid.size() - 2;
@@ -306,7 +312,8 @@ struct Mixing {
 
   const at::Tensor& checked(const at::Tensor& given, at::IntArrayRef grid) const {
     TORCH_CHECK(given.dim() == 3 && given.size(1) == p.rows() && given.size(2) == num_cells &&
-                    given.scalar_type() == at::kFloat && is_stored(cells),
+                    given.scalar_type() == at::kFloat &&
+                    (is_stored(cells) || cells.scalar_type() == at::kChar),
                 "attention of ", given.sizes(), " does not fit grid ", grid, " and cells of ", cells.sizes());
     return given;
   }
@@ -318,23 +325,23 @@ struct Mixing {
                 " and cells of ", cells.sizes());
   }
 
-  // Whether matrix instructions mix: they round cells to bfloat16.
+  // Whether matrix instructions mix: they round cells to bfloat16, which holds shorter ones exactly.
   bool uses_amx(const at::Tensor& kernels) const {
-    const bool half_cells = cells.scalar_type() == at::kBFloat16;
-    return rows >= (half_cells ? AMX_ROWS_OF_HALF : AMX_ROWS) &&
-           (half_cells || kernels.scalar_type() == at::kBFloat16) && amx::is_available();
+    const bool is_short = cells.scalar_type() != at::kFloat;
+    return rows >= (is_short ? AMX_ROWS_OF_SHORT : AMX_ROWS) &&
+           (is_short || kernels.scalar_type() == at::kBFloat16) && amx::is_available();
   }
 
   // mixed (+)= the contribution of a part of the cells, which are read directly.
   void mix_part(const Block& mixed, Span span, int64_t first, int64_t count) const {
-    with_values(cells, [&](const auto* warehouse) {
+    with_cells(cells, [&](const auto* warehouse) {
       weights.multiply(first, count, mixed.values, mixed.stride,
                        warehouse + first * size + span.begin, size, span.count, first == 0);
     });
   }
 
   void copy_cells(const Block& block, Span span) const {
-    with_values(cells, [&](const auto* warehouse) {
+    with_cells(cells, [&](const auto* warehouse) {
       copy_columns(block, warehouse, num_cells, size, span);
     });
   }
@@ -376,7 +383,7 @@ struct Mixing {
 // --- the operators -----------------------------------------------------------------------------
 
 // Fills kernels (batch, out, in, ...) from attention (batch, mixtures, n) and cells (n, cell_out,
-// cell_in, ...). Kernels and cells are of float32 or bfloat16, each.
+// cell_in, ...). Kernels are of float32 or bfloat16, cells of these or integers of eight bits.
 void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid,
                     at::Tensor kernels) {
   const Mixing m(attention, cells, grid);
@@ -391,7 +398,7 @@ void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::In
       const Block mixed{memory, stride};
       BFloat16* const pairs = reinterpret_cast<BFloat16*>(memory + m.rows * stride);
       const int64_t whole = num_parts(span.count, amx::COLUMNS) * amx::COLUMNS;
-      with_values(m.cells, [&](const auto* warehouse) {
+      with_cells(m.cells, [&](const auto* warehouse) {
         amx::pair(m.num_cells, whole, span.count, warehouse + span.begin, m.size, pairs);
       });
       weights.multiply(pairs, whole, mixed.values, stride);

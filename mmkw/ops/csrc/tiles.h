@@ -18,6 +18,7 @@ constexpr int64_t WIDTH = LANES * VECTORS;
 
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int8_t ByteVec __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 
@@ -25,6 +26,10 @@ INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from);
 INLINE Vec load(const BFloat16* from) {
   const HalfVec half = *reinterpret_cast<const HalfVec*>(from);
   return reinterpret_cast<Vec>(__builtin_convertvector(half, Bits) << 16);
+}
+
+INLINE Vec load(const int8_t* from) {
+  return __builtin_convertvector(*reinterpret_cast<const ByteVec*>(from), Vec);
 }
 
 INLINE void store(Vec value, BFloat16* to) {
@@ -37,7 +42,8 @@ INLINE void store(Vec value, BFloat16* to) {
   *reinterpret_cast<HalfVec*>(to) = __builtin_convertvector(result, HalfVec);
 }
 
-TARGET void widen(int64_t n, const BFloat16* x, float* y) {
+template <typename Value>
+TARGET void widen(int64_t n, const Value* x, float* y) {
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) *reinterpret_cast<Vec*>(y + i) = load(x + i);
   for (; i < n; i++) y[i] = x[i];
@@ -151,7 +157,9 @@ TARGET void gemm_nt(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda
   });
 }
 
-constexpr Blocks blocks{CPU_LEVEL, LANES, ROWS, WIDTH, &gemm<float>, &gemm<BFloat16>, &widen, &narrow, &gemm_nt};
+constexpr Blocks blocks{CPU_LEVEL,       LANES,           ROWS,           WIDTH,
+                       {&gemm<float>, &gemm<BFloat16>, &gemm<int8_t>},
+                       {&widen<BFloat16>, &widen<int8_t>}, &narrow, &gemm_nt};
 
 #undef INLINE
 #undef CPU_LEVEL
