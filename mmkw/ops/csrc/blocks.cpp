@@ -6,8 +6,14 @@
 
 #include <string>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
 namespace mmkw {
 namespace {
+
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -16,11 +22,15 @@ typedef int Indices __attribute__((vector_size(16)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Indices{__VA_ARGS__})
 #endif
 
+// Compilers convert integers of eight bits one by one, unless they are told how.
 #if defined(__x86_64__) && defined(__GNUC__)
 namespace avx512 {
 #define CPU_LEVEL "AVX512"
 #define TARGET __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma")))
 #define LANES 16
+#define LOAD_BYTES(from)   \
+  _mm512_cvtepi32_ps(      \
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(from))))
 #define ROWS 12
 #define VECTORS 2
 #define NT_ROWS 4
@@ -31,6 +41,9 @@ namespace avx2 {
 #define CPU_LEVEL "AVX2"
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
+#define LOAD_BYTES(from)   \
+  _mm256_cvtepi32_ps(      \
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i_u*>(from))))
 #define ROWS 6
 #define VECTORS 2
 #define NT_ROWS 3
@@ -42,6 +55,8 @@ namespace any_processor {
 #define CPU_LEVEL "DEFAULT"
 #define TARGET
 #define LANES 4
+#define LOAD_BYTES(from) \
+  Four { float(from[0]), float(from[1]), float(from[2]), float(from[3]) }
 #define ROWS 6
 #define VECTORS 2
 #define NT_ROWS 3

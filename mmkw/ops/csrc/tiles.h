@@ -4,6 +4,7 @@
 //   CPU_LEVEL            the name of the generation,
 //   TARGET               the attribute that lets the compiler use the generation's instructions,
 //   LANES                floats in a vector register,
+//   LOAD_BYTES           so many integers of eight bits as floats,
 //   ROWS, VECTORS        the size of a tile of gemm,
 //   NT_ROWS, NT_COLUMNS  the size of a tile of gemm_nt.
 // A tile has as many sums as fit into the registers beside the operands.
@@ -18,7 +19,6 @@ constexpr int64_t WIDTH = LANES * VECTORS;
 
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int8_t ByteVec __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 
@@ -28,9 +28,7 @@ INLINE Vec load(const BFloat16* from) {
   return reinterpret_cast<Vec>(__builtin_convertvector(half, Bits) << 16);
 }
 
-INLINE Vec load(const int8_t* from) {
-  return __builtin_convertvector(*reinterpret_cast<const ByteVec*>(from), Vec);
-}
+INLINE Vec load(const int8_t* from) { return reinterpret_cast<Vec>(LOAD_BYTES(from)); }
 
 INLINE void store(Vec value, BFloat16* to) {
   const Bits bits = reinterpret_cast<Bits>(value);
@@ -95,8 +93,6 @@ TARGET void gemm(int64_t m, int64_t n, int64_t k, const float* a, const Value* b
     gemm_tiles<ROWS>(rows, n, k, a + i * k, b, ldb, beta, c + i * ldc, ldc);
   });
 }
-
-typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
 // Adds up the lanes of four vectors.
 INLINE Four sums_of(const Vec (&values)[4]) {
@@ -165,6 +161,7 @@ constexpr Blocks blocks{CPU_LEVEL,       LANES,           ROWS,           WIDTH,
 #undef CPU_LEVEL
 #undef TARGET
 #undef LANES
+#undef LOAD_BYTES
 #undef ROWS
 #undef VECTORS
 #undef NT_ROWS
