@@ -8,18 +8,15 @@ Example:
     work_dirs/demo/epoch_6.pth
 """
 
-import argparse
 import copy
 from collections.abc import Sequence
 
 import torch
-from mmengine.model import revert_sync_batchnorm
-from static_curve import evaluate, tester
+from mmengine.runner import Runner
+from testing import evaluate, model_parser, trained
 from torch import Tensor, nn
 
 from mmkw import is_converted, quantize_cells
-from mmkw.cli.config import add_config_options, config_of
-from mmkw.engine.building import build_model, load_trained
 
 PRECISIONS = ('float32', 'autocast', 'bfloat16', 'int8')
 
@@ -48,21 +45,9 @@ class InPrecision(nn.Module):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line, tests in every precision, and prints a table."""
-    parser = argparse.ArgumentParser(description='Accuracy of backbones in fewer bits')
-    parser.add_argument('config', help='config file, or PACKAGE::CONFIG')
-    parser.add_argument('checkpoint', help='checkpoint of its model')
-    parser.add_argument('--work-dir', default='work_dirs/precision')
-    add_config_options(parser)
-    args = parser.parse_args(argv)
-    config = config_of(parser, args)
-    config.work_dir = args.work_dir
-    model = build_model(config)
-    try:
-        load_trained(model, args.checkpoint)
-    except (FileNotFoundError, RuntimeError, ValueError) as error:
-        parser.error(str(error))
-    model = revert_sync_batchnorm(model)
-    runner = tester(config)
+    parser = model_parser('Accuracy of backbones in fewer bits', 'work_dirs/precision')
+    config, model = trained(parser, parser.parse_args(argv))
+    runner = Runner.from_cfg(config)
     metrics = {}
     for precision in PRECISIONS:
         copied = copy.deepcopy(model)

@@ -9,36 +9,18 @@ Example:
     work_dirs/demo/epoch_6.pth data/mini_coco/train --most 200
 """
 
-import argparse
 import itertools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 
 import torch
-from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
 from mmengine.runner import Runner
+from testing import evaluate, model_parser, trained
 from torch import Tensor, nn
 
-from mmkw.cli.config import add_config_options, config_of
 from mmkw.deploy import DenseNetwork, to_static
-from mmkw.engine.building import build_model, load_trained
 from mmkw.engine.images import ImageLoader
-
-
-def tester(config: Config) -> Runner:
-    """A runner that tests the models it is given."""
-    # Or it would load the weights from which training started.
-    config.load_from, config.resume = None, False
-    return Runner.from_cfg(config)
-
-
-def evaluate(runner: Runner, model: nn.Module) -> dict[str, float]:
-    """The metrics of a model on the test set of a runner."""
-    runner.model = model
-    runner._test_loop = runner.cfg.test_cfg
-    return runner.test()
 
 
 def medians(models: Mapping[str, nn.Module], images: Tensor, repeats: int) -> dict[str, float]:
@@ -57,25 +39,19 @@ def medians(models: Mapping[str, nn.Module], images: Tensor, repeats: int) -> di
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line, makes the twins, tests and times them, and prints a table."""
-    parser = argparse.ArgumentParser(description='Cost and accuracy over the layers kept dynamic')
-    parser.add_argument('config', help='config file, or PACKAGE::CONFIG')
-    parser.add_argument('checkpoint', help='checkpoint of its model')
+    parser = model_parser(
+        'Cost and accuracy over the layers kept dynamic', 'work_dirs/static_curve'
+    )
     parser.add_argument('images', nargs='+', help='images, or folders, to average kernels over')
     parser.add_argument('--most', type=int, default=200, help='images at most (default: 200)')
     parser.add_argument('--keep', nargs='+', type=float, default=[0, 10, 20, 30, 50, 75, 100])
     parser.add_argument('--shape', nargs=2, type=int, default=(128, 128), help='of timed images')
     parser.add_argument('--repeats', type=int, default=30)
-    parser.add_argument('--work-dir', default='work_dirs/static_curve')
-    add_config_options(parser)
     args = parser.parse_args(argv)
-    config = config_of(parser, args)
-    config.work_dir = args.work_dir
-    model = build_model(config)
+    config, model = trained(parser, args)
     try:
-        load_trained(model, args.checkpoint)
         # Batches are read once, and gone through often.
         loader = list(itertools.islice(ImageLoader(config, args.images), args.most))
-        model = revert_sync_batchnorm(model)
         models, distances = {}, {}
         for percent in args.keep:
             name = f'{percent:g} %'
@@ -85,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         parser.error(str(error))
     models['the dynamic model'], distances['the dynamic model'] = model, '0'
-    runner = tester(config)
+    runner = Runner.from_cfg(config)
     metrics = {name: evaluate(runner, one) for name, one in models.items()}
     times = medians(models, torch.rand(1, 3, *args.shape), args.repeats)
     names = list(next(iter(metrics.values())))
