@@ -195,6 +195,8 @@ def stages(*numbers: int) -> dict[str, Any]:
 
 
 QUICK_ATTENTION = rates(attention=10)
+# What four times the parameters of the backbone gain without dynamic convolution.
+WIDE = {'model.backbone.base_channels': 64, 'model.neck.in_channels': [64, 128, 256]}
 # Weights of zero rate stay as they are; so does their decay, which is of the rate.
 STILL = {'backbone': 0, 'neck': 0, 'rpn_head': 0, 'roi_head': 0}
 STATIC, CHOSEN = Arm(), Arm(1, QUICK_ATTENTION)
@@ -293,6 +295,7 @@ TABLES = {
     'scratch': choice(
         {
             'static': STATIC,
+            'static, twice as wide': Arm(None, WIDE),
             'KW 1x, 1 to 0 in one epoch': Arm(1, annealed(1)),
             'KW 1x, 1 to 0 in four epochs': Arm(1, annealed(4)),
         },
