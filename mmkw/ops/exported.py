@@ -88,9 +88,10 @@ def _kernels(attention: Tensor, cells: Tensor, grid: Sequence[int], dtype: torch
     places, inside = math.prod(spatial), math.prod(cell_kernel)
     rows = (attention @ cells.flatten(1)).to(dtype)
     blocks = rows.reshape(-1, places, out_blocks, in_blocks, cell_out, cell_in * inside)
-    # Runtimes are slow at general permutations, so here whole rows move, and then one axis.
-    shape = (-1, places, out_blocks * cell_out, in_blocks * cell_in, inside)
-    kernels = blocks.transpose(3, 4).reshape(shape)
+    # Runtimes are slow at general permutations, so here whole rows move, and then one axis. They
+    # copy even where nothing moves.
+    blocks = blocks.transpose(3, 4) if in_blocks > 1 else blocks
+    kernels = blocks.reshape(-1, places, out_blocks * cell_out, in_blocks * cell_in, inside)
     return kernels.squeeze(1) if inside > 1 else kernels.squeeze(4).movedim(1, 3)
 
 
