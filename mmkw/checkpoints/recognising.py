@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..layers import fault_of
@@ -56,7 +57,7 @@ def check_checkpoint(
     # The network has no manager after to_static.
     if manager is None:
         return
-    _check_integers(network, state_dict, f'{prefix}warehouse_manager.weights.')
+    _check_integers(network, state_dict, prefix)
     if not manager.weights.is_plain:
         return
     for name, layer in modules_of(network).items():
@@ -94,19 +95,35 @@ def check_checkpoint(
         )
 
 
-def _check_integers(network: nn.Module, state_dict: dict[str, Tensor], place: str) -> None:
-    """Refuses cells for a network that stores them as integers, and the other way round."""
-    own = integers_of(network.warehouse_manager.weights, 0) is not None
-    if own and f'{place}0' in state_dict:
-        remedy = 'plain cells, this network integers. Load it before mmkw.quantize_cells.'
-    elif not own and f'{place}parametrizations.0.original1' in state_dict:
-        remedy = (
-            'cells stored as integers, this network plain ones. Call mmkw.quantize_cells on the '
-            'network before loading.'
+def _check_integers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Refuses cells for a network that stores them as integers, the other way round, and damage."""
+    weights = network.warehouse_manager.weights
+    place = f'{prefix}warehouse_manager.weights.'
+    stored = f'{place}parametrizations.{{}}.original{{}}'
+    own = integers_of(weights, 0) is not None
+    kernels = [
+        f'{prefix}{name}.weight'
+        for name, layer in modules_of(network).items()
+        if isinstance(layer, DynamicLayer)
+    ]
+    kind = type(network).__name__
+    if own and any(name in state_dict for name in (f'{place}0', *kernels)):
+        raise CheckpointMismatchError(
+            f'The checkpoint has plain weights, this {kind} stores cells as integers. Load it '
+            'before mmkw.quantize_cells.'
         )
-    else:
-        return
-    raise CheckpointMismatchError(f'The checkpoint of a {type(network).__name__} has {remedy}')
+    if not own and getattr(state_dict.get(stored.format(0, 0)), 'dtype', None) == torch.int8:
+        raise CheckpointMismatchError(
+            f'The checkpoint has cells stored as integers, this {kind} plain ones. Call '
+            'mmkw.quantize_cells on the network before loading.'
+        )
+    for index in range(len(weights) if own else 0):
+        integers, magnitudes = (state_dict.get(stored.format(index, part)) for part in (0, 1))
+        if integers is not None and getattr(integers, 'dtype', None) != torch.int8:
+            raise DamagedCheckpointError(f'{stored.format(index, 0)} is not of integers.')
+        expected = integers_of(weights, index)
+        if magnitudes is not None and expected and (fault := fault_of(magnitudes, expected[1])):
+            raise DamagedCheckpointError(f'{stored.format(index, 1)} {fault}.')
 
 
 def _no_warehouse(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> str:

@@ -12,7 +12,7 @@ from ..ops import SampleConv, SampleLinear, apply_mixed, backend, modes
 from ..ops.kernels import assemble
 from .arguments import check_arguments, signature_of
 from .attention import Attention
-from .integers import integers_of
+from .integers import integers_of, scales_of
 from .partition import (
     KERNELWAREHOUSE,
     METHODS,
@@ -252,9 +252,11 @@ class DynamicLayer(Weightless, StandsForStatic):
     ) -> Tensor:
         """Applies the kernels that attentions mix from the cells; see :func:`apply_mixed`."""
         stored = integers_of(self._warehouses[0].weights, self._warehouse_index)
-        if stored is not None and backend.mixes_integers(x, attention, stored[0], self._grid):
-            cells, scales = stored
-            attention = attention.float() * scales.flatten()
+        if stored is not None and backend.mixes_integers(
+            *stored, self._grid, x, attention, bias, taps
+        ):
+            cells, magnitudes = stored
+            attention = attention.float() * scales_of(magnitudes).flatten()
         else:
             cells = self.cells
         if modes.is_sharded(cells) and not modes.is_sharded(attention):
@@ -277,8 +279,15 @@ class DynamicLayer(Weightless, StandsForStatic):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Takes a static kernel if the layer owns its warehouse."""
         manager, own_manager = self._warehouses[0], self._modules.get('warehouse_manager')
+        own = f'{prefix}warehouse_manager.weights.0'
         if manager is own_manager:
-            self.take_names(state_dict, prefix, f'{prefix}warehouse_manager.weights.0')
+            self.take_names(state_dict, prefix, own)
+        plain = f'{prefix}weight' in state_dict or (manager is own_manager and own in state_dict)
+        if plain and integers_of(manager.weights, self._warehouse_index):
+            raise RuntimeError(
+                f'{prefix or "the layer"} stores its cells as integers, and the state dict has '
+                'others. Load it before mmkw.quantize_cells.'
+            )
         kernel = state_dict.pop(f'{prefix}weight', None)
         if kernel is not None:
             if manager is not own_manager:
@@ -295,7 +304,7 @@ class DynamicLayer(Weightless, StandsForStatic):
                 cells, _ = warm_start(
                     partition, {name: kernel}, {name: self.attention}, self.cells, manager.start_tau
                 )
-                state_dict[f'{prefix}warehouse_manager.weights.0'] = cells
+                state_dict[own] = cells
                 self.attention.take_start(manager.start_tau, state_dict, f'{prefix}attention.')
             else:
                 # As a static layer does: MMEngine loads the rest, torch raises at the end.
@@ -303,7 +312,6 @@ class DynamicLayer(Weightless, StandsForStatic):
                     f'{prefix}weight is a static kernel of {tuple(kernel.shape)}; this layer has '
                     f'kernels of {share.kernel.shape}.'
                 )
-        own = f'{prefix}warehouse_manager.weights.0'
         fault = None
         if 'warehouse_manager' in self._modules and own in state_dict:
             fault = fault_of(state_dict[own], self.cells)

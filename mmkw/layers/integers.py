@@ -12,27 +12,35 @@ LARGEST = 127
 
 
 class IntegerCells(nn.Module):
-    """Computes cells from integers and from a scale of every cell, as a parametrisation."""
+    """Computes cells from integers and from the largest magnitude of every cell.
 
-    def forward(self, integers: Tensor, scales: Tensor) -> Tensor:
+    A parametrisation. Magnitudes are stored, since scales would be too small for float16.
+    """
+
+    def forward(self, integers: Tensor, magnitudes: Tensor) -> Tensor:
         """The cells: ``Tensor[cells, cell_out, cell_in, *cell_kernel]``.
 
         Args:
             integers: Of eight bits, in the shape of the cells.
-            scales: ``Tensor[cells, 1, 1, ...]``.
+            magnitudes: ``Tensor[cells, 1, 1, ...]``.
         """
-        return integers.to(scales.dtype) * scales
+        return (integers * scales_of(magnitudes)).to(magnitudes.dtype)
 
     def right_inverse(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """The integers and the scales: the largest magnitude of a cell becomes ``LARGEST``."""
-        most = cells.abs().flatten(1).amax(1).view(-1, *[1] * (cells.dim() - 1))
+        """The integers and the magnitudes, which become ``LARGEST``."""
+        magnitudes = cells.abs().flatten(1).amax(1).view(-1, *[1] * (cells.dim() - 1))
         # Cells of zeros have any scale.
-        scales = torch.where(most == 0, 1, most / LARGEST)
-        return (cells / scales).round().to(torch.int8), scales
+        scales = scales_of(torch.where(magnitudes == 0, 1, magnitudes))
+        return (cells / scales).round().clamp(-LARGEST, LARGEST).to(torch.int8), magnitudes
+
+
+def scales_of(magnitudes: Tensor) -> Tensor:
+    """What integers are multiplied by, in at least float32."""
+    return magnitudes.to(torch.promote_types(magnitudes.dtype, torch.float32)) / LARGEST
 
 
 def integers_of(weights: CellList, index: int) -> tuple[Tensor, Tensor] | None:
-    """The integers and the scales that a warehouse is stored as.
+    """The integers and the magnitudes that a warehouse is stored as.
 
     Args:
         weights: The cells of all warehouses.
@@ -52,13 +60,14 @@ def integers_of(weights: CellList, index: int) -> tuple[Tensor, Tensor] | None:
 def quantize_cells(network: nn.Module) -> nn.Module:
     """Stores the cells of a network as integers of eight bits, with a scale for every cell.
 
-    A fourth of the memory, and of what mixing reads. Nothing else changes: attentions, convolutions
-    and what is static keep their precision. The compiled CPU kernels mix integers as they are;
-    elsewhere, and where gradients are wanted, cells are computed from them whenever they are used.
+    A fourth of the memory, and of what mixing reads. Convolutions and what is static keep their
+    precision. The compiled CPU kernels mix integers as they are; elsewhere, and where gradients are
+    wanted, cells are computed from them whenever they are used.
 
-    Cells then no longer learn; attentions may. The state dict has the integers and the scales in
-    place of the cells, as buffers. Load weights before, or weights of a network that was quantized
-    alike.
+    Cells then no longer learn; attentions may. The state dict has the integers and the magnitudes
+    that give the scales in place of the cells, as buffers. Load weights before, or weights of a
+    network that was quantized alike. As of any parametrised module, the state dict is saved, not
+    the network.
 
     Args:
         network: Any module with dynamic layers; changed in place.
@@ -67,8 +76,8 @@ def quantize_cells(network: nn.Module) -> nn.Module:
         The network.
 
     Raises:
-        ValueError: If the network has no cells, or if they are pruned, parametrised, sharded or not
-            finite. The network is then as it was.
+        ValueError: If the network has no cells, or if they are pruned, parametrised, sharded,
+            without values or not finite. The network is then as it was.
 
     Example:
         >>> layer, x = mmkw.KWConv2d(16, 32, 3, padding=1).eval(), torch.rand(2, 16, 8, 8)
@@ -93,6 +102,8 @@ def quantize_cells(network: nn.Module) -> nn.Module:
         for index, cells in enumerate(weights):
             if modes.is_sharded(cells):
                 raise ValueError('network is sharded: quantize it on one process.')
+            if cells.is_meta:
+                raise ValueError('network is on the meta device: give it values first.')
             if not cells.isfinite().all():
                 raise ValueError(f'network has cells that are not finite, in warehouse {index}.')
     for weights in lists:

@@ -3,8 +3,8 @@
 The choice is made once per call, for the forward and the backward pass together:
 
 - PyTorch's own operators on the whole batch, if a transformation looks inside the operator;
-- :class:`~mmkw.ops.compiled.CompiledMixing`, for float32 on the CPU, and for bfloat16 where nothing
-  learns;
+- :class:`~mmkw.ops.compiled.CompiledMixing`, for float32 on the CPU, and for bfloat16 and integers
+  where nothing learns;
 - :class:`~mmkw.ops.fused.FusedMixing`, for half precision and TF32 on a GPU with Triton;
 - :class:`~mmkw.ops.mixing.Mixing`, which works on blocks of images, in all other cases.
 
@@ -187,17 +187,24 @@ def is_one_operator(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bo
     return modes.makes_graph() and is_compiled(attention, cells) and is_regular(cells, grid)
 
 
-def mixes_integers(x: Tensor, attention: Tensor, integers: Tensor, grid: Sequence[int]) -> bool:
+def mixes_integers(
+    integers: Tensor, magnitudes: Tensor, grid: Sequence[int], x: Tensor, *operands: Tensor | None
+) -> bool:
     """Whether the compiled kernels mix integers as they are: on the CPU, where nothing learns.
 
     Args:
-        x: The images.
-        attention: Tensor[batch, mixtures, cells].
         integers: Tensor[cells, cell_out, cell_in, *cell_kernel].
+        magnitudes: Of the cells, in the precision of the network.
         grid: Cells of the kernel along ``(*spatial, out, in)``.
+        x: The images.
+        *operands: The attention, and all else that might learn.
     """
-    regular = is_regular(integers, grid) and x.shape[0] > 0
-    return regular and computes_constants(x, attention, integers)
+    return (
+        computes_constants(integers, x, *operands)
+        and is_regular(integers, grid)
+        and x.shape[0] > 0
+        and (x.dtype == magnitudes.dtype or modes.autocast_dtype(x) is not None)
+    )
 
 
 def computes_constants(*tensors: Tensor | None) -> bool:

@@ -167,7 +167,9 @@ class Mixing:
     def _slices(self, attention: Tensor, limits: Mapping[str, int]) -> list[slice]:
         batch, cells = len(attention), self.cells
         limit = limits.get(cells.device.type, DEFAULT_BYTES)
-        image_bytes = attention.shape[1] * cells[0].numel() * cells.element_size()
+        # Of integers kernels are mixed in float32.
+        of_value = cells.element_size() if cells.is_floating_point() else 4
+        image_bytes = attention.shape[1] * cells[0].numel() * of_value
         count = max(math.ceil(batch / max(limit // image_bytes, 1)), 1)
         bounds = [batch * index // count for index in range(count + 1)]
         return [slice(*ends) for ends in itertools.pairwise(bounds)]

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -55,13 +56,16 @@ def with_stored_values(layer):
     return copied
 
 
-@pytest.mark.parametrize('precision', ['float32', 'bfloat16', 'autocast'])
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16', 'half first', 'autocast'])
 @pytest.mark.parametrize('on', [True, False], ids=['compiled', 'PyTorch'])
 @pytest.mark.parametrize('kind', exhaustively(LAYERS, ['1d', '3d', 'dyconv']))
 def test_a_layer_computes_with_the_stored_values(kind, on, precision, monkeypatch):
     monkeypatch.setattr(backend, '_switched_on', on)
     layer, x = made(kind)
     exact = with_stored_values(layer)
+    if precision == 'half first':
+        layer, x = layer.bfloat16(), x.bfloat16()
+        exact = with_stored_values(layer)
     assert mmkw.quantize_cells(layer) is layer
     if precision == 'bfloat16':
         layer, x = layer.bfloat16(), x.bfloat16()
@@ -88,18 +92,33 @@ def test_compiled_kernels_read_the_integers(monkeypatch):
         layer(x)
         assert layer(x[:0]).shape == (0, 32, 7, 6)
     layer(x)
-    assert made_of == [torch.int8, torch.float32, torch.float32]
+    # The bias alone learns.
+    layer.attention.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.bias.grad is not None
+    assert made_of == [torch.int8, torch.float32, torch.float32, torch.float32]
+    with torch.no_grad(), pytest.raises(RuntimeError, match='type'):
+        layer(x.bfloat16())
 
 
-def test_values_are_rounded_to_the_nearest():
-    cells = torch.randn(5, 4, 3, 1, 1) * torch.logspace(-20, 3, 5).view(-1, 1, 1, 1, 1)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_values_are_rounded_to_the_nearest(dtype):
+    """No sign flips where rounding takes the largest magnitude beyond the largest integer."""
+    sizes = torch.logspace(-6, 3, 200).view(-1, 1, 1, 1, 1)
+    cells = (torch.randn(200, 4, 3, 1, 1) * sizes).to(dtype)
     cells[2] = 0
     stored = IntegerCells()
-    integers, scales = stored.right_inverse(cells)
-    assert integers.dtype == torch.int8 and scales.shape == (5, 1, 1, 1, 1)
+    integers, magnitudes = stored.right_inverse(cells)
+    assert integers.dtype == torch.int8 and magnitudes.dtype == dtype
+    assert magnitudes.shape == (200, 1, 1, 1, 1)
     largest = integers.flatten(1).abs().amax(1).tolist()
-    assert largest == [127, 127, 0, 127, 127]
-    assert bool(((stored(integers, scales) - cells).abs() <= 0.501 * scales).all())
+    assert largest == [127] * 2 + [0] + [127] * 197
+    found = stored(integers, magnitudes)
+    assert found.dtype == dtype
+    # A half of the last digit of the integers, and of that of the precision.
+    info = torch.finfo(dtype)
+    limit = magnitudes.double() * (0.501 / 127 + info.eps) + info.smallest_normal * info.eps
+    assert bool(((found.double() - cells.double()).abs() <= limit).all())
 
 
 def test_attentions_go_on_learning_and_cells_do_not():
@@ -145,10 +164,36 @@ def test_a_network_is_saved_loaded_and_copied():
     stored = [value for value in first.state_dict().values() if value.dtype == torch.int8]
     cells = [value for key, value in plain.items() if 'warehouse_manager' in key]
     assert sum(map(torch.numel, stored)) == sum(map(torch.numel, cells)) > 0
-    with pytest.raises(RuntimeError, match=r'Load it before mmkw\.quantize_cells'):
-        first.load_state_dict(plain)
+    for state in (plain, Network().state_dict()):
+        with pytest.raises(RuntimeError, match=r'Load it before mmkw\.quantize_cells'):
+            first.load_state_dict(state)
     with pytest.raises(RuntimeError, match=r'Call mmkw\.quantize_cells on the network before'):
         network().load_state_dict(second.state_dict())
+    for part, spoil in (('original0', torch.Tensor.float), ('original1', lambda v: v * math.nan)):
+        damaged = second.state_dict()
+        (name,) = (key for key in damaged if key.endswith(f'.0.{part}'))
+        damaged[name] = spoil(damaged[name])
+        with pytest.raises(RuntimeError, match=name):
+            first.load_state_dict(damaged)
+
+
+def test_a_layer_of_its_own_is_not_loaded_in_part():
+    """MMEngine loads what fits, and warns."""
+    (layer, _), (other, _) = made('3x3'), made('3x3')
+    plain, static = other.state_dict(), torch.nn.Conv2d(16, 32, 3).state_dict()
+    mmkw.quantize_cells(layer)
+    before = copy.deepcopy(layer.state_dict())
+    for state in (plain, static):
+        with pytest.raises(RuntimeError, match=r'Load it before mmkw\.quantize_cells'):
+            layer.load_state_dict(state, strict=False)
+    assert all(value.equal(before[name]) for name, value in layer.state_dict().items())
+
+
+def test_it_is_compiled():
+    layer, x = made('3x3')
+    mmkw.quantize_cells(layer)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, backend='eager')(x), layer(x))
 
 
 def test_the_static_twin_is_that_of_the_stored_values():
@@ -190,8 +235,9 @@ def not_finite():
         (lambda: mmkw.quantize_cells(network()), 'quantized already'),
         (pruned, 'cells that are pruned'),
         (not_finite, 'not finite, in warehouse 0'),
+        (lambda: network().to('meta'), 'on the meta device'),
     ],
-    ids=['static', 'nothing', 'twice', 'pruned', 'not finite'],
+    ids=['static', 'nothing', 'twice', 'pruned', 'not finite', 'meta'],
 )
 def test_what_cannot_be_quantized_stays_as_it_was(make, message):
     one = make()
@@ -202,7 +248,8 @@ def test_what_cannot_be_quantized_stays_as_it_was(make, message):
         found = one.state_dict()
         assert found.keys() == state.keys()
         for name, value in state.items():
-            torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True)
+            assert value.is_meta or found[name].equal(value) or 'weights' in name
+            assert found[name].dtype == value.dtype
 
 
 def test_both_parts_of_a_model_are_quantized_or_none():
