@@ -97,33 +97,32 @@ def check_checkpoint(
 
 def _check_integers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
     """Refuses cells for a network that stores them as integers, the other way round, and damage."""
-    weights = network.warehouse_manager.weights
+    kind, weights = type(network).__name__, network.warehouse_manager.weights
     place = f'{prefix}warehouse_manager.weights.'
-    stored = f'{place}parametrizations.{{}}.original{{}}'
-    own = integers_of(weights, 0) is not None
-    kernels = [
-        f'{prefix}{name}.weight'
-        for name, layer in modules_of(network).items()
-        if isinstance(layer, DynamicLayer)
-    ]
-    kind = type(network).__name__
-    if own and any(name in state_dict for name in (f'{place}0', *kernels)):
+    if integers_of(weights, 0) is None:
+        first = state_dict.get(f'{place}parametrizations.0.original0')
+        if getattr(first, 'dtype', None) == torch.int8:
+            raise CheckpointMismatchError(
+                f'The checkpoint has cells stored as integers, this {kind} plain ones. Call '
+                'mmkw.quantize_cells on the network before loading.'
+            )
+        return
+    plain = [f'{place}0']
+    for name, layer in modules_of(network).items():
+        if isinstance(layer, DynamicLayer):
+            plain.append(f'{prefix}{name}.weight')
+    if any(name in state_dict for name in plain):
         raise CheckpointMismatchError(
             f'The checkpoint has plain weights, this {kind} stores cells as integers. Load it '
             'before mmkw.quantize_cells.'
         )
-    if not own and getattr(state_dict.get(stored.format(0, 0)), 'dtype', None) == torch.int8:
-        raise CheckpointMismatchError(
-            f'The checkpoint has cells stored as integers, this {kind} plain ones. Call '
-            'mmkw.quantize_cells on the network before loading.'
-        )
-    for index in range(len(weights) if own else 0):
-        integers, magnitudes = (state_dict.get(stored.format(index, part)) for part in (0, 1))
+    for index in range(len(weights)):
+        stored, own = f'{place}parametrizations.{index}.original', integers_of(weights, index)
+        integers, magnitudes = state_dict.get(f'{stored}0'), state_dict.get(f'{stored}1')
         if integers is not None and getattr(integers, 'dtype', None) != torch.int8:
-            raise DamagedCheckpointError(f'{stored.format(index, 0)} is not of integers.')
-        expected = integers_of(weights, index)
-        if magnitudes is not None and expected and (fault := fault_of(magnitudes, expected[1])):
-            raise DamagedCheckpointError(f'{stored.format(index, 1)} {fault}.')
+            raise DamagedCheckpointError(f'{stored}0 is not of integers.')
+        if magnitudes is not None and own and (fault := fault_of(magnitudes, own[1])):
+            raise DamagedCheckpointError(f'{stored}1 {fault}.')
 
 
 def _no_warehouse(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> str:
