@@ -133,7 +133,7 @@ setup(
             'pre-commit>=4,<5',
             'types-PyYAML',
             # Runs the GPU kernels on the CPU, in its interpreter.
-            'triton>=3.9,<4; sys_platform == "linux" and platform_machine == "x86_64"',
+            'triton>=3.7,<4; sys_platform == "linux" and platform_machine == "x86_64"',
             'scikit-image>=0.22,<1',
             'scikit-learn>=1.3,<2',
             SAFETENSORS,

@@ -78,6 +78,12 @@ PY
 say 'two networks are converted and trained'
 [ "${1:-}" = core ] && exit
 
+say 'all that developing takes, beside the torch that PyPI has for this system'
+# Nothing is installed. On Linux that torch is built for CUDA, and names a release of Triton.
+(cd "$FOLDER/clone" && PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= pip install --dry-run \
+    --ignore-installed --no-build-isolation "$(grep -o 'torch==[0-9.]*' "$FOLDER/install.sh")" \
+    '.[dev,docs]' > "$FOLDER/developing.log")
+
 say 'installing as the README says'
 install venv install.sh
 rm -r "$FOLDER/clone"
