@@ -250,6 +250,11 @@ def _compared(
             raise ExportError(f'The file does not take images of {shape}: {error}') from error
         expected, of_network = _timed(model, x)
         apart = difference(tensors_of(found), tensors_of(expected))
+        if shape == shapes[0] and not all(output.any() for output in tensors_of(expected)):
+            LOGGER.warning(
+                'The network gives an output of zeros alone, of which a comparison says nothing. '
+                'Deep networks of random weights do; export trained ones.'
+            )
         yield Parity(shape, apart, (of_file, of_network))
 
 

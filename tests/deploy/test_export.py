@@ -225,6 +225,19 @@ def test_no_file_is_left_that_computes_something_else(model, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('layer', [nn.Linear, mmkw.KWLinear], ids=['static', 'dynamic'])
+def test_a_comparison_of_zeros_is_said_to_say_nothing(layer, tmp_path, caplog):
+    network = layer(4, 4)
+    export(network, torch.rand(2, 4), tmp_path / 'a.pt2', dynamic=('batch',))
+    assert not [r for r in caplog.records if r.name == 'mmkw']
+    nn.init.zeros_(network.bias)
+    network = nn.Sequential(network, nn.Hardtanh(1e9, 2e9), nn.Threshold(2e9, 0))
+    export(network, torch.rand(2, 4), tmp_path / 'a.pt2', dynamic=('batch',))
+    (record,) = (r for r in caplog.records if r.name == 'mmkw')
+    assert 'an output of zeros alone' in record.getMessage()
+
+
 @pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
