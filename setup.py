@@ -132,7 +132,8 @@ setup(
             'mypy>=2.4,<3',
             'pre-commit>=4,<5',
             'types-PyYAML',
-            # Runs the GPU kernels on the CPU, in its interpreter.
+            # Runs the GPU kernels on the CPU, in its interpreter. The torch that PyPI has for Linux
+            # names a release of its own: 2.13 names 3.7.1.
             'triton>=3.7,<4; sys_platform == "linux" and platform_machine == "x86_64"',
             'scikit-image>=0.22,<1',
             'scikit-learn>=1.3,<2',

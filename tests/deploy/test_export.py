@@ -231,8 +231,7 @@ def test_a_comparison_of_zeros_is_said_to_say_nothing(layer, tmp_path, caplog):
     network = layer(4, 4)
     export(network, torch.rand(2, 4), tmp_path / 'a.pt2', dynamic=('batch',))
     assert not [r for r in caplog.records if r.name == 'mmkw']
-    nn.init.zeros_(network.bias)
-    network = nn.Sequential(network, nn.Hardtanh(1e9, 2e9), nn.Threshold(2e9, 0))
+    network = nn.Sequential(network, nn.Threshold(1e9, 0))
     export(network, torch.rand(2, 4), tmp_path / 'a.pt2', dynamic=('batch',))
     (record,) = (r for r in caplog.records if r.name == 'mmkw')
     assert 'an output of zeros alone' in record.getMessage()
