@@ -37,7 +37,7 @@ def _of_operators() -> list[tuple[str, str]]:
     except ImportError as error:
         return [('compiled kernels', f'not used: {error}')]
     missing = backend.why_not_compiled()
-    used = f'used in float32 on the CPU, for {cpu_level()}' if missing is None else None
+    used = f'used on the CPU, for {cpu_level()}' if missing is None else None
     gpu = 'none'
     if torch.cuda.is_available():
         lacking = backend.why_no_gpu_kernels()
