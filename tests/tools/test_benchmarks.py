@@ -236,9 +236,13 @@ def test_a_value_that_dwarfs_the_others_makes_the_axis_logarithmic(tool):
 )
 def test_what_grows_is_a_line(tool, settings, names, lines, places):
     rows = [(setting, 'static', 1, None) for setting in settings]
+    # The reports have a second static network, where products are measured.
+    rows += [(setting, 'static by products', 0.9, None) for setting in settings]
     rows += [(setting, name, 2, 1.5) for setting in settings for name in names]
     axes = drawn(tool, rows)
-    own = [line for line in axes.lines if len(line.get_xdata()) == len(places)]
+    by_products = [line for line in axes.lines if set(line.get_ydata()) == {0.9}]
+    assert len(by_products) == 1 and 'static by products' in by_products[0].get_label()
+    own = [line for line in axes.lines if set(line.get_ydata()) <= {2, 1.5}]
     assert len(own) == lines and not axes.patches
     assert all(list(line.get_xdata()) == places for line in own)
 

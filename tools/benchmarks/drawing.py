@@ -23,7 +23,7 @@ class Quantity(NamedTuple):
     """What grows along a report: its name, its value in a row, and whose line a row is on."""
 
     name: str
-    value: Callable[[dict], float]
+    value: Callable[[dict], float | None]
     line: Callable[[dict], str]
 
 
@@ -112,7 +112,9 @@ def draw(report: dict) -> Figure:
 def draw_lines(axes: Axes, rows: Sequence[dict], quantity: Quantity) -> None:
     """A line a network over the quantity, or a line a setting over budgets; limits are dotted."""
     for number, line in enumerate(dict.fromkeys(map(quantity.line, rows))):
-        own = sorted((row for row in rows if quantity.line(row) == line), key=quantity.value)
+        of_line = [row for row in rows if quantity.line(row) == line]
+        own = [row for row in of_line if quantity.value(row) is not None]
+        own.sort(key=quantity.value)
         over_budgets = line == own[0]['setting']
         # Colours that no usual budget has.
         colour = f'C{4 + number}' if over_budgets else colour_of(line)
@@ -124,7 +126,12 @@ def draw_lines(axes: Axes, rows: Sequence[dict], quantity: Quantity) -> None:
         limits = [row['limit'] for row in own]
         if None not in limits and not published:
             axes.plot(x, limits, ':', color=colour, linewidth=2, label=f'limit, {label}')
-    ticks = sorted(set(map(quantity.value, rows)))
+        # Over budgets a static network is a level.
+        for row in of_line:
+            if row not in own:
+                name = f'{row["name"]}, {label}'
+                axes.axhline(row['ratio'], color=colour, linestyle='-.', linewidth=1, label=name)
+    ticks = sorted(set(map(quantity.value, rows)) - {None})
     axes.set_xscale('log', base=2)
     axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
     axes.minorticks_off()
