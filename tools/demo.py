@@ -1,7 +1,9 @@
-"""Trains and evaluates a small KernelWarehouse network on the CPU: ``make demo`` and ``demo-seg``.
+"""Trains small networks on the CPU, static and dynamic: ``make demo`` and ``make demo-seg``.
 
-Makes the data set, trains (resuming what was interrupted), evaluates on held-out images and draws
-the predictions. Everything it writes lies in ``data/mini_coco`` and ``work_dirs/demo*``.
+Makes the data set and trains a static network. From its weights the static network and one with
+KernelWarehouse go on, equally long and at the same rate. Both are tested on held-out images, and
+what they predict is drawn. Training that was interrupted is resumed. Everything lies in
+``data/mini_coco`` and ``work_dirs/demo*``.
 """
 
 import argparse
@@ -9,10 +11,31 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
-DATA = 'data/mini_coco'
+sys.path.insert(0, str(ROOT / 'tools/benchmarks'))
+
+from study import IMAGES, TASKS, Task, latest  # noqa: E402
+
+FIRST, FURTHER = 4, 2  # epochs
+# What is learnt, the network's name, its dynamic config, and where all goes.
+DEMOS = {
+    'detection': (
+        TASKS['digits'],
+        'Mask R-CNN',
+        'mask-rcnn_kw1x-r18_fpn_warm-start_mini-coco',
+        'work_dirs/demo',
+    ),
+    'segmentation': (
+        TASKS['segmentation'],
+        'Semantic FPN',
+        'fpn_kw1x-r18_warm-start_mini-coco-semantic',
+        'work_dirs/demo-seg',
+    ),
+}
 
 
 def run(title: str, script: str, *arguments: str) -> None:
@@ -24,82 +47,58 @@ def run(title: str, script: str, *arguments: str) -> None:
         sys.exit(f'{title} failed with exit status {status}; the output above says why.')
 
 
-def make_data() -> None:
-    """Makes the data set, or finds it made."""
-    run('Data', 'dataset_converters/make_mini_coco.py', DATA, '--train', '1200', '--val', '200')
-
-
-def train_and_test(title: str, config: str, work_dir: str, *options: str) -> dict[str, float]:
-    """Trains, tests and draws; the metrics on the held-out images."""
-    overrides = ['--cfg-options', *options] if options else []
-    arguments = [config, '--work-dir', work_dir, '--resume', *overrides]
+def train(title: str, config: str, work_dir: str, options: Mapping[str, Any]) -> str:
+    """Trains, or goes on with what was interrupted; the last checkpoint."""
+    last = ROOT / work_dir / 'last_checkpoint'
+    resume = ['--resume'] if last.exists() else []
+    overrides = [f'{name}={value}' for name, value in options.items()]
+    arguments = [config, '--work-dir', work_dir, *resume, '--cfg-options', *overrides]
     run(f'Training, {title}', 'train.py', *arguments)
-    checkpoint = (ROOT / work_dir / 'last_checkpoint').read_text()
-    arguments = [config, checkpoint, '--work-dir', f'{work_dir}/test']
+    return last.read_text()
+
+
+def test(title: str, config: str, checkpoint: str, work_dir: str, task: Task) -> list[str]:
+    """Tests and draws; the metrics in per cent."""
     pictures = ['--show-dir', str(ROOT / work_dir / 'pictures')]
-    run(f'Evaluation, {title}', 'test.py', *arguments, *pictures)
-    return json.loads(latest(work_dir, 'test/*/*.json').read_text())
-
-
-def latest(work_dir: str, pattern: str) -> Path:
-    """The newest file of a work folder that matches a pattern."""
-    return max((ROOT / work_dir).glob(pattern), key=lambda path: path.stat().st_mtime)
-
-
-def report(title: str, rows: dict[str, str], work_dir: str, start: float) -> None:
-    """Prints the results and where they lie."""
-    rows = {**rows, 'minutes': f'{(time.time() - start) / 60:.1f}'}
-    width = max(map(len, rows))
-    print(f'\n{title}, 200 held-out images')
-    for name, value in rows.items():
-        print(f'  {name:<{width}}  {value}')
-    checkpoint = Path((ROOT / work_dir / 'last_checkpoint').read_text())
-    print(f'log         {latest(work_dir, "2*/*.log").relative_to(ROOT)}')
-    print(f'checkpoint  {work_dir}/{checkpoint.name}')
-    print(f'pictures    {work_dir}/pictures')
-
-
-def detection() -> None:
-    """Mask R-CNN with a KernelWarehouse 1x ResNet18."""
-    start, work_dir = time.time(), 'work_dirs/demo'
-    make_data()
-    config = 'configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py'
-    metrics = train_and_test('KernelWarehouse', config, work_dir)
-    kinds = {'box': 'bbox', 'mask': 'segm'}
-    rows = {}
-    for kind, key in kinds.items():
-        rows[f'{kind} AP'] = f'{metrics[f"coco/{key}_mAP"]:.3f}'
-        rows[f'{kind} AP50'] = f'{metrics[f"coco/{key}_mAP_50"]:.3f}'
-    report('Mask R-CNN, KernelWarehouse 1x ResNet18', rows, work_dir, start)
-
-
-def segmentation() -> None:
-    """Semantic FPN with a KernelWarehouse 1x ResNet18, and a static one's first epoch."""
-    start, work_dir = time.time(), 'work_dirs/demo-seg'
-    make_data()
-    static = train_and_test(
-        'static, first epoch',
-        'configs/demo/fpn_r18_mini-coco-semantic.py',
-        f'{work_dir}-static',
-        'train_cfg.max_iters=150',
-        'train_cfg.val_interval=150',
+    run(
+        f'Test, {title}', 'test.py', config, checkpoint, '--work-dir', f'{work_dir}/test', *pictures
     )
-    config = 'configs/demo/fpn_kw1x-r18_mini-coco-semantic.py'
-    metrics = train_and_test('KernelWarehouse', config, work_dir)
-    rows = {
-        'mIoU, static backbone after the first epoch': f'{static["mIoU"]:.1f}',
-        'mIoU': f'{metrics["mIoU"]:.1f}',
-        'mean accuracy': f'{metrics["mAcc"]:.1f}',
-    }
-    report('Semantic FPN, KernelWarehouse 1x ResNet18', rows, work_dir, start)
+    found = json.loads(latest(work_dir, 'test/*/*.json').read_text())
+    return [f'{task.scale * found[key]:.1f}' for key in task.metrics.values()]
+
+
+def show(task: Task, network: str, dynamic: str, work_dir: str) -> None:
+    """Trains and tests the three networks, and prints what they reach."""
+    start = time.time()
+    data = f'data/{task.data}'
+    run('Data', 'dataset_converters/make_mini_coco.py', data, *IMAGES[task.data].split())
+    static = f'configs/demo/{task.config}.py'
+    # The test that follows takes the place of validations.
+    first = {**task.length(FIRST), 'train_cfg.val_interval': 10**6}
+    weights = train('static', static, f'{work_dir}-start', first)
+    further = {**first, **task.length(FURTHER), 'load_from': weights}
+    rows = {f'static, {FIRST} epochs': (static, weights, f'{work_dir}-start')}
+    for title, config, folder in (
+        ('static', static, f'{work_dir}-static'),
+        ('KernelWarehouse 1x', f'configs/demo/{dynamic}.py', work_dir),
+    ):
+        checkpoint = train(f'{title}, from there', config, folder, further)
+        rows[f'{title}, {FURTHER} epochs from there'] = config, checkpoint, folder
+    found = {title: test(title, *row, task) for title, row in rows.items()}
+    print(f'\n{network}, ResNet18, 200 held-out images: {", ".join(task.metrics)}')
+    for title, values in found.items():
+        print(f'  {title:<40}  {"  ".join(values)}')
+    print(f'{(time.time() - start) / 60:.1f} minutes')
+    for title, (_, checkpoint, folder) in rows.items():
+        path = Path(checkpoint).relative_to(ROOT)
+        print(f'{title}: {path}, pictures in {folder}/pictures')
 
 
 def main() -> None:
     """Runs a demo and prints its results."""
-    parser = argparse.ArgumentParser(description='Train and evaluate a small network')
-    demos = dict(detection=detection, segmentation=segmentation)
-    parser.add_argument('task', choices=demos)
-    demos[parser.parse_args().task]()
+    parser = argparse.ArgumentParser(description='Train and test small networks')
+    parser.add_argument('task', choices=DEMOS)
+    show(*DEMOS[parser.parse_args().task])
 
 
 if __name__ == '__main__':

@@ -33,15 +33,18 @@ def run_of(study, table):
     return partial(record, study, table)
 
 
-def record(study, table, arm, seed, box, mask=30.0, seconds=1.0, source='a'):
+def record(study, table, arm, seed, box, mask=30.0, seconds=1.0, source='a', processor='one'):
     return {
         **study.identity(table.arms[arm], table),
         'seed': seed,
         'source': source,
         'box AP': box,
         'mask AP': mask,
+        'steps': 900,
         'seconds a step': seconds,
         'parameters': 1_500_000,
+        'processor': processor,
+        'validation': [[box - 1, mask - 1], [box, mask]],
     }
 
 
@@ -59,6 +62,23 @@ def test_gains_are_taken_seed_by_seed(study, table, run_of):
     assert (gain, ratio) == ('+1.0 ± 0.2', '1.20')
     # scipy's paired t-test of 1.0, 1.2, 0.9.
     assert p_box == '0.007'
+
+
+def test_times_are_compared_on_one_kind_of_processor(study, table, run_of, tmp_path):
+    """A gain is the networks', wherever they were trained; a time is the processor's, too."""
+    pytest.importorskip('scipy')
+    pytest.importorskip('matplotlib')
+    runs = [run_of('static', seed, 40.0 + seed, seconds=1.0) for seed in (0, 1)]
+    runs += [run_of('KW 1x', 0, 41.0, seconds=1.5)]
+    runs += [run_of('KW 1x', 1, 42.5, seconds=0.3, processor='other')]
+    cells = study.report(table, runs).splitlines()[3].split(' | ')
+    assert cells[3].startswith('+1.2') and cells[-2] == '1.50'
+    assert study.hours(runs) == pytest.approx(900 * 3.8 / 3600)
+    elsewhere = [{**run, 'processor': 'other'} if run['options'] else run for run in runs]
+    assert study.report(table, elsewhere).splitlines()[3].split(' | ')[-2] == ''
+    for name, some in (('paired', runs), ('elsewhere', elsewhere)):
+        study.draw(table, some, tmp_path / f'{name}.png')
+        assert (tmp_path / f'{name}.png').exists()
 
 
 def test_a_study_that_has_not_ended_reports_what_it_has(study, table, run_of):

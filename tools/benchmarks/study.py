@@ -58,14 +58,20 @@ class Task:
     scale: float
     epoch: int | None = None
 
-    def schedule(self, epochs: int) -> dict[str, Any]:
-        """Overrides for so many epochs, with a validation after each."""
+    def length(self, epochs: int) -> dict[str, Any]:
+        """Overrides for so many epochs."""
         length, end = ('epochs', epochs) if self.epoch is None else ('iters', epochs * self.epoch)
         return {
             f'train_cfg.max_{length}': end,
-            'train_cfg.val_interval': self.epoch or 1,
             'param_scheduler.1.end': end,
             **({'param_scheduler.1.T_max': end} if self.epoch is None else {}),
+        }
+
+    def schedule(self, epochs: int) -> dict[str, Any]:
+        """Overrides for so many epochs, with a validation after each, of which the last is kept."""
+        return {
+            **self.length(epochs),
+            'train_cfg.val_interval': self.epoch or 1,
             'default_hooks.checkpoint.interval': self.epoch or 1,
             'default_hooks.checkpoint.max_keep_ckpts': 1,
             'default_hooks.checkpoint.save_optimizer': False,
@@ -464,6 +470,29 @@ def runs_of(arm: Arm, table: Table, runs: Sequence[dict]) -> list[dict]:
     return [run for run in runs if all(run[name] == value for name, value in kind.items())]
 
 
+def pairs_of(arm: Arm, table: Table, runs: Sequence[dict]) -> list[tuple[dict, dict]]:
+    """The runs of an arm, each with the first arm's of the same seed and source."""
+    reference, *_ = table.arms.values()
+    of = {(run['seed'], run['source']): run for run in runs_of(reference, table, runs)}
+    own = [(run, of.get((run['seed'], run['source']))) for run in runs_of(arm, table, runs)]
+    return [(run, first) for run, first in own if first]
+
+
+def relative_time(pairs: Sequence[tuple[dict, dict]]) -> float | None:
+    """The median time of a step relative to the first arm's, on the same kind of processor."""
+    ratios = [
+        run['seconds a step'] / first['seconds a step']
+        for run, first in pairs
+        if run['processor'] == first['processor']
+    ]
+    return statistics.median(ratios) if ratios else None
+
+
+def hours(runs: Sequence[dict]) -> float:
+    """What the steps of all runs took, each on its share of the cores."""
+    return sum(run['steps'] * run['seconds a step'] for run in runs) / 3600
+
+
 def latest(folder: str, pattern: str) -> Path:
     """The newest file in a folder that matches a pattern."""
     return max((ROOT / folder).glob(pattern), key=lambda path: path.stat().st_mtime)
@@ -505,15 +534,13 @@ def report(table: Table, runs: Sequence[dict]) -> str:
     columns = ['network (runs)', *metrics, *(f'gain in {metric}' for metric in metrics)]
     columns += [*(f'p, {metric}' for metric in metrics), 'time of a step', 'M parameters']
     lines = ['| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|']
-    of = {(run['seed'], run['source']): run for run in runs_of(reference, table, runs)}
     for name, arm in table.arms.items():
         own = runs_of(arm, table, runs)
         if not own:
             continue
         cells = [f'{name} ({len(own)})']
         cells += [spread([run[metric] for run in own], '.1f') for metric in metrics]
-        places = [((run['seed'], run['source']), run) for run in own]
-        pairs = [(run, of[place]) for place, run in places if place in of]
+        pairs = pairs_of(arm, table, runs)
         gains = {m: [run[m] - first[m] for run, first in pairs] for m in metrics}
         if arm is reference or len(pairs) < 2:
             cells += [''] * (2 * len(metrics) + 1)
@@ -522,8 +549,8 @@ def report(table: Table, runs: Sequence[dict]) -> str:
             for metric in metrics:
                 sides = zip(*((run[metric], first[metric]) for run, first in pairs))
                 cells.append(f'{ttest_rel(*map(list, sides)).pvalue:.3f}')
-            ratios = [run['seconds a step'] / first['seconds a step'] for run, first in pairs]
-            cells.append(f'{statistics.median(ratios):.2f}')
+            ratio = relative_time(pairs)
+            cells.append(f'{ratio:.2f}' if ratio else '')
         cells.append(f'{own[0]["parameters"] / 1e6:.2f}')
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
@@ -545,18 +572,20 @@ def draw(table: Table, runs: Sequence[dict], path: Path) -> None:
     figure = Figure((12, 3.2 * len(metrics)), layout='constrained')
     axes = figure.subplots(len(metrics), 3, squeeze=False, sharey='row')
     arms = {name: own for name, arm in table.arms.items() if (own := runs_of(arm, table, runs))}
-    whole = None
     for index, (name, own) in enumerate(arms.items()):
         steps = own[0]['steps']
-        seconds = statistics.median(run['seconds a step'] for run in own)
-        whole = whole or steps * seconds
+        ratio = relative_time(pairs_of(table.arms[name], table, runs))
         for row, (metric, (by_steps, by_time, by_size)) in enumerate(zip(metrics, axes)):
             color = {'color': f'C{index}'}
             points = list(zip(*([values[row] for values in run['validation']] for run in own)))
             mean = [statistics.mean(point) for point in points]
             off = [statistics.pstdev(point) for point in points]
             at = [steps * (number + 1) / len(points) for number in range(len(points))]
-            for axis, x in ((by_steps, at), (by_time, [seconds * step / whole for step in at])):
+            # Where no pair was trained on one kind of processor nothing is known of the time.
+            times = [ratio * step / steps for step in at] if ratio else []
+            for axis, x in ((by_steps, at), (by_time, times)):
+                if not x:
+                    continue
                 axis.plot(x, mean, label=name, **color)
                 edges = [[m + sign * d for m, d in zip(mean, off)] for sign in (-1, 1)]
                 axis.fill_between(x, *edges, alpha=0.2, **color)
@@ -591,6 +620,9 @@ def main() -> None:
     if not args.only_report:
         study.make()
         print(f'{(time.time() - begin) / 3600:.1f} hours')
+    arms = study.table.arms.values()
+    own = [run for arm in arms for run in runs_of(arm, study.table, study.runs)]
+    print(f'{hours(own):.1f} hours of training for this table, {hours(study.runs):.1f} for all')
     print(f'\n{report(study.table, study.runs)}')
     draw(study.table, study.runs, RESULTS.with_name(f'{args.table}.png'))
 

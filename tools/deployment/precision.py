@@ -4,8 +4,8 @@ Tests a trained model on the config's test set with its backbone in float32, und
 bfloat16, of bfloat16, and with cells stored as integers. The rest of the model stays in float32.
 
 Example:
-    python tools/deployment/precision.py configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py
-    work_dirs/demo/epoch_6.pth
+    python tools/deployment/precision.py
+    configs/demo/mask-rcnn_kw1x-r18_fpn_warm-start_mini-coco.py work_dirs/demo/epoch_2.pth
 """
 
 import copy

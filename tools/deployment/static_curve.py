@@ -5,8 +5,9 @@ kernels vary most over the images. Tests each on the config's test set, and time
 dynamic model, in turns.
 
 Example:
-    python tools/deployment/static_curve.py configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py
-    work_dirs/demo/epoch_6.pth data/mini_coco/train --most 200
+    python tools/deployment/static_curve.py
+    configs/demo/mask-rcnn_kw1x-r18_fpn_warm-start_mini-coco.py work_dirs/demo/epoch_2.pth
+    data/mini_coco/train --most 200
 """
 
 import itertools

@@ -1,0 +1,5 @@
+"""Goes on from the static network's weights: ``load_from`` its checkpoint."""
+
+_base_ = './fpn_r18_mini-coco-semantic.py'
+
+model = dict(backbone=dict(type='mmkw.KWResNet', cell_num_ratio=1))
