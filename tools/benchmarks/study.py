@@ -215,29 +215,32 @@ def choice(
     return Table(arms, seeds=(0, 1, 2), epochs=epochs, task=task, split='val', source=source)
 
 
+# At which rates networks go on.
+RATES = {
+    'static, 3e-4': Arm(None, SLOW),
+    'static, 1e-3': STATIC,
+    'static, 2e-3': Arm(None, FAST),
+    'static, 4e-3': Arm(None, FASTER),
+    'KW 1x, 3e-4': Arm(1, SLOW),
+    'KW 1x, 1e-3': Arm(1),
+    'KW 1x, 3e-4, attentions 3e-3': Arm(1, {**SLOW, **QUICK_ATTENTION}),
+    'KW 1x, 1e-3, attentions 1e-2': CHOSEN,
+    'KW 1x, 2e-3, attentions 1e-2': Arm(1, {**FAST, **rates(attention=5)}),
+    'KW 1x, 4e-3, attentions 1e-2': Arm(1, {**FASTER, **rates(attention=2.5)}),
+}
 TABLES = {
-    'rates': choice(
-        {
-            'static, 3e-4': Arm(None, SLOW),
-            'static, 1e-3': STATIC,
-            'static, 2e-3': Arm(None, FAST),
-            'static, 4e-3': Arm(None, FASTER),
-            'KW 1x, 3e-4': Arm(1, SLOW),
-            'KW 1x, 1e-3': Arm(1),
-            'KW 1x, 3e-4, attentions 3e-3': Arm(1, {**SLOW, **QUICK_ATTENTION}),
-            'KW 1x, 1e-3, attentions 1e-2': CHOSEN,
-            'KW 1x, 2e-3, attentions 1e-2': Arm(1, {**FAST, **rates(attention=5)}),
-            'KW 1x, 4e-3, attentions 1e-2': Arm(1, {**FASTER, **rates(attention=2.5)}),
-        },
-    ),
+    'rates': choice(RATES),
     'trained_out': choice(
         {
-            'static, 3e-4': Arm(None, SLOW),
-            'static, 1e-3': STATIC,
-            'static, 2e-3': Arm(None, FAST),
-            'KW 1x, 3e-4, attentions 3e-3': Arm(1, {**SLOW, **QUICK_ATTENTION}),
-            'KW 1x, 1e-3, attentions 1e-2': CHOSEN,
-            'KW 1x, 2e-3, attentions 1e-2': Arm(1, {**FAST, **rates(attention=5)}),
+            name: RATES[name]
+            for name in (
+                'static, 3e-4',
+                'static, 1e-3',
+                'static, 2e-3',
+                'KW 1x, 3e-4, attentions 3e-3',
+                'KW 1x, 1e-3, attentions 1e-2',
+                'KW 1x, 2e-3, attentions 1e-2',
+            )
         },
         source=24,
     ),
