@@ -155,7 +155,10 @@ def test_every_table_of_the_project_can_be_made(study, root):
     assert len(set(places)) == len(places)
 
 
-@pytest.mark.parametrize('name', ['digits', 'stamps', 'stamps from ImageNet', 'segmentation'])
+TASKS = ['digits', 'digits, half as wide', 'stamps', 'stamps from ImageNet', 'segmentation']
+
+
+@pytest.mark.parametrize('name', TASKS)
 def test_every_task_has_its_schedule_and_its_test_split(study, root, name):
     """The dynamic network is made of the static one's config, which then is another no more."""
     from mmengine.config import Config

@@ -106,6 +106,9 @@ KW_EFFICIENTNET = {'_delete_': True, 'type': 'mmkw.KWModule', 'module': EFFICIEN
 AP = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
 TASKS = {
     'digits': Task('mask-rcnn_r18_fpn_mini-coco', 'mini_coco', KW_RESNET, AP, 100),
+    'digits, half as wide': Task(
+        'mask-rcnn_r18-half_fpn_mini-coco', 'mini_coco', KW_RESNET, AP, 100
+    ),
     'stamps': Task('mask-rcnn_r18_fpn_mini-stamps', 'mini_stamps', KW_RESNET, AP, 100),
     'stamps from ImageNet': Task(
         'mask-rcnn_efficientnet-lite0_fpn_mini-stamps',
@@ -308,6 +311,16 @@ TABLES = {
             'KW 1x, 1 to 0 in one epoch': Arm(1, annealed(1)),
             'KW 1x, 1 to 0 in four epochs': Arm(1, annealed(4)),
         },
+        epochs=12,
+        source=0,
+    ),
+    'half': choice(
+        {
+            'static': STATIC,
+            'KW 1x, 1 to 0 in one epoch': Arm(1, annealed(1)),
+            'KW 4x, 1 to 0 in one epoch': Arm(4, annealed(1)),
+        },
+        task='digits, half as wide',
         epochs=12,
         source=0,
     ),
