@@ -1,4 +1,4 @@
-"""Half as wide a ResNet18: a network that lacks capacity on these images."""
+"""Half as wide a ResNet18, with a fourth of the weights in its backbone."""
 
 _base_ = './mask-rcnn_r18_fpn_mini-coco.py'
 

@@ -597,11 +597,11 @@ def draw(table: Table, runs: Sequence[dict], path: Path) -> None:
             mean = [statistics.mean(point) for point in points]
             off = [statistics.pstdev(point) for point in points]
             at = [steps * (number + 1) / len(points) for number in range(len(points))]
+            curves = [(by_steps, at)]
             # Where no pair was trained on one kind of processor nothing is known of the time.
-            times = [ratio * step / steps for step in at] if ratio else []
-            for axis, x in ((by_steps, at), (by_time, times)):
-                if not x:
-                    continue
+            if ratio:
+                curves.append((by_time, [ratio * step / steps for step in at]))
+            for axis, x in curves:
                 axis.plot(x, mean, label=name, **color)
                 edges = [[m + sign * d for m, d in zip(mean, off)] for sign in (-1, 1)]
                 axis.fill_between(x, *edges, alpha=0.2, **color)
