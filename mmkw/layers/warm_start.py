@@ -64,8 +64,8 @@ def warm_start(
         tau: 0 or 1.
 
     Returns:
-        The new cells, and the error: the root mean square, over the layers, of the relative error
-        of the mixed kernels. The error is 0 if the start is exact.
+        The new cells, and the root mean square, over the layers, of the relative error of the mixed
+        kernels. It is 0 if the start is exact.
     """
     shares = [share for share in partition.layers if share.kernel.layer in kernels]
     pieces = {
