@@ -44,6 +44,13 @@ def test_the_environment_is_heard(root):
     assert lines_of(root, ATEN_CPU_CAPABILITY='default')['compiled kernels'].endswith('for DEFAULT')
 
 
+def test_who_reads_may_have_enough(root):
+    # `true` ends at once and reads nothing.
+    line = f'{sys.executable} -m mmkw info | true'
+    result = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=root)
+    assert result.stderr == ''
+
+
 def test_versions_that_do_not_fit_are_named(monkeypatch):
     from mmkw import info
 

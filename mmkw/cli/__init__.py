@@ -1,6 +1,8 @@
 """The command ``mmkw``: ``mmkw info``, ``plan``, ``convert`` and ``export``."""
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -43,6 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         import_module(f'.{args.command}', __name__).main(args.arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads, such as `head`, has enough. What is still to be written, also when Python ends,
+        # goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except ModuleNotFoundError as error:
         package = str(error.name).partition('.')[0]
         parser.error(
