@@ -11,10 +11,8 @@ pytestmark = pytest.mark.exhaustive
 
 
 @pytest.mark.parametrize('task', ['detection', 'segmentation'])
-def test_static_and_dynamic_go_on_from_one_network(root, tmp_path, monkeypatch, capsys, task):
-    for name in ('tools', 'configs'):
-        (tmp_path / name).symlink_to(root / name)
-    spec = importlib.util.spec_from_file_location('demo', tmp_path / 'tools/demo.py')
+def test_static_and_dynamic_go_on_from_one_network(tree, monkeypatch, capsys, task):
+    spec = importlib.util.spec_from_file_location('demo', tree / 'tools/demo.py')
     demo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(demo)
     learnt, *names = demo.DEMOS[task]
@@ -22,10 +20,10 @@ def test_static_and_dynamic_go_on_from_one_network(root, tmp_path, monkeypatch, 
         # The rate begins to fall after 50 iterations.
         learnt = replace(learnt, epoch=51)
     monkeypatch.setitem(demo.IMAGES, learnt.data, '--train 8 --val 2 --test 2')
-    monkeypatch.setattr(demo, 'ROOT', tmp_path)
+    monkeypatch.setattr(demo, 'ROOT', tree)
     monkeypatch.setattr(demo, 'FIRST', 1)
     monkeypatch.setattr(demo, 'FURTHER', 1)
-    monkeypatch.setattr('study.ROOT', tmp_path)
+    monkeypatch.setattr('study.ROOT', tree)
     demo.show(learnt, *names)
     *_, table = capsys.readouterr().out.split('held-out images: ')
     metrics, *rows = table.splitlines()
@@ -40,7 +38,7 @@ def test_static_and_dynamic_go_on_from_one_network(root, tmp_path, monkeypatch, 
         assert len(values) == len(learnt.metrics) and all(0 <= float(v) <= 100 for v in values)
     folder = names[-1]
     start, static, dynamic = (
-        read_checkpoint(str(tmp_path / f'{folder}{suffix}' / learnt.last(1)))['state_dict']
+        read_checkpoint(str(tree / f'{folder}{suffix}' / learnt.last(1)))['state_dict']
         for suffix in ('-start', '-static', '')
     )
     assert set(start) == set(static)
@@ -48,4 +46,4 @@ def test_static_and_dynamic_go_on_from_one_network(root, tmp_path, monkeypatch, 
     # A few steps at a small rate leave weights near those they started from.
     for name in ('backbone.conv1.weight', 'backbone.layer1.0.conv1.weight'):
         assert (static[name] - start[name]).norm() < 0.3 * start[name].norm()
-    assert (tmp_path / folder / 'pictures').exists()
+    assert (tree / folder / 'pictures').exists()

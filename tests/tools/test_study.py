@@ -181,6 +181,29 @@ def test_every_task_has_its_schedule_and_its_test_split(study, root, name):
     assert configs[0] == configs[1]
 
 
+@pytest.mark.exhaustive
+def test_a_study_from_the_source_to_the_test_split(study, table, few_images, monkeypatch):
+    for package in ('mmdet', 'scipy', 'matplotlib'):
+        pytest.importorskip(package)
+    results = few_images / 'docs/evidence/runs.json'
+    monkeypatch.setattr(study, 'ROOT', few_images)
+    monkeypatch.setattr(study, 'RESULTS', results)
+    arms = {'static': study.STATIC, 'KW 1x': study.CHOSEN}
+    short = replace(table, arms=arms, seeds=(3,), epochs=1, source=1, split='test')
+    monkeypatch.setitem(study.TABLES, 'short', short)
+    monkeypatch.setattr('sys.argv', ['study.py', 'short', '--jobs', '1'])
+    study.main()
+    runs = json.loads(results.read_text())
+    assert [(run['seed'], run['split'], run['steps']) for run in runs] == [(3, 'test', 2)] * 2
+    assert results.with_name('short.png').exists()
+    tested = list(few_images.glob('work_dirs/study/*/seed3/test'))
+    assert len(tested) == 2
+    for folder in tested:
+        assert 'instances_test.json' in (folder / 'config.py').read_text()
+        # Nine images, eight at a time.
+        assert 'Epoch(test) [2/2]' in (folder / 'test.py.log').read_text()
+
+
 def test_pictures_show_what_ended(study, table, run_of, tmp_path):
     pytest.importorskip('matplotlib')
     curve = {'steps': 900, 'validation': [[30.0, 20.0], [40.0, 30.0], [44.0, 31.0]]}
