@@ -12,7 +12,9 @@ import interruptions
 import pytest
 import torch
 from interruptions import make_runner, result
+from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.registry import HOOKS
+from mmengine.runner import Runner
 
 from mmkw.checkpoints import DamagedCheckpointError, read_checkpoint
 from mmkw.engine.files.backend import WholeFileBackend
@@ -309,3 +311,32 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     assert outcome.returncode == 0, f'{outcome.stderr}\n{log}'
     counts = json.loads(outcome.stdout.splitlines()[-1])
     assert counts['kills'] >= 12 and counts['at_files'] >= 5 and counts['within_writes'] >= 1
+
+
+class Count(BaseMetric):
+    def process(self, data_batch, data_samples):
+        self.results += data_samples
+
+    def compute_metrics(self, results):
+        return {'images': len(results)}
+
+
+@BOTH
+@pytest.mark.parametrize('loop', ['val', 'test'])
+def test_a_run_that_only_evaluates(tmp_path, dynamic, loop):
+    """The hook has prepared nothing then: it does that before training."""
+    loader = dict(
+        dataset=interruptions.Noise(),
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        batch_size=2,
+        num_workers=0,
+        collate_fn=dict(type='pseudo_collate'),
+    )
+    parts = {f'{loop}_dataloader': loader, f'{loop}_cfg': {}, f'{loop}_evaluator': Evaluator([Count()])}
+    model = interruptions.Model(dynamic)
+    parts['default_hooks'] = dict(checkpoint=dict(type='CheckpointHook'))
+    parts['custom_hooks'] = [dict(type='mmkw.IterationSeedHook')]
+    if dynamic:
+        parts['custom_hooks'].append(dict(type='mmkw.TemperatureHook', length=2))
+    runner = Runner(model, work_dir=str(tmp_path), **parts)
+    assert getattr(runner, loop)() == {'images': 3}

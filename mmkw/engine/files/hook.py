@@ -119,8 +119,10 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
                 WholeFileBackend().put(str(self.last_ckpt).encode(), pointer)
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
-        with self._removing_later():
-            super()._save_best_checkpoint(runner, metrics)
+        # Also called where nothing is trained, and so nothing is prepared or written: Runner.val().
+        if self.save_best:
+            with self._removing_later():
+                super()._save_best_checkpoint(runner, metrics)
 
     @contextmanager
     def _removing_later(self) -> Iterator[None]:
