@@ -21,6 +21,7 @@ class LayerAttention(nn.Module):
     Attributes:
         in_channels: Channels of the layer's input.
         temperature: tau, in [0, 1]. 0 unless a schedule sets it; not part of the state dict.
+        has_begun: Whether the temperature is that of a warm start, and no schedule has set it yet.
         is_static_at_one: Whether all images get the same kernel at a temperature of 1.
         gain: The cells of a comparator relative to the kernel that they start at; None if the cells
             start one to one.
@@ -33,6 +34,7 @@ class LayerAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.temperature = 0.0
+        self.has_begun = False
 
     def reset_parameters(self) -> None:
         """Sets linear layers by Kaiming normal (fan_out, relu), and biases to zero."""
@@ -49,6 +51,19 @@ class LayerAttention(nn.Module):
             tau: The temperature of the start.
         """
         self.temperature = tau
+        self.has_begun = True
+
+    def end_start(self) -> bool:
+        """Leaves the temperature of a warm start, where trained attentions take its place.
+
+        Returns:
+            Whether the temperature was another than 0.
+        """
+        left = self.has_begun and self.temperature > 0
+        if self.has_begun:
+            self.temperature = 0.0
+            self.has_begun = False
+        return left
 
     def take_start(self, tau: float, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Keeps a warm start while the rest of a static network is loaded.
@@ -495,3 +510,4 @@ def set_temperature(model: nn.Module, tau: float) -> None:
         )
     for attention in attentions:
         attention.temperature = float(tau)
+        attention.has_begun = False

@@ -66,7 +66,11 @@ class WarehouseManager(nn.Module):
         keeps_start: Whether the cells keep their start when an initialiser sets a static kernel.
             True for the paper's networks, False by default.
         weights: CellList of ``Tensor[cells, cell_out, cell_in, *cell_kernel]``.
+        stays_frozen: Whether the cells stay frozen, whatever their layers do: after
+            ``requires_grad_(False)`` of the manager itself.
     """
+
+    stays_frozen = False
 
     def __init__(self, partitions: Sequence[WarehousePartition], start_tau: float = 0.0) -> None:
         super().__init__()
@@ -90,6 +94,15 @@ class WarehouseManager(nn.Module):
                 kernels = own if is_comparator(partition.options.method) else [own.flatten(0, 1)]
                 for kernel in kernels if own.numel() else ():
                     nn.init.kaiming_normal_(kernel, mode='fan_out', nonlinearity='relu')
+
+    def requires_grad_(self, requires_grad: bool = True) -> 'WarehouseManager':
+        """Freezes or thaws the cells, whatever their layers do.
+
+        Args:
+            requires_grad: Whether the cells learn.
+        """
+        self.stays_frozen = not requires_grad
+        return super().requires_grad_(requires_grad)
 
     def forward(self, x: Any) -> Any:
         """Returns its input. In a ``torch.fx`` graph this call makes the manager a submodule."""

@@ -195,8 +195,9 @@ def convert(
     if freeze_warehouses:
         freeze = FreezeWithLayers(manager, members)
         network.register_forward_pre_hook(freeze)
-        if is_head(network):
-            # MMSegmentation's heads compute their loss by `forward` itself, past their hooks.
+        if is_head(network) or hasattr(network, 'forward_features'):
+            # MMSegmentation's heads compute their loss by `forward` itself, and users of timm's
+            # networks call their methods, both past the network's hooks.
             for layer in twins.values():
                 layer.attention.register_forward_pre_hook(freeze)
     if hasattr(network, 'init_weights'):

@@ -1,5 +1,6 @@
 """Freezes a warehouse while all its layers are frozen."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,14 +9,18 @@ from torch import nn
 
 from ..layers import WarehouseManager
 
+LOGGER = logging.getLogger('mmkw')
+
 
 class FreezeWithLayers:
     """A forward pre-hook of a converted network: freezes warehouses whose layers are all frozen.
 
     Networks and users freeze layers, not warehouses, and they may do so at any time. A warehouse
-    that this hook has frozen learns again when one of its layers learns. This hook does not change
-    a warehouse that someone else has frozen. In a head the attentions have this hook, too: they
-    compute before cells are mixed.
+    that was frozen with all its layers learns again when one of its layers learns. So it does where
+    a whole network was frozen and then a part of it learns. Other warehouses that someone froze
+    stay so, and all do after ``warehouse_manager.requires_grad_(False)``. Where a network computes
+    by other methods than ``forward``, the attentions have this hook, too: they compute before cells
+    are mixed.
 
     Args:
         manager: Owner of the network's warehouses.
@@ -25,22 +30,70 @@ class FreezeWithLayers:
     def __init__(self, manager: WarehouseManager, layers: Sequence[Sequence[nn.Module]]) -> None:
         self._layers = layers
         self._manager = manager
-        self._frozen: set[int] = set()
+        self._frozen = {index for index in range(len(layers)) if not self._is_learning(index)}
+        self._told: set[int] = set()
 
     def __call__(self, network: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Freezes and unfreezes warehouses before the forward pass, if gradients are enabled."""
-        if not torch.is_grad_enabled():
-            return
-        weights = self._manager.weights
-        for index, layers in enumerate(self._layers):
-            learns = any(p.requires_grad for layer in layers for p in layer.attention.parameters())
-            parameters = weights.parameters_of(index)
-            frozen = not any(parameter.requires_grad for parameter in parameters)
-            if not frozen and not learns:
+        """Freezes and thaws warehouses before the forward pass, if gradients are enabled."""
+        if torch.is_grad_enabled():
+            self.follow()
+
+    def follow(self) -> None:
+        """Freezes and thaws warehouses as their layers are now."""
+        wanted = [any(map(_learns, layers)) for layers in self._layers]
+        if not self._manager.stays_frozen:
+            self._look_at_others(wanted)
+        for index, learns in enumerate(wanted):
+            if not learns:
                 self._frozen.add(index)
-            elif learns and index in self._frozen:
-                self._frozen.discard(index)
-            else:
+            elif index not in self._frozen or self._manager.stays_frozen:
                 continue
-            for parameter in parameters:
-                parameter.requires_grad_(learns)
+            else:
+                self._frozen.discard(index)
+            if self._is_learning(index) != learns:
+                for parameter in self._manager.weights.parameters_of(index):
+                    parameter.requires_grad_(learns)
+
+    def _look_at_others(self, wanted: Sequence[bool]) -> None:
+        """Decides about warehouses that are frozen while layers learn, by someone else's hand.
+
+        Who freezes a network and lets a part of it learn again means the kernels of this part, too.
+        Then all cells are frozen, and some layers. Who means the cells freezes no layer.
+        """
+        indices = range(len(self._layers))
+        others = [
+            i for i in indices if wanted[i] and i not in self._frozen and not self._is_learning(i)
+        ]
+        if not others:
+            return
+        if not any(map(self._is_learning, indices)) and not all(
+            _learns(layer) for layers in self._layers for layer in layers
+        ):
+            self._frozen.update(others)
+            return
+        for index in set(others) - self._told:
+            self._told.add(index)
+            LOGGER.info(
+                f'Warehouse {self._manager.partitions[index].name!r} stays frozen, though layers '
+                'of it learn. If they are to learn cells, too, let it: '
+                'network.warehouse_manager.requires_grad_(True)'
+            )
+
+    def _is_learning(self, index: int) -> bool:
+        return any(p.requires_grad for p in self._manager.weights.parameters_of(index))
+
+
+def _learns(layer: Any) -> bool:
+    return any(parameter.requires_grad for parameter in layer.attention.parameters())
+
+
+def follow_layers(module: nn.Module) -> None:
+    """Freezes and thaws the warehouses of all converted networks in a module.
+
+    Args:
+        module: Any module.
+    """
+    for part in module.modules():
+        for hook in part._forward_pre_hooks.values():
+            if isinstance(hook, FreezeWithLayers):
+                hook.follow()

@@ -3,6 +3,7 @@
 A converted network refuses a state dict that does not fit. In a model with several parts, earlier
 parts would already be loaded then. So the model itself checks all converted parts first, in a hook.
 A model gets the hook when a module that is or contains a converted network becomes its submodule.
+At that moment warehouses are frozen with their layers, too.
 """
 
 from functools import partial
@@ -14,6 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..checkpoints import only_checking
 from ..layers import WarehouseManager
+from .freezing import follow_layers
 
 _LOOKS_FIRST = '_checks_converted_parts'
 _watching = False
@@ -28,9 +30,11 @@ def watch_parents() -> None:
 
 
 def _notice(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    if child is None or _LOOKS_FIRST in parent.__dict__:
+    if child is None or not (is_converted(child) or _LOOKS_FIRST in child.__dict__):
         return
-    if is_converted(child) or _LOOKS_FIRST in child.__dict__:
+    # DistributedDataParallel looks once, when it wraps a model, at what learns.
+    follow_layers(child)
+    if _LOOKS_FIRST not in parent.__dict__:
         parent.__dict__[_LOOKS_FIRST] = True
         parent._register_load_state_dict_pre_hook(_check_parts, with_module=True)
 

@@ -15,9 +15,11 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_checkpoint, load_state_dict
 from torch import nn
 
+import mmkw
 from mmkw.checkpoints import CheckpointMismatchError
 from mmkw.layers import KWConv2d, KWLinear, WarehouseOptions, partition_warehouse
 from mmkw.layers.attention import Attention
+from mmkw.layers.dynamic_layers import DynamicLayer
 from mmkw.layers.partition import KernelShape
 from mmkw.layers.warm_start import warm_start
 from mmkw.ops import mix_cells
@@ -214,6 +216,30 @@ def test_a_start_at_temperature_1_leaves_the_attention_as_it_is():
     network.load_state_dict(Net().state_dict())
     assert network.a.attention.fc2.weight.equal(before)
     assert network.a.attention.temperature == 1
+
+
+@pytest.mark.parametrize('method', ['kernelwarehouse', 'odconv'])
+def test_trained_attentions_end_a_start_at_temperature_1(method, caplog):
+    """A network that is made anew and given what another learnt computes the same."""
+    caplog.set_level(logging.INFO, 'mmkw')
+    trained, again = (net(method=method, start_tau=1) for _ in range(2))
+    optimizer = torch.optim.Adam(trained.parameters(), 1e-2)
+    x = torch.randn(2, 4, 8, 8)
+    for tau in (1, 0.5, 0):
+        mmkw.set_temperature(trained, tau)
+        optimizer.zero_grad()
+        trained(x).square().mean().backward()
+        optimizer.step()
+    again.load_state_dict(trained.state_dict())
+    assert 'temperature 0 now' in caplog.text
+    torch.testing.assert_close(again.eval()(x), trained.eval()(x))
+    # What a schedule set stays, and a static network starts it anew.
+    mmkw.set_temperature(again, 0.5)
+    again.load_state_dict(trained.state_dict())
+    layers = [m for m in again.modules() if isinstance(m, DynamicLayer)]
+    assert {layer.attention.temperature for layer in layers} == {0.5}
+    again.load_state_dict(Net().state_dict())
+    assert {layer.attention.temperature for layer in layers} == {1}
 
 
 @pytest.mark.parametrize('tau', [0.5, True, '0'])

@@ -332,7 +332,11 @@ def test_a_run_that_only_evaluates(tmp_path, dynamic, loop):
         num_workers=0,
         collate_fn=dict(type='pseudo_collate'),
     )
-    parts = {f'{loop}_dataloader': loader, f'{loop}_cfg': {}, f'{loop}_evaluator': Evaluator([Count()])}
+    parts = {
+        f'{loop}_dataloader': loader,
+        f'{loop}_cfg': {},
+        f'{loop}_evaluator': Evaluator([Count()]),
+    }
     model = interruptions.Model(dynamic)
     parts['default_hooks'] = dict(checkpoint=dict(type='CheckpointHook'))
     parts['custom_hooks'] = [dict(type='mmkw.IterationSeedHook')]

@@ -30,11 +30,11 @@ NETWORKS = {
 }
 
 
-def step(network):
+def step(network, x=None):
     """One of training, with decay."""
     network.train()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, weight_decay=0.1)
-    outputs = network(torch.randn(2, 3, 64, 64))
+    outputs = network(torch.randn(2, 3, 64, 64) if x is None else x)
     sum(y.square().mean() for y in outputs).backward()
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     optimizer.step()
@@ -130,3 +130,90 @@ def test_layers_frozen_by_name_freeze_and_thaw_their_warehouse(copied):
     two.requires_grad_(False)
     network(x)
     assert not two.requires_grad and network.c.attention.fc1.weight.requires_grad
+
+
+PLANS = {'own': [('a', 'one'), ('b', 'two'), ('c', 'three')], 'shared': [(n, 'all') for n in 'abc']}
+
+
+@pytest.mark.parametrize('before', [False, True], ids=['after', 'before'])
+@pytest.mark.parametrize('plan', PLANS)
+def test_a_part_learns_after_all_was_frozen(plan, before):
+    """As its static twin does, where the network is frozen before or after it is converted."""
+    static = Network()
+    network = copy.deepcopy(static)
+    if before:
+        network.requires_grad_(False)
+    convert(network, SharingPlan.make(PLANS[plan]))
+    moved = []
+    for net in (static, network):
+        net.requires_grad_(False)
+        net.c.requires_grad_(True)
+        moved.append(step(net, torch.randn(2, 8, 4, 4)))
+    assert moved[0] == {'c.weight', 'c.bias'}
+    cells = f'warehouse_manager.weights.{len(set(dict(PLANS[plan]).values())) - 1}'
+    assert {name for name in moved[1] if 'attention' not in name} == {cells, 'c.bias'}
+    assert any(name.startswith('c.attention') for name in moved[1])
+
+
+def test_layers_thaw_one_after_the_other():
+    network = Network().requires_grad_(False)
+    convert(network, SharingPlan.make(PLANS['own']))
+    for name in 'abc':
+        getattr(network, name).requires_grad_(True)
+    network(torch.randn(2, 8, 4, 4))
+    assert all(cells.requires_grad for cells in network.warehouse_manager.weights)
+
+
+@pytest.mark.parametrize('first', [False, True])
+def test_cells_that_are_frozen_by_name_stay_so(first, caplog):
+    caplog.set_level('INFO', 'mmkw')
+    network = convert(Network(), SharingPlan.make(PLANS['own']))
+    if first:
+        network.a.requires_grad_(False)
+        network.warehouse_manager.requires_grad_(False)
+    else:
+        for cells in network.warehouse_manager.parameters():
+            cells.requires_grad_(False)
+    for _ in range(2):
+        network(torch.randn(2, 8, 4, 4))
+        assert not any(cells.requires_grad for cells in network.warehouse_manager.weights)
+    # Only where it might be a mistake something is said, once.
+    assert caplog.text.count('stays frozen') == (0 if first else 3)
+    network.warehouse_manager.requires_grad_(True)
+    network(torch.randn(2, 8, 4, 4))
+    learn = [cells.requires_grad for cells in network.warehouse_manager.weights]
+    assert learn == [not first, True, True]
+
+
+def test_frozen_layers_where_other_methods_than_forward_compute():
+    timm = pytest.importorskip('timm', reason='its networks have such methods')
+    static = timm.create_model('resnet18', num_classes=3)
+    x = torch.randn(2, 3, 32, 32)
+    for network in (static, convert(copy.deepcopy(static))):
+        network.layer1.requires_grad_(False)
+        network.layer2.requires_grad_(False)
+        network.forward_features(x).sum().backward()
+        found = [p.grad is None for n, p in network.named_parameters() if n.startswith('layer2')]
+        assert all(found)
+    grads = [cells.grad is None for cells in network.warehouse_manager.parameters()]
+    assert grads == [True, False, False, False]
+
+
+def test_frozen_layers_and_distributed_training(tmp_path):
+    """DistributedDataParallel looks once at what learns, when it wraps the network."""
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1
+    )
+    try:
+        static = Network()
+        dynamic = convert(copy.deepcopy(static), SharingPlan.make(PLANS['own']))
+        for network in (static, dynamic, nn.Sequential(copy.deepcopy(dynamic))):
+            next(iter(network.children())).requires_grad_(False)
+            if network is not static and network is not dynamic:
+                network[0].requires_grad_(True)
+                network[0].b.requires_grad_(False)
+            parallel = nn.parallel.DistributedDataParallel(network)
+            for _ in range(2):
+                parallel(torch.randn(2, 8, 4, 4)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
