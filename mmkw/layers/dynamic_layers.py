@@ -114,8 +114,9 @@ class DynamicLayer(Weightless, StandsForStatic):
     ) -> 'DynamicLayer':
         """Makes the dynamic layer for a static layer, with a kernel from a shared warehouse.
 
-        The dynamic layer takes over the static layer's bias, device, dtype and mode. Its attention
-        is frozen if the static kernel is frozen. The values of the static kernel are not used.
+        The dynamic layer takes over the static layer's bias, device, dtype, mode and hooks. Its
+        attention is frozen if the static kernel is frozen. The values of the static kernel are not
+        used.
 
         Args:
             static: A layer of ``static_class``, or of a class derived from it that
@@ -131,6 +132,7 @@ class DynamicLayer(Weightless, StandsForStatic):
         layer.to(static.weight)
         layer.bias = static.bias
         layer.attention.requires_grad_(static.weight.requires_grad)
+        modes.hand_hooks_on(static, layer)
         return layer.train(static.training)
 
     def _setup(

@@ -3,12 +3,14 @@
 Libraries derive classes from those of ``torch.nn``. Some compute the same, such as mmcv's
 ``Conv2d``. Some pad their input first, so that the output has ``ceil(size / stride)`` values:
 mmcv's ``Conv2dAdaptivePadding`` and timm's ``Conv2dSame``. Others compute something else, such as
-convolutions with standardised weights. What a class computes is tried out on a small layer of it.
+convolutions with standardised weights. What a class computes is tried out on a small layer of it;
+a layer with options beyond those of ``torch.nn``, such as a norm or an activation, stays static.
 """
 
 from collections.abc import Sequence
 from enum import Enum
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +46,15 @@ def base_class(layer: nn.Module) -> type[nn.Module] | None:
     """
     base = next((base for base in STATIC_CLASSES if isinstance(layer, base)), None)
     weight = layer._parameters.get('weight')
-    if base is None or weight is None or is_lazy(weight):
+    if base is None or weight is None or is_lazy(weight) or not weight.is_floating_point():
+        return None
+    # A norm, or factors of low rank, that this layer has beside its kernel.
+    if layer._modules or layer._buffers or not layer._parameters.keys() <= {'weight', 'bias'}:
         return None
     kind = kind_of(type(layer))  # type: ignore[arg-type]
-    return None if kind is Kind.OTHER else base
+    if kind is Kind.OTHER or not (_computes_as(type(layer), base) or _is_as_tried(layer, base)):
+        return None
+    return base
 
 
 @cache
@@ -58,8 +65,7 @@ def kind_of(layer_class: type[nn.Module]) -> Kind:
         layer_class: A class derived from one of :data:`STATIC_CLASSES`.
     """
     base = next(base for base in STATIC_CLASSES if issubclass(layer_class, base))
-    methods = ('forward', '_conv_forward', '__call__')
-    if all(getattr(layer_class, m, None) is getattr(base, m, None) for m in methods):
+    if _computes_as(layer_class, base):
         return Kind.SAME_AS_TORCH
     try:
         with torch.random.fork_rng(devices=[]), torch.device('cpu'), torch.no_grad():
@@ -67,6 +73,33 @@ def kind_of(layer_class: type[nn.Module]) -> Kind:
     except Exception:
         # A layer that cannot be made or called like that of torch.nn is of another kind.
         return Kind.OTHER
+
+
+def _computes_as(layer_class: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether a class has all methods that compute from its base class."""
+    methods = ('forward', '_conv_forward', '__call__')
+    return all(getattr(layer_class, m, None) is getattr(base, m, None) for m in methods)
+
+
+def _is_as_tried(layer: Any, base: type[nn.Module]) -> bool:
+    """Whether a layer has the attributes of one that is made with the arguments of its base alone.
+
+    Others may change what it computes, such as an activation, and were not tried out.
+    """
+    if base is nn.Linear:
+        arguments = [layer.in_features, layer.out_features]
+    else:
+        arguments = [layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride]
+        arguments += [layer.padding, layer.dilation, layer.groups]
+    arguments.append(layer.bias is not None)
+    try:
+        with torch.device('meta'):
+            plain, own = base(*arguments), type(layer)(*arguments)
+        known, expected = vars(plain), vars(own)
+        found = {name: value for name, value in vars(layer).items() if name not in known}
+        return found == {name: value for name, value in expected.items() if name not in known}
+    except Exception:
+        return False
 
 
 def _tried(layer_class: type[nn.Module], base: type[nn.Module]) -> Kind:

@@ -5,6 +5,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -104,24 +105,46 @@ def _goes_on(name: str, parent: nn.Module) -> bool:
     return follower is not None and all(p.dim() < 2 for p in follower.parameters())
 
 
-def read_by_others(network: nn.Module) -> dict[str, str]:
-    """The layers whose weight is read by their parent module in the forward pass.
+def used_by_others(network: nn.Module) -> dict[str, str]:
+    """The layers that others than their parent's call use, so that they have to stay as they are.
 
-    For example, BEiT's attention computes with the weight of its ``qkv``. A dynamic layer cannot
-    give one weight, because it has one kernel per image.
+    The weight of some is read by their parent module in the forward pass, as BEiT's attention does
+    with that of its ``qkv``: a dynamic layer has no weight, but one kernel per image. Others share
+    their weight with another module, as a decoder and an embedding do. And some are held in a list
+    or dict beside the modules, as in Detectron2's FPN, which calls them from there.
 
     Args:
         network: A static network.
 
     Returns:
-        A dict from the layer's name to the name of the class that reads its weight.
+        A dict from the layer's name to a sentence that says who uses it.
     """
-    found = {}
+    found, owner_of, keeper_of = {}, dict[nn.Parameter, str](), dict[nn.Module, str]()
     for name, module in network.named_modules():
-        read = _weights_read(type(module))  # type: ignore[arg-type]
-        for child in read & set(module._modules):
-            found[f'{name}.{child}'.lstrip('.')] = type(module).__name__
+        kind, place = type(module), f'{name}.'.lstrip('.')
+        for child in _weights_read(kind) & set(module._modules):  # type: ignore[arg-type]
+            found[place + child] = f'{kind.__name__} computes with its weight'
+        weight = module._parameters.get('weight')
+        if weight is not None:
+            owner = owner_of.setdefault(weight, name)
+            if owner != name:
+                found[name] = f'its weight is also that of {owner}'
+                found[owner] = f'its weight is also that of {name}'
+        for attribute, value in vars(module).items():
+            if not attribute.startswith('_'):
+                for held in _modules_in(value):
+                    keeper_of[held] = f'{place}{attribute} holds it, too, and no module'
+    for name, module in network.named_modules():
+        if module in keeper_of:
+            found[name] = keeper_of[module]
     return found
+
+
+def _modules_in(value: Any, depth: int = 2) -> Iterator[nn.Module]:
+    """The modules in plain lists, tuples and dicts, and in those within them."""
+    if depth and isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from [item] if isinstance(item, nn.Module) else _modules_in(item, depth - 1)
 
 
 @cache

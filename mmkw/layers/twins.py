@@ -224,6 +224,8 @@ class StaticTwins:
         self._places.clear()
         for handle in self._handles:
             handle.remove()
+        for dynamic, twin in self.of.items():
+            modes.hand_hooks_on(dynamic, twin)
         for module in self._network.modules():
             module.__dict__.pop(_ACTIVE, None)
         self._put_managers_back()

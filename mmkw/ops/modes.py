@@ -130,6 +130,19 @@ def is_symbolic(*values: Any) -> bool:
     return any(isinstance(value, Proxy) for value in values)
 
 
+def hand_hooks_on(module: nn.Module, successor: nn.Module) -> None:
+    """Gives the hooks on a module's forward and backward pass to the one that takes its place.
+
+    Args:
+        module: A module that is used no more. Handles of its hooks remove those of the other now.
+        successor: A module without hooks of its own.
+    """
+    for name, hooks in vars(module).items():
+        if name.startswith(('_forward_', '_backward_')) and hooks:
+            setattr(successor, name, hooks)
+    successor._is_full_backward_hook = module._is_full_backward_hook
+
+
 def remove_pre_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
     """Removes hooks that run before a module's forward pass.
 

@@ -25,7 +25,7 @@ from ..layers import (
 from ..layers.attention import LayerAttention
 from ..layers.partition import KERNELWAREHOUSE, METHODS, is_comparator
 from ..layers.static_classes import STATIC_CLASSES
-from ..layers.static_layers import is_head, read_by_others
+from ..layers.static_layers import is_head, used_by_others
 from ..layers.twins import Kernels, has_values
 from ..ops import modes
 from .families import family_rule, is_of_the_paper
@@ -132,11 +132,15 @@ def convert(
             f'The network is itself a layer, a {type(network).__name__}. Make a dynamic layer, '
             'such as mmkw.KWConv2d, or convert a module that holds it.'
         )
-    if isinstance(network, nn.Sequential):
+    if type(network) in (nn.Sequential, nn.ModuleList, nn.ModuleDict) or isinstance(
+        network, nn.Sequential
+    ):
         raise PlanError(
-            'The network is a Sequential, which would run its warehouses as a layer. Convert a '
-            'module that holds it.'
+            f'The network is a {type(network).__name__}, which would count its warehouses among '
+            'its modules. Convert a module that holds it.'
         )
+    if isinstance(getattr(network, '_orig_mod', None), nn.Module):
+        raise PlanError('The network is compiled. Convert it first, then call torch.compile.')
     if plan is None:
         method = options.get('method', KERNELWAREHOUSE)
         plan = SharingPlan.make(family_rule(network, method), **options)
@@ -175,6 +179,12 @@ def convert(
         if not layers:
             raise PlanError(f'All layers of warehouse {partition.name!r} are absent.')
         weights = [layer.weight for layer in layers.values()]
+        if len({(weight.dtype, weight.device) for weight in weights}) > 1:
+            kinds = sorted({f'{weight.dtype} on {weight.device}' for weight in weights})
+            raise PlanError(
+                f'Warehouse {partition.name!r} has layers of {" and of ".join(kinds)}, which '
+                'cannot share cells. Plan one warehouse for each.'
+            )
         manager.weights[index].data = manager.weights[index].data.to(weights[0])
         if freeze_warehouses:
             manager.weights[index].requires_grad_(any(weight.requires_grad for weight in weights))
@@ -316,7 +326,7 @@ def _find_layers(
 ) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     name_of: dict[nn.Module, str] = {}
-    read = read_by_others(network)
+    used = used_by_others(network)
     for name, warehouse in plan.layers:
         if name in absent:
             continue
@@ -337,8 +347,8 @@ def _find_layers(
                 f'{where} is a {type(layer).__name__}, which has no dynamic twin. Only plain '
                 f'{kinds} layers can be planned; leave this one static.'
             )
-        if name in read:
-            raise PlanError(f'{where} cannot be dynamic: {read[name]} computes with its weight.')
+        if name in used:
+            raise PlanError(f'{where} cannot be dynamic: {used[name]}.')
         if layer in name_of:
             raise PlanError(f'{where} is the same module as layer {name_of[layer]!r}.')
         found[name], name_of[layer] = layer, name

@@ -12,7 +12,7 @@ from ..checkpoints.static_kernels import stage_of
 from ..layers import PlanError, WarehouseOptions, dynamic_class, kernel_shape
 from ..layers.attention import attention_width
 from ..layers.partition import KERNELWAREHOUSE, is_comparator, partition_warehouse
-from ..layers.static_layers import predictions, read_by_others
+from ..layers.static_layers import predictions, used_by_others
 from .rules import absent_kernels, convnext_rule, mobilenet_v2_rule, refuse_nothing, resnet_rule
 from .value_projection import fused_projections
 
@@ -34,16 +34,17 @@ def plannable_layers(network: nn.Module) -> dict[str, nn.Module]:
     """The layers of a network that can be dynamic, by name, in module order.
 
     A value projection inside a fused projection ``NAME`` is included as ``NAME.value``. A layer
-    whose weight another module reads is not included.
+    that others use as it is, is not included; see
+    :func:`~mmkw.layers.static_layers.used_by_others`.
 
     Args:
         network: A static network.
     """
     layers = {}
     fused = fused_projections(network)
-    read = read_by_others(network)
+    used = used_by_others(network)
     for name, module in network.named_modules():
-        if name in read:
+        if name in used:
             continue
         if name in fused:
             channels = module.embed_dim if hasattr(module, 'embed_dim') else module.in_features
@@ -67,7 +68,8 @@ def family_rule(network: nn.Module, method: str = KERNELWAREHOUSE) -> list[tuple
     (:func:`~mmkw.layers.static_layers.predictions`). It also leaves layers with fewer than 16
     channels static, and layers whose kernel is too small for an attention (most depthwise ones).
 
-    All rules leave a layer static if another module reads its weight, as BEiT's attention does.
+    All rules leave a layer static if others use it as it is: if another module reads or shares its
+    weight, or if a plain list holds it.
     Warehouses whose cells would be too small are split; see :func:`split_groups`. A rule that makes
     less than half of the kernels dynamic says so in the log.
 

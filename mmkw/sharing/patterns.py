@@ -8,7 +8,7 @@ from torch import nn
 
 from ..layers import PlanError, WarehouseOptions
 from ..layers.partition import is_comparator
-from ..layers.static_layers import read_by_others
+from ..layers.static_layers import used_by_others
 from .families import plannable_layers
 from .plan import SharingPlan
 from .rules import layers_with_kernels
@@ -38,7 +38,7 @@ def pattern_plan(
     """
     layers = plannable_layers(network)
     kernels = layers_with_kernels(network)
-    read = read_by_others(network)
+    used = used_by_others(network)
     names = [name for name, _ in network.named_modules()] + list(layers)
     compiled = [_compiled(number, pattern) for number, pattern in enumerate(patterns)]
     home: dict[str, str] = {}
@@ -52,8 +52,8 @@ def pattern_plan(
         if wrong:
             kind = type(kernels[wrong[0]]).__name__
             reason = 'Only plain convolutions and linear layers have one'
-            if wrong[0] in read:
-                reason = f'{read[wrong[0]]} computes with its weight'
+            if wrong[0] in used:
+                reason = used[wrong[0]]
             raise PlanError(
                 f'patterns: match={expression.pattern!r} catches {wrong[0]}, a {kind}, which has '
                 f'no dynamic twin. {reason}: narrow the pattern.'

@@ -8,9 +8,9 @@ from mmengine.logging import MMLogger
 from torch import nn
 from twin_networks import BACKBONES, HEADS, build, outputs
 
-from mmkw.layers import PlanError, StandsForStatic
-from mmkw.layers.static_layers import predictions, read_by_others
-from mmkw.sharing import SharingPlan, convert, family_rule, pattern_plan
+from mmkw.layers import PlanError, StandsForStatic, set_temperature
+from mmkw.layers.static_layers import predictions, used_by_others
+from mmkw.sharing import SharingPlan, convert, family_rule, pattern_plan, to_static
 
 PREDICTIONS = {
     'mmdet.Shared2FCBBoxHead': {'fc_cls', 'fc_reg'},
@@ -83,7 +83,9 @@ def test_every_network_computes(kind):
 def test_weights_that_others_read(kind):
     network = build(kind, False)
     reader = type(network.layers[0].attn).__name__
-    assert read_by_others(network) == {f'layers.{i}.attn.qkv': reader for i in range(4)}
+    assert used_by_others(network) == {
+        f'layers.{i}.attn.qkv': f'{reader} computes with its weight' for i in range(4)
+    }
     assert {name for name, _ in family_rule(network)} == {
         f'layers.{i}.ffn.layers.{part}' for i in range(4) for part in ('0.0', '1')
     }
@@ -111,9 +113,9 @@ def test_readers_are_found_where_forward_calls_them():
         def init_weights(self):
             nn.init.zeros_(self.set.weight)
 
-    assert set(read_by_others(nn.Sequential(Reader()))) == {'0.read'}
+    assert set(used_by_others(nn.Sequential(Reader()))) == {'0.read'}
     torch_layer = nn.TransformerEncoderLayer(16, 2, 32)
-    assert {'linear1', 'linear2'} <= set(read_by_others(torch_layer))
+    assert {'linear1', 'linear2'} <= set(used_by_others(torch_layer))
 
 
 def test_a_rule_that_covers_little_says_so(log):
@@ -149,3 +151,178 @@ def test_convnext_of_mmpretrain():
     dynamic.load_state_dict(static.state_dict())
     expected, found = (outputs('testConvNeXt', n.eval())[0] for n in (static, dynamic))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class Optional2d(nn.Conv2d):
+    """As Detectron2's: with a norm and an activation that few layers have."""
+
+    def __init__(self, *args, norm=None, activation=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x):
+        x = self._conv_forward(x, self.weight, self.bias)
+        x = self.norm(x) if self.norm else x
+        return self.activation(x) if self.activation else x
+
+
+class LowRank(nn.Linear):
+    """With factors of low rank beside its kernel, as layers that are adapted have."""
+
+    def __init__(self, *args, rank=0):
+        super().__init__(*args)
+        self.rank = rank
+        if rank:
+            self.down = nn.Parameter(torch.randn(rank, self.in_features))
+            self.up = nn.Parameter(torch.randn(self.out_features, rank))
+
+    def forward(self, x):
+        x, y = super().forward(x), x
+        return x + y @ self.down.T @ self.up.T if self.rank else x
+
+
+def of_layers(**layers):
+    """A network that calls its layers in turn; the last one is plain."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, layer in layers.items():
+                self.add_module(name, layer)
+
+        def forward(self, x):
+            for name in layers:
+                x = getattr(self, name)(x)
+            return x
+
+    return Network()
+
+
+def conv(**options):
+    return Optional2d(32, 32, 3, padding=1, **options)
+
+
+@pytest.mark.parametrize(
+    'layer',
+    [conv(norm=nn.GroupNorm(4, 32)), conv(activation=nn.functional.relu), LowRank(32, 32, rank=4)],
+    ids=['norm', 'activation', 'low rank'],
+)
+def test_layers_with_options_of_their_own_stay_static(layer):
+    """Others of their classes, without options, are dynamic."""
+    image = isinstance(layer, nn.Conv2d)
+    usual = conv() if image else LowRank(32, 32)
+    plain = nn.Conv2d(32, 32, 1) if image else nn.Linear(32, 32)
+    network = of_layers(first=usual, second=layer, third=plain)
+    x = torch.randn(2, 32, 5, 5) if image else torch.randn(2, 5, 32)
+    expected = network(x)
+    names = set(network.state_dict())
+    convert(network)
+    assert network.second is layer
+    assert all(isinstance(each, StandsForStatic) for each in (network.first, network.third))
+    assert {name for name in names if name.startswith('second')} <= set(network.state_dict())
+    torch.testing.assert_close(network(x), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(PlanError, match=r"layer 'first' is a .*no dynamic twin"):
+        convert(of_layers(first=layer), SharingPlan.make([('first', 'one')]))
+
+
+class Laterals(nn.Module):
+    """As Detectron2's FPN: it calls its layers from a list beside its modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+        for index in range(2):
+            layer = nn.Conv2d(32, 32, 3, padding=1)
+            self.add_module(f'lateral{index}', layer)
+            self.steps.append([layer, {}])
+        self.output = nn.Conv2d(32, 32, 3, padding=1)
+
+    def forward(self, x):
+        for layer, options in self.steps:
+            x = layer(x, **options)
+        return self.output(x)
+
+
+class Tied(nn.Module):
+    """A decoder with the weight of the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(32, 32)
+        self.hidden, self.decoder = nn.Linear(32, 32), nn.Linear(32, 32, bias=False)
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.decoder(self.hidden(self.embedding(x)))
+
+
+@pytest.mark.parametrize(
+    ('kind', 'layer', 'reason'),
+    [(Laterals, 'lateral0', 'steps holds it, too'), (Tied, 'decoder', 'also that of embedding')],
+)
+def test_layers_that_others_hold_or_share_stay_static(kind, layer, reason):
+    static = kind()
+    network = convert(kind())
+    network.load_state_dict(static.state_dict())
+    x = torch.arange(6).view(2, 3) if kind is Tied else torch.randn(2, 32, 5, 5)
+    torch.testing.assert_close(network(x), static(x), atol=1e-5, rtol=1e-5)
+    network(x).square().sum().backward()
+    assert type(network.get_submodule(layer)) in (nn.Conv2d, nn.Linear)
+    assert all(p.grad is not None for p in network.parameters())
+    with pytest.raises(PlanError, match=f'cannot be dynamic: .*{reason}'):
+        convert(kind(), SharingPlan.make([(layer, 'one')]))
+    with pytest.raises(PlanError, match=f'catches {layer}.*{reason}'):
+        pattern_plan(kind(), [dict(match=layer)])
+
+
+def test_hooks_stay_with_their_layers():
+    """There and back; their handles still remove them."""
+    network = of_layers(first=nn.Conv2d(32, 32, 3), second=nn.Conv2d(32, 32, 1))
+    seen = []
+    handles = [
+        network.first.register_forward_pre_hook(lambda layer, x: seen.append('before')),
+        network.first.register_forward_hook(
+            lambda layer, x, options, y: seen.append('after'), with_kwargs=True
+        ),
+        network.first.register_full_backward_hook(lambda layer, x, y: seen.append('backward')),
+    ]
+
+    def calls():
+        seen.clear()
+        network(torch.randn(1, 32, 5, 5)).sum().backward()
+        return list(seen)
+
+    expected = calls()
+    assert expected == ['before', 'after', 'backward']
+    convert(network)
+    assert calls() == expected
+    handles[0].remove()
+    assert calls() == expected[1:]
+    set_temperature(network, 1)
+    to_static(network)
+    assert type(network.first) is nn.Conv2d and calls() == expected[1:]
+    for handle in handles[1:]:
+        handle.remove()
+    assert calls() == []
+
+
+REFUSED = {
+    'list': (lambda: nn.ModuleList([nn.Conv2d(32, 32, 3)]), 'is a ModuleList'),
+    'dict': (lambda: nn.ModuleDict({'a': nn.Conv2d(32, 32, 3)}), 'is a ModuleDict'),
+    'compiled': (lambda: torch.compile(of_layers(a=nn.Conv2d(32, 32, 3))), 'Convert it first'),
+    'dtypes': (
+        lambda: of_layers(a=nn.Conv2d(32, 32, 3), b=nn.Conv2d(32, 32, 3, dtype=torch.float64)),
+        r'torch\.float32 on cpu and of torch\.float64',
+    ),
+    'complex': (lambda: of_layers(a=nn.Conv2d(32, 32, 3, dtype=torch.complex64)), 'no layer that'),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_what_cannot_be_converted_is_refused_at_once(case):
+    make, message = REFUSED[case]
+    network = make()
+    kinds = [type(module) for module in network.modules()]
+    with pytest.raises(PlanError, match=message):
+        convert(network)
+    assert [type(module) for module in network.modules()] == kinds
