@@ -56,3 +56,26 @@ def test_versions_that_do_not_fit_are_named(monkeypatch):
 
     monkeypatch.setattr(torch, '__version__', '1.0')
     assert "but torch 1.0 is installed. Run: pip install 'torch==" in info.report()
+
+
+@pytest.mark.parametrize(
+    'name, text, remedy',
+    [
+        ('mmpretrain.models', '', "Run: pip install 'mmkw[cls]'"),
+        ('mmcv.ops', '', "Run: pip install 'mmkw[det]' or pip install 'mmkw[seg]'"),
+        ('onnxruntime', "ONNX needs it. Run: pip install 'mmkw[deploy]'", ''),
+        ('mine', '', ''),
+    ],
+)
+def test_what_is_missing_is_named_with_what_brings_it(monkeypatch, capsys, name, text, remedy):
+    from mmkw import cli
+
+    def fail(argv):
+        raise ModuleNotFoundError(text or f'No module named {name!r}', name=name)
+
+    monkeypatch.setattr('mmkw.cli.info.main', fail)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(['info'])
+    assert stop.value.code == 2
+    expected = text or f'mmkw info needs {name.split(".")[0]}, which is not installed. {remedy}'
+    assert capsys.readouterr().err.endswith(f'error: {expected.strip()}\n')

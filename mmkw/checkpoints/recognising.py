@@ -34,7 +34,8 @@ def check_checkpoint(
     shape. Or it must have the static kernel of every dynamic layer. Then a warm start makes the
     warehouses and the attentions (:func:`~mmkw.layers.warm_start`).
 
-    The temperature of an earlier warm start ends with trained attentions: it is 0 then.
+    Trained attentions end an earlier warm start: they have the temperature at which they were
+    saved, or 0 where the file does not say.
 
     All other tensors are left to ``load_state_dict`` and to MMEngine, which list missing and
     unexpected names. Only tensors beyond the backbone, such as an ImageNet classifier, are removed
@@ -89,9 +90,9 @@ def check_checkpoint(
         source = f'published {source}' if unused else source
         cells = sum(len(weight) for weight in stored.values())
         found = f'{source} checkpoint, {cells} cells into {len(stored)} warehouses'
-        layers = [m for m in modules_of(network).values() if isinstance(m, DynamicLayer)]
-        if any([layer.attention.end_start() for layer in layers]):
-            found += ', which are at temperature 0 now; mmkw.set_temperature sets another'
+        for layer in modules_of(network).values():
+            if isinstance(layer, DynamicLayer):
+                layer.attention.end_start()
     LOGGER.info(f'{type(network).__name__}: {found}')
     if unused:
         LOGGER.info(

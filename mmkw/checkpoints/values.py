@@ -193,11 +193,12 @@ class Values:
             self._spend(64 * len(first), place)
             first = [(self._key(key, place), value) for key, value in first]
         value = OrderedDict([*first, *self._items(call.items, place)])
-        # A state dict keeps the versions of modules in this attribute. Others are ignored.
+        # A state dict keeps the versions of modules, and attentions their temperature, in this
+        # attribute. Others are ignored.
         if type(call.state) is Mapping:
             attributes = self.build(call.state, (*place, '_metadata'))
             if '_metadata' in attributes:
-                metadata = _versions(attributes['_metadata'])
+                metadata = _known(attributes['_metadata'])
                 value._metadata = metadata  # type: ignore[attr-defined]
         return value
 
@@ -538,14 +539,16 @@ def _whole(record: Any, place: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(record)
 
 
-def _versions(metadata: Any) -> OrderedDict:
-    """Keeps only the versions of modules: other entries could change how a module loads."""
+def _known(metadata: Any) -> OrderedDict:
+    """Keeps the versions of modules and temperatures: others could change how a module loads."""
     given = metadata.items() if isinstance(metadata, dict) else ()
-    return OrderedDict(
-        (name, dict(version=entry['version']))
-        for name, entry in given
-        if type(name) is str and isinstance(entry, dict) and type(entry.get('version')) is int
-    )
+    known = OrderedDict()
+    for name, entry in given:
+        if type(name) is str and isinstance(entry, dict) and type(entry.get('version')) is int:
+            known[name] = {'version': entry['version']}
+            if type(entry.get('temperature')) is float:
+                known[name]['temperature'] = entry['temperature']
+    return known
 
 
 def _spelled(place: tuple[Any, ...]) -> str:

@@ -18,6 +18,15 @@ COMMANDS = {
     'export': 'write a network as ONNX or as a program of torch.export',
 }
 
+# What brings OpenMMLab's packages.
+EXTRAS = {
+    'mmengine': ('det', 'seg', 'cls'),
+    'mmcv': ('det', 'seg'),
+    'mmdet': ('det',),
+    'mmseg': ('seg',),
+    'mmpretrain': ('cls',),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line.
@@ -52,10 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except ModuleNotFoundError as error:
+        if 'pip install' in str(error):
+            parser.error(str(error))
         package = str(error.name).partition('.')[0]
+        extras = EXTRAS.get(package, ())
+        remedy = ' or '.join(f"pip install 'mmkw[{extra}]'" for extra in extras)
         parser.error(
-            f'mmkw {args.command} needs {package}, which is not installed. '
-            "Run: pip install 'mmkw[det]' or pip install 'mmkw[seg]'"
+            f'mmkw {args.command} needs {package}, which is not installed.'
+            + (f' Run: {remedy}' if extras else '')
         )
     except UnsupportedVersionError as error:
         parser.error(str(error))

@@ -3,8 +3,10 @@
 import argparse
 
 from mmengine.config import Config, DictAction
+from torch import nn
 
-from ..engine.building import read_config
+from ..engine.building import build_model, read_config
+from ..layers import PlanError
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +18,17 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         default={},
         help='overrides of the config, such as model.backbone.cell_num_ratio=2',
     )
+
+
+def pixels(text: str) -> int:
+    """Reads a height or a width.
+
+    Args:
+        text: A number of at least 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is no number of pixels such as 224')
+    return int(text)
 
 
 def config_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
@@ -33,3 +46,20 @@ def config_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Conf
     if not isinstance(config.get('model'), dict):
         parser.error(f'config {args.config} has no model')
     return config
+
+
+def model_of(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, config: Config, on_meta: bool = False
+) -> nn.Module:
+    """Builds the model of a config, or stops with a usage error if its plan does not fit.
+
+    Args:
+        parser: Reports the error.
+        args: With ``config``, for the message.
+        config: Of :func:`config_of`.
+        on_meta: As in :func:`~mmkw.engine.building.build_model`.
+    """
+    try:
+        return build_model(config, on_meta)
+    except PlanError as error:
+        parser.error(f'config {args.config}: {error}')

@@ -8,9 +8,9 @@ from mmengine.model import revert_sync_batchnorm
 
 from ..deploy import DenseNetwork, ExportError, export, to_static
 from ..deploy.export import DYNAMIC, FORMS
-from ..engine.building import build_model, load_trained
+from ..engine.building import load_trained
 from ..engine.images import ImageLoader
-from .config import add_config_options, config_of
+from .config import add_config_options, config_of, model_of, pixels
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,7 +28,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('out', help='file to write, .onnx or .pt2')
     parser.add_argument(
-        '--shape', nargs=2, type=int, default=(256, 256), help='height and width of the example'
+        '--shape',
+        nargs=2,
+        type=pixels,
+        default=(256, 256),
+        help='height and width of the example',
     )
     parser.add_argument(
         '--fixed', nargs='+', default=[], choices=DYNAMIC, help='what stays as in the example'
@@ -49,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (args.form == 'static') != bool(args.images) or (args.keep and not args.images):
         parser.error('--form static needs --images; --images and --keep are for it alone')
     config = config_of(parser, args)
-    model = build_model(config)
+    model = model_of(parser, args, config)
     try:
-        load_trained(model, args.checkpoint)
+        load_trained(model, args.checkpoint, 'backbone' if args.backbone else '')
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         parser.error(f'checkpoint {args.checkpoint}: {error}')
     # SyncBatchNorm does not compute on a CPU.

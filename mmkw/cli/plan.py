@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..engine.building import build_model, dynamic_networks
 from ..layers import Attention, LayerAttention, PlanError, WarehousePartition, partition_warehouse
 from ..sharing import static_networks
-from .config import add_config_options, config_of
+from .config import add_config_options, config_of, model_of, pixels
 
 # Budgets that are tried, those of the paper and between.
 BUDGETS = (1 / 16, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, *range(1, 17))
@@ -184,7 +184,7 @@ def main(argv: Sequence[str]) -> None:
     )
     add_config_options(parser)
     parser.add_argument(
-        '--shape', nargs=2, type=int, default=(800, 1280), help='height and width for the FLOPs'
+        '--shape', nargs=2, type=pixels, default=(800, 1280), help='height and width for the FLOPs'
     )
     parser.add_argument(
         '--budget-params',
@@ -193,7 +193,7 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
     config = config_of(parser, args)
-    model = build_model(config, on_meta=True)
+    model = model_of(parser, args, config, on_meta=True)
     with static_networks():
         static = build_model(config, on_meta=True)
     networks = dynamic_networks(model)
@@ -213,12 +213,10 @@ def main(argv: Sequence[str]) -> None:
     rows = [
         ('parameters of the model', parameters(static), parameters(model)),
         ('parameters of the networks above', plain, dynamic),
-        (
-            f'backbone FLOPs at {height} x {width}',
-            flops(static, args.shape),
-            flops(model, args.shape),
-        ),
     ]
+    if hasattr(model, 'backbone'):
+        counts = flops(static, args.shape), flops(model, args.shape)
+        rows.append((f'backbone FLOPs at {height} x {width}', *counts))
     for label, before, after in rows:
         print(f'| {label} | {before:,} | {after:,} | {after / before:.3f} |')
     print(f'\nOf these {cells:,} are cells and {attentions:,} attentions.')
@@ -248,6 +246,10 @@ def print_budgets(
     print(f'\nFor {target:,} parameters, {total:,} with')
     chosen = iter(budgets)
     for name, network in networks.items():
-        own = [next(chosen) for _ in network.warehouse_manager.partitions]
+        partitions = network.warehouse_manager.partitions
+        own = [next(chosen) for _ in partitions]
         value = own[0] if len(set(own)) == 1 else own
         print(f'{name}: cell_num_ratio={value}')
+        if value is own:
+            each = ', '.join(f'{part.name} {budget:g}' for part, budget in zip(partitions, own))
+            print(f'With patterns, each in its own: {each}')

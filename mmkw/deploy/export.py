@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -122,8 +123,9 @@ def export(
         tolerance = HALF_TOLERANCE if half else TOLERANCE
     written = _Half(model) if half else model
     with _as_exported(form), counted_in_program(written), evaluating(model, written):
+        _check_computes(written, example)
         program = _program(written, example, dynamic)
-        unfinished = path.with_name(f'{path.stem}.part{path.suffix}')
+        unfinished = path.with_name(f'{path.stem}.{os.getpid()}.part{path.suffix}')
         try:
             run = write(program, unfinished)
             parity = list(_compared(model, run, example, dynamic))
@@ -146,6 +148,8 @@ def _check(
         raise ValueError(f'path must end in .onnx or .pt2, got {str(path)!r}.')
     if not path.parent.is_dir():
         raise ValueError(f'path: the folder {str(path.parent)!r} does not exist.')
+    if path.is_dir():
+        raise ValueError(f'path: {str(path)!r} is a folder; name a file.')
     if isinstance(dynamic, str) or not set(dynamic) <= set(DYNAMIC):
         raise ValueError(f"dynamic must be some of ('batch', 'size'), got {dynamic!r}.")
     if form not in FORMS:
@@ -162,6 +166,12 @@ def _check(
         )
     if path.suffix == '.onnx':
         need('onnx', 'onnxruntime', 'onnxscript')
+        kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        if other := kinds - {torch.float32, torch.float16}:
+            raise ValueError(
+                f'model has parameters of {min(map(str, other))}, for which ONNX Runtime has no '
+                'convolutions; take model.float(), and half=True for a file in float16.'
+            )
 
 
 @contextmanager
@@ -201,7 +211,22 @@ def _program(
         remedy = f' Or try {" or ".join(fewer)}.' if fewer else ''
         raise ExportError(
             f'{type(model).__name__} cannot be exported with dynamic={tuple(dynamic)}: '
-            f'{str(error).strip()}{remedy}'
+            f'{_told(error)}{remedy}'
+        ) from error
+
+
+def _told(error: Exception) -> str:
+    return f'{type(error).__name__}: {str(error).strip() or "it says no more"}'
+
+
+def _check_computes(model: nn.Module, example: Tensor) -> None:
+    """Some heads need more than images, such as their sizes or proposals."""
+    try:
+        model(example)
+    except Exception as error:
+        raise ExportError(
+            f'{type(model).__name__} does not compute from images of {tuple(example.shape)} alone: '
+            f'{_told(error)}. Its backbone may: export model.backbone, or give --backbone.'
         ) from error
 
 

@@ -1,6 +1,7 @@
 """What of a detector, segmentor or classifier is a network: tensors to tensors."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,7 +86,7 @@ def tensors_of(outputs: Any) -> list[Tensor]:
     return [torch.as_tensor(leaf) for leaf in leaves]
 
 
-def difference(found: list[Tensor], expected: list[Tensor]) -> float:
+def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference of a value, relative to the largest magnitude in its tensor.
 
     Args:
@@ -93,11 +94,15 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
         expected: The tensors that they are compared with.
 
     Returns:
-        At least 0; infinite if the shapes differ.
+        At least 0; infinite if the shapes differ, or if a value is not a number.
     """
     if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
-        return float('inf')
-    return max(
-        float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-12))
-        for a, b in zip(found, expected)
-    )
+        return math.inf
+    return max(_difference(a.double(), b.double()) for a, b in zip(found, expected))
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    # Infinities may be equal. What is not a number equals nothing, and `max` could lose it.
+    apart = torch.where(found == expected, 0, (found - expected).abs()).max()
+    largest = torch.where(expected.isinf(), 0, expected.abs()).max().clamp_min(1e-12)
+    return math.inf if apart.isnan() else float(apart / largest)

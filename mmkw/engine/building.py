@@ -1,11 +1,13 @@
 """Builds the models of configs for tools that do not train them."""
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
@@ -61,25 +63,37 @@ def build_model(config: Config, on_meta: bool = False) -> nn.Module:
         return MODELS.build(cfg).to('meta')
 
 
-def load_trained(model: nn.Module, path: str) -> None:
+def load_trained(model: nn.Module, path: str, part: str = '') -> None:
     """Loads a trained model's weights and temperature from a file.
 
+    The log names what the file has beside them.
+
     Args:
-        model: Of :func:`build_model`; its dynamic layers must be in the file.
+        model: Of :func:`build_model`.
         path: The checkpoint's file.
+        part: The name of the part of the model that has to be in the file, such as ``backbone``; by
+            default the whole model.
 
     Raises:
         FileNotFoundError: If there is no such file.
         RuntimeError: If the file is damaged, is unsafe, or does not fit.
-        ValueError: If tensors of dynamic layers are not in the file.
+        ValueError: If tensors of the part are not in the file.
     """
     stored = read_checkpoint(path, map_location='cpu')
-    missing = model.load_state_dict(stored.get('state_dict', stored), strict=False).missing_keys
-    learnt = [name for name in missing if '.attention.' in name or 'warehouse_manager' in name]
-    if learnt:
+    missing, unexpected = model.load_state_dict(stored.get('state_dict', stored), strict=False)
+    place = f'{part}.' if part else ''
+    lacking = [name for name in missing if name.startswith(place)]
+    if lacking:
         raise ValueError(
-            f'{path} lacks {learnt[0]} and {len(learnt) - 1} more tensors of dynamic layers; '
-            'give a checkpoint of the whole model, as the runner saves it'
+            f'{path} lacks {lacking[0]} and {len(lacking) - 1} more tensors of the '
+            f'{part or "model"}; give a checkpoint of the whole model, as the runner saves it'
+        )
+    if unexpected:
+        print_log(
+            f'{path} has {len(unexpected)} tensors that the model lacks, such as {unexpected[0]}: '
+            'they are not used',
+            'current',
+            logging.WARNING,
         )
     if any(isinstance(module, LayerAttention) for module in model.modules()):
         set_temperature(model, stored.get('meta', {}).get('temperature', 0.0))

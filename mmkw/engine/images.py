@@ -39,6 +39,7 @@ class ImageLoader:
 
     Raises:
         FileNotFoundError: If a path does not exist, or a folder has no image.
+        ValueError: While it is gone through, if a file is no image.
     """
 
     def __init__(self, config: Config, paths: Sequence[str | Path]) -> None:
@@ -55,4 +56,9 @@ class ImageLoader:
 
     def __iter__(self) -> Iterator[dict]:
         for number, path in enumerate(self._paths):
-            yield pseudo_collate([self._pipeline(dict(img_path=str(path), img_id=number))])
+            try:
+                sample = self._pipeline(dict(img_path=str(path), img_id=number))
+            except AssertionError as error:
+                # mmcv's transform asserts that the file was read.
+                raise ValueError(f'{path} cannot be read as an image') from error
+            yield pseudo_collate([sample])

@@ -20,7 +20,8 @@ class LayerAttention(nn.Module):
 
     Attributes:
         in_channels: Channels of the layer's input.
-        temperature: tau, in [0, 1]. 0 unless a schedule sets it; not part of the state dict.
+        temperature: tau, in [0, 1]. 0 unless a schedule sets it. State dicts note it beside the
+            version of the module, so that no tensor is added.
         has_begun: Whether the temperature is that of a warm start, and no schedule has set it yet.
         is_static_at_one: Whether all images get the same kernel at a temperature of 1.
         gain: The cells of a comparator relative to the kernel that they start at; None if the cells
@@ -53,17 +54,27 @@ class LayerAttention(nn.Module):
         self.temperature = tau
         self.has_begun = True
 
-    def end_start(self) -> bool:
-        """Leaves the temperature of a warm start, where trained attentions take its place.
-
-        Returns:
-            Whether the temperature was another than 0.
-        """
-        left = self.has_begun and self.temperature > 0
+    def end_start(self) -> None:
+        """Ends a warm start, where trained attentions take its place."""
         if self.has_begun:
             self.temperature = 0.0
             self.has_begun = False
-        return left
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Also notes the temperature beside the version: no name is added."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if metadata := getattr(destination, '_metadata', None):
+            metadata[prefix[:-1]]['temperature'] = float(self.temperature)
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any
+    ) -> None:
+        """Also takes the temperature at which the state dict was saved."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        tau = local_metadata.get('temperature')
+        if isinstance(tau, float) and 0 <= tau <= 1:
+            self.temperature = tau
+            self.has_begun = False
 
     def take_start(self, tau: float, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Keeps a warm start while the rest of a static network is loaded.

@@ -12,7 +12,7 @@ import torch
 from conftest import exhaustively
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.runner.checkpoint import load_checkpoint, load_state_dict
+from mmengine.runner.checkpoint import load_checkpoint, load_state_dict, weights_to_cpu
 from torch import nn
 
 import mmkw
@@ -218,10 +218,10 @@ def test_a_start_at_temperature_1_leaves_the_attention_as_it_is():
     assert network.a.attention.temperature == 1
 
 
+@pytest.mark.parametrize('where', ['memory', 'file', 'read', 'bare'])
 @pytest.mark.parametrize('method', ['kernelwarehouse', 'odconv'])
-def test_trained_attentions_end_a_start_at_temperature_1(method, caplog):
+def test_trained_attentions_have_their_temperature(method, where, tmp_path):
     """A network that is made anew and given what another learnt computes the same."""
-    caplog.set_level(logging.INFO, 'mmkw')
     trained, again = (net(method=method, start_tau=1) for _ in range(2))
     optimizer = torch.optim.Adam(trained.parameters(), 1e-2)
     x = torch.randn(2, 4, 8, 8)
@@ -230,16 +230,41 @@ def test_trained_attentions_end_a_start_at_temperature_1(method, caplog):
         optimizer.zero_grad()
         trained(x).square().mean().backward()
         optimizer.step()
-    again.load_state_dict(trained.state_dict())
-    assert 'temperature 0 now' in caplog.text
+
+    def stored():
+        """What is saved now, as it comes back."""
+        state, path = trained.state_dict(), tmp_path / 'a.pth'
+        if where == 'bare':
+            # As in files of others, or of another format.
+            return dict(state)
+        if where == 'memory':
+            return state
+        torch.save(dict(state_dict=weights_to_cpu(state)), path)
+        read = torch.load if where == 'file' else mmkw.read_checkpoint
+        return read(path)['state_dict']
+
+    again.load_state_dict(stored())
     torch.testing.assert_close(again.eval()(x), trained.eval()(x))
-    # What a schedule set stays, and a static network starts it anew.
-    mmkw.set_temperature(again, 0.5)
-    again.load_state_dict(trained.state_dict())
     layers = [m for m in again.modules() if isinstance(m, DynamicLayer)]
-    assert {layer.attention.temperature for layer in layers} == {0.5}
+    if where == 'read':
+        # As MMDetection's and MMSegmentation's `init_...` functions do.
+        mmkw.set_temperature(trained, 0.5)
+        stored()
+        load_checkpoint(again, str(tmp_path / 'a.pth'))
+        torch.testing.assert_close(again(x), trained(x))
+    # Half-way, too, if the file says so; else what a schedule set stays.
+    for tau in (0.5, 0.25):
+        mmkw.set_temperature(trained, tau)
+        again.load_state_dict(stored())
+        expected = 0.0 if where == 'bare' else tau
+        assert {layer.attention.temperature for layer in layers} == {expected}
+    # A static network begins anew.
     again.load_state_dict(Net().state_dict())
     assert {layer.attention.temperature for layer in layers} == {1}
+    alone, twin = KWConv2d(4, 4, 3), KWConv2d(4, 4, 3)
+    mmkw.set_temperature(alone, 0.75)
+    twin.load_state_dict(alone.state_dict())
+    assert twin.attention.temperature == 0.75
 
 
 @pytest.mark.parametrize('tau', [0.5, True, '0'])

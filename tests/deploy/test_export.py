@@ -1,17 +1,22 @@
 """Exported files compute what their networks do, for any batch and any size of image."""
 
+import logging
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from command_util import run
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from torch import nn
 from twin_networks import thin_retinanet
 
 import mmkw
+from mmkw import cli
 from mmkw.deploy import DenseNetwork, ExportError, export
+from mmkw.engine.building import build_model, load_trained
 from mmkw.ops import exported
 
 CONV = dict(kernel_size=3, padding=1)
@@ -127,15 +132,50 @@ def test_the_command(root, detector, tmp_path):
     with torch.no_grad():
         (found,), (expected,) = torch.export.load(out).module()(x), detector.eval().backbone(x)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    # What would be exported without the backbone's weights is random.
-    state = {k: v for k, v in detector.state_dict().items() if not k.startswith('backbone.')}
-    torch.save(dict(state_dict=state), checkpoint)
-    result, output = run(root, *command, tmp_path / 'b.pt2', *options)
-    assert result.returncode == 2 and f'checkpoint {checkpoint}: ' in output
-    assert not (tmp_path / 'b.pt2').exists()
     torch.save(dict(state_dict=detector.state_dict()), checkpoint)
     result, output = run(root, *command, tmp_path / 'a.txt', *options)
     assert result.returncode == 2 and 'path must end in .onnx or .pt2' in output
+
+
+@pytest.mark.parametrize('kind', ['mmkw.KWResNet', 'mmkw.ResNet'])
+def test_the_command_refuses_checkpoints_that_lack_what_it_exports(kind, tmp_path, capsys):
+    """It would write random weights."""
+    from mmengine.config import Config
+
+    config, file, out = (str(tmp_path / name) for name in ('a.py', 'a.pth', 'a.pt2'))
+    model = thin_retinanet(kind)
+    Config(dict(default_scope='mmdet', model=model)).dump(config)
+    state = build_model(Config.fromfile(config)).state_dict()
+    backbone = {k: v for k, v in state.items() if k.startswith('backbone.')}
+    bare = {k.removeprefix('backbone.'): v for k, v in backbone.items()}
+    heads = {k: v for k, v in state.items() if k not in backbone}
+    for stored, options in (
+        (heads, []),
+        (heads, ['--backbone']),
+        (backbone, []),
+        (bare, ['--backbone']),
+        ({'layer1.0.conv9.weight': torch.ones(1)}, ['--backbone']),
+    ):
+        torch.save(dict(state_dict=stored), file)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(['export', config, file, out, '--shape', '64', '64', *options])
+        assert stop.value.code == 2
+        assert f'checkpoint {file}: ' in capsys.readouterr().err
+        assert not Path(out).exists()
+
+
+def test_what_a_model_does_not_use_of_a_checkpoint_is_told(tmp_path):
+    lines, handler = [], logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    MMLogger.get_current_instance().addHandler(handler)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    for more in ({}, {'other': torch.ones(1)}):
+        assert not lines
+        torch.save(dict(**model.state_dict(), **more), tmp_path / 'a.pth')
+        load_trained(model, str(tmp_path / 'a.pth'))
+    MMLogger.get_current_instance().removeHandler(handler)
+    (line,) = lines
+    assert 'has 1 tensors that the model lacks, such as other: they are not used' in line
 
 
 def test_a_model_without_a_dense_head_is_named():
@@ -197,11 +237,44 @@ def test_mistakes_are_named(change, message):
         export(**{**arguments, **change})
 
 
+def test_what_cannot_be_written_is_named_before_anything_is_computed(tmp_path):
+    layer, x = mmkw.KWConv2d(8, 8, 3), torch.rand(1, 8, 6, 6)
+    (tmp_path / 'folder.pt2').mkdir()
+    with pytest.raises(ValueError, match=r"folder.pt2' is a folder; name a file"):
+        export(layer, x, tmp_path / 'folder.pt2')
+    needs('.onnx')
+    for make in (nn.Conv2d, mmkw.KWConv2d):
+        with pytest.raises(ValueError, match=r'parameters of torch.float64, .* take model.float'):
+            export(make(8, 8, 3).double(), x.double(), tmp_path / 'a.onnx')
+    # What someone else has named so stays.
+    other = tmp_path / 'a.part.pt2'
+    other.write_text('mine')
+    export(layer, x, tmp_path / 'a.pt2')
+    assert other.read_text() == 'mine'
+    assert {path.name for path in tmp_path.iterdir()} == {'folder.pt2', 'a.part.pt2', 'a.pt2'}
+
+
+class NeedsMore(nn.Module):
+    """As heads that need the sizes of images."""
+
+    def forward(self, x, sizes=None):
+        if sizes is None:
+            raise AssertionError
+        return x
+
+
 class Wrong(nn.Module):
     """Computes something else in a file."""
 
     def forward(self, x):
         return x + torch.compiler.is_exporting()
+
+
+class Nothing(nn.Module):
+    """Has a second output that is no number in a file; `max` alone would lose it."""
+
+    def forward(self, x):
+        return x, x + (torch.nan if torch.compiler.is_exporting() else 0)
 
 
 class Fixed(nn.Module):
@@ -216,6 +289,8 @@ class Fixed(nn.Module):
     'model, message',
     [
         (Wrong(), 'would differ from the network by'),
+        (Nothing(), 'would differ from the network by inf'),
+        (NeedsMore(), 'images of .2, 1, 6, 6. alone: AssertionError: it says no more'),
         (Fixed(), r'not take images of \(2, 1, 70, 6\)'),
     ],
 )

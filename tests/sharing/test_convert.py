@@ -179,7 +179,7 @@ def test_an_absent_layer_keeps_its_cells():
 
 
 def test_a_sequential_is_refused():
-    with pytest.raises(PlanError, match='is a Sequential, which would run its warehouses'):
+    with pytest.raises(PlanError, match='is a Sequential, which would count its warehouses'):
         convert(nn.Sequential(nn.Conv2d(8, 8, 3)), SharingPlan.make([('0', 'all')]))
 
 

@@ -15,6 +15,18 @@ from mmkw.sharing import static_networks
 
 pytest.importorskip('mmdet', reason='the configs are for it')
 DEMO = 'configs/demo/mask-rcnn_kw1x-r18_fpn_warm-start_mini-coco.py'
+PATTERNS = """
+_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+static = dict(type='ResNet', depth=18, base_channels=8, norm_cfg=dict(type='BN'))
+patterns = [
+    dict(match=r'layer1\\.\\d+\\.conv\\d', warehouse='a'),
+    dict(match=r'layer4\\.\\d+\\.conv\\d', warehouse='b'),
+]
+model = dict(
+    backbone=dict(_delete_=True, type='mmkw.KWModule', module=static, patterns=patterns),
+    neck=dict(in_channels=[8, 16, 32, 64]),
+)
+"""
 
 
 def run(root, *arguments):
@@ -56,7 +68,7 @@ def test_the_plan_of_the_paper_s_resnet50(root):
         ' with\nbackbone: cell_num_ratio='
     )
     cfg = Config.fromfile(root / config)
-    cfg.model.backbone.cell_num_ratio = eval(budgets)
+    cfg.model.backbone.cell_num_ratio = eval(budgets.splitlines()[0])
     backbone = building.build_model(cfg, on_meta=True).backbone
     total = sum(p.numel() for p in backbone.parameters())
     assert f'{total:,}' == head
@@ -73,10 +85,43 @@ def test_the_plan_of_the_paper_s_resnet50(root):
         ('configs/demo/mask-rcnn_r18_fpn_mini-coco.py', [], 'builds no network with warehouses'),
         (DEMO, ['--budget-params', '1K'], r'--budget-params 1,000: the least is'),
         (DEMO, ['--budget-params', 'few'], "'few' is no number of parameters such as 30M"),
+        (DEMO, ['--shape', '-1', '64'], 'expected 2 arguments|no number of pixels'),
+        (DEMO, ['--shape', '0', '64'], "'0' is no number of pixels such as 224"),
+        (
+            DEMO,
+            ['--cfg-options', 'model.backbone.cell_num_ratio=1.5'],
+            f'config {DEMO}: .*cell_num_ratio.*1.5',
+        ),
     ],
 )
 def test_mistakes_in_plans_are_named(run_here, config, options, message):
     assert re.search(message, run_here('plan', config, *options, fails=True))
+
+
+def test_budgets_of_patterns_are_told_by_warehouse(run_here, tmp_path):
+    config = tmp_path / 'a.py'
+    config.write_text(PATTERNS)
+    out = run_here('plan', config, '--budget-params', '300K')
+    (line,) = (line for line in out.splitlines() if line.startswith('With patterns, each in its'))
+    budgets = dict(part.split() for part in line.partition('own: ')[2].split(', '))
+    assert set(budgets) == {'a', 'b'} and len(set(budgets.values())) == 2
+    options = [
+        f'model.backbone.patterns.{i}.cell_num_ratio={v}' for i, v in enumerate(budgets.values())
+    ]
+    again = run_here('plan', config, '--cfg-options', *options)
+    total = out.split('For 300,000 parameters, ')[1].split()[0]
+    assert f' {total} | ' in next(line for line in again.splitlines() if 'networks above' in line)
+
+
+def test_a_model_around_a_detector_has_a_plan(run_here, tmp_path):
+    config = tmp_path / 'a.py'
+    config.write_text(
+        "_base_ = 'mmdet::soft_teacher/"
+        "soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py'\n"
+        "model = dict(detector=dict(backbone=dict(type='mmkw.KWResNet')))\n"
+    )
+    out = run_here('plan', config)
+    assert 'student.backbone (ResNet)' in out and '| parameters of the model |' in out
 
 
 @pytest.fixture(scope='module')
@@ -148,3 +193,19 @@ def test_a_static_checkpoint_of_another_depth_is_refused(run_here, tmp_path):
     message = run_here('convert', *arguments, fails=True)
     assert 'It was made for another architecture' in message
     assert not (tmp_path / 'kw.pth').exists()
+
+
+@pytest.mark.parametrize('change', ['nan', 'folder', 'small'])
+def test_what_is_not_converted_is_told_and_not_written(run_here, static, tmp_path, change):
+    state, shape = torch.load(static, weights_only=True)['state_dict'], ('64', '64')
+    source, target = tmp_path / 'static.pth', tmp_path / 'kw.pth'
+    if change == 'nan':
+        # No kernel, and so not looked at while it is read; the static network has it, too.
+        state['backbone.layer3.0.bn1.bias'][0] = torch.nan
+    torch.save(dict(state_dict=state), source)
+    target = target if change != 'folder' else tmp_path / 'nowhere/kw.pth'
+    shape = ('1', '1') if change == 'small' else shape
+    message = run_here('convert', source, target, '--config', DEMO, '--shape', *shape, fails=True)
+    told = {'nan': 'are no numbers', 'folder': 'there is no folder', 'small': 'at least 4'}
+    assert told[change] in message
+    assert not target.exists()

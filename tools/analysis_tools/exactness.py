@@ -12,6 +12,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmkw.deploy.networks import difference
 from mmkw.sharing import static_networks
 
 HRNET = {
@@ -104,13 +105,6 @@ def outputs(network: nn.Module, side: int, dtype: torch.dtype = torch.float32) -
     network.eval()
     with torch.no_grad():
         return network(x)
-
-
-def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest difference of an output, relative to the largest of its values."""
-    return max(
-        float((y - z).abs().max() / z.abs().max()) for y, z in zip(found, expected, strict=True)
-    )
 
 
 def main() -> None:
