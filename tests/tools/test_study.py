@@ -53,10 +53,10 @@ def test_gains_are_taken_seed_by_seed(study, table, run_of):
     pytest.importorskip('scipy')
     runs = [run_of('static', seed, box) for seed, box in enumerate((40.0, 44.0, 48.0))]
     runs += [run_of('KW 1x', seed, box, 31.0, 1.2) for seed, box in enumerate((41.0, 45.2, 48.9))]
-    # A static network that started elsewhere says nothing about these.
-    runs.append(run_of('static', 0, 44.0, source='b'))
+    # Networks that started elsewhere say nothing about these.
+    runs += [run_of(arm, 0, 54.0, source='b') for arm in ('static', 'KW 1x')]
     static, dynamic = study.report(table, runs).splitlines()[2:]
-    assert static == '| static (4) | 44.0 ± 3.3 | 30.0 ± 0.0 |  |  |  |  |  | 1.50 |'
+    assert static == '| static (3) | 44.0 ± 4.0 | 30.0 ± 0.0 |  |  |  |  |  | 1.50 |'
     name, box, mask, gain, _, p_box, _, ratio, _ = dynamic.strip('| ').split(' | ')
     assert (name, box, mask) == ('KW 1x (3)', '45.0 ± 4.0', '31.0 ± 0.0')
     assert (gain, ratio) == ('+1.0 ± 0.2', '1.20')

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -486,11 +487,22 @@ def runs_of(arm: Arm, table: Table, runs: Sequence[dict]) -> list[dict]:
     return [run for run in runs if all(run[name] == value for name, value in kind.items())]
 
 
+def of_one_source(table: Table, runs: Sequence[dict]) -> list[dict]:
+    """The runs of a table that started from the same weights; of several the most that there are.
+
+    A source that is trained anew, also by another machine, is another one: networks that go on from
+    it differ by it, too.
+    """
+    own = [run for arm in table.arms.values() for run in runs_of(arm, table, runs)]
+    most = Counter(run['source'] for run in own).most_common(1)
+    return [run for run in own if run['source'] == most[0][0]]
+
+
 def pairs_of(arm: Arm, table: Table, runs: Sequence[dict]) -> list[tuple[dict, dict]]:
-    """The runs of an arm, each with the first arm's of the same seed and source."""
+    """The runs of an arm, each with the first arm's of the same seed, all of one source."""
     reference, *_ = table.arms.values()
-    of = {(run['seed'], run['source']): run for run in runs_of(reference, table, runs)}
-    own = [(run, of.get((run['seed'], run['source']))) for run in runs_of(arm, table, runs)]
+    of = {run['seed']: run for run in runs_of(reference, table, runs)}
+    own = [(run, of.get(run['seed'])) for run in runs_of(arm, table, runs)]
     return [(run, first) for run, first in own if first]
 
 
@@ -536,8 +548,8 @@ def digest(checkpoint: Path) -> str:
 def report(table: Table, runs: Sequence[dict]) -> str:
     """The table of a study: means and spreads, and what each arm gains over the first.
 
-    Gains are taken seed by seed, of networks with the same source. ``p`` is that of a paired
-    t-test, of both sides.
+    Gains are taken seed by seed. ``p`` is that of a paired t-test, of both sides. Runs from other
+    sources than most of the table's are left out.
 
     Args:
         table: Of the study.
@@ -545,6 +557,7 @@ def report(table: Table, runs: Sequence[dict]) -> str:
     """
     from scipy.stats import ttest_rel
 
+    runs = of_one_source(table, runs)
     reference, *_ = table.arms.values()
     metrics = TASKS[table.task].metrics
     columns = ['network (runs)', *metrics, *(f'gain in {metric}' for metric in metrics)]
@@ -584,6 +597,7 @@ def draw(table: Table, runs: Sequence[dict], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
+    runs = of_one_source(table, runs)
     metrics = TASKS[table.task].metrics
     figure = Figure((12, 3.2 * len(metrics)), layout='constrained')
     axes = figure.subplots(len(metrics), 3, squeeze=False, sharey='row')
