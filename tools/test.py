@@ -5,6 +5,7 @@ from copy import deepcopy
 
 from mmengine.config import Config, ConfigDict
 
+from mmkw.engine.building import type_name
 from mmkw.engine.command_line import (
     add_common_arguments,
     build_runner,
@@ -68,7 +69,7 @@ def dump_predictions(parser: argparse.ArgumentParser, config: Config, out: str) 
     evaluators = list(evaluators) if isinstance(evaluators, (list, tuple)) else [evaluators]
     library = library_of(config)
     if library == 'mmseg':
-        keepers = [e for e in evaluators if e.type.rpartition('.')[2] in WRITING_METRICS]
+        keepers = [e for e in evaluators if type_name(e) in WRITING_METRICS]
         if not keepers:
             parser.error(f'--out needs one of {WRITING_METRICS} in test_evaluator')
         keepers[0].output_dir = out

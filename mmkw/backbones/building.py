@@ -24,7 +24,8 @@ def make_dynamic(
         plan: A plan, or pairs of layer and warehouse. Pairs use the warehouse options in
             ``arguments``.
         arguments: Arguments of a constructor, by name: the warehouse options,
-            ``attention_norm_cfg``, ``start_tau`` and ``freeze_warehouses``. Others are ignored.
+            ``attention_norm_cfg``, ``start_tau``, ``freeze_warehouses`` and
+            ``keep_weights``. Others are ignored.
 
     Returns:
         The same network.
@@ -48,6 +49,5 @@ def make_dynamic(
         absent,
         arguments['start_tau'],
         arguments['freeze_warehouses'],
-        # A config names the weights to start from; without them the paper's random start is meant.
-        keep_weights=False,
+        arguments['keep_weights'],
     )

@@ -214,6 +214,7 @@ def KWConvNeXt(
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
     freeze_warehouses: bool = True,
+    keep_weights: bool = False,
     **static: Any,
 ) -> ConvNeXt:
     """Builds a ConvNeXt whose convolutions are all dynamic, with the paper's twelve warehouses.
@@ -244,6 +245,9 @@ def KWConvNeXt(
             :class:`~mmkw.engine.hooks.TemperatureHook`.
         freeze_warehouses: Whether a warehouse is frozen while all its layers are frozen. If not,
             every warehouse learns.
+        keep_weights: Whether training from scratch begins with the static network's random kernels,
+            as with those of a static checkpoint. By default cells and attentions have the random
+            start of the paper, which needs a :class:`~mmkw.engine.hooks.TemperatureHook`.
         **static: The other arguments of :class:`ConvNeXt`.
 
     Returns:

@@ -61,6 +61,7 @@ def KWMobileNetV2(
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
     freeze_warehouses: bool = True,
+    keep_weights: bool = False,
     **static: Any,
 ) -> nn.Module:
     """Builds the MobileNetV2 of a library with the paper's sharing.
@@ -100,6 +101,9 @@ def KWMobileNetV2(
         freeze_warehouses: Whether a warehouse is frozen while all its layers are frozen. If not,
             every warehouse learns. The paper's detectors freeze the stem and the first two
             stages but no warehouse: ``frozen_stages=2, freeze_warehouses=False`` in mmdet.
+        keep_weights: Whether training from scratch begins with the static network's random kernels,
+            as with those of a static checkpoint. By default cells and attentions have the random
+            start of the paper, which needs a :class:`~mmkw.engine.hooks.TemperatureHook`.
         **static: The other arguments of :func:`MobileNetV2`.
 
     Returns:

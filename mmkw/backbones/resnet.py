@@ -65,6 +65,7 @@ def KWResNet(
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
     freeze_warehouses: bool = True,
+    keep_weights: bool = False,
     **static: Any,
 ) -> nn.Module:
     """Builds the ResNet of a library with the paper's four warehouses, one per stage.
@@ -100,6 +101,9 @@ def KWResNet(
             :class:`~mmkw.engine.hooks.TemperatureHook`.
         freeze_warehouses: Whether a warehouse is frozen while all its layers are frozen. If not,
             every warehouse learns.
+        keep_weights: Whether training from scratch begins with the static network's random kernels,
+            as with those of a static checkpoint. By default cells and attentions have the random
+            start of the paper, which needs a :class:`~mmkw.engine.hooks.TemperatureHook`.
         **static: The other arguments of :func:`ResNet`.
 
     Returns:

@@ -28,6 +28,7 @@ def KWModule(
     attention_norm_cfg: dict | None = None,
     start_tau: float = 0.0,
     freeze_warehouses: bool = True,
+    keep_weights: bool = False,
     **more: Any,
 ) -> nn.Module:
     r"""Builds a registered backbone, neck or head, and makes its layers dynamic.
@@ -66,6 +67,9 @@ def KWModule(
             :class:`~mmkw.engine.hooks.TemperatureHook`.
         freeze_warehouses: Whether a warehouse is frozen while all its layers are frozen. If not,
             every warehouse learns.
+        keep_weights: Whether training from scratch begins with the static network's random kernels,
+            as with those of a static checkpoint. By default cells and attentions have the random
+            start of the paper, which needs a :class:`~mmkw.engine.hooks.TemperatureHook`.
         **more: More arguments of the module. Those in ``module`` take precedence.
 
     Returns:

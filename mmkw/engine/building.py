@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import nn
 from ..checkpoints import read_checkpoint
 from ..layers import LayerAttention, set_temperature
 from ..sharing import is_converted
+
+LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 
 
 def read_config(name: str) -> Config:
@@ -41,6 +43,45 @@ def read_config(name: str) -> Config:
     return Config.fromfile(path)
 
 
+def scope_of(config: Config) -> str:
+    """The library of a config: its default scope, or else that of its model's type.
+
+    Types may be names, or as in new-style configs classes.
+
+    Args:
+        config: Config of a detector, segmentor or classifier.
+
+    Returns:
+        A scope of MMEngine's registries; ``mmengine`` if the config does not say.
+    """
+    scope, kind = config.get('default_scope'), config.get('model', {}).get('type')
+    if scope in (None, 'mmengine'):
+        place = kind.__module__ if isinstance(kind, type) else str(kind)
+        scope = place.partition('.')[0]
+    if scope in LIBRARIES:
+        return scope
+    return config.get('default_scope') or 'mmengine'
+
+
+def type_name(cfg: Mapping[str, Any]) -> str:
+    """The name of the type of a part of a config, without a scope.
+
+    Args:
+        cfg: With ``type``, a name or a class.
+    """
+    kind = cfg.get('type')
+    return kind.__name__ if isinstance(kind, type) else str(kind).rpartition('.')[2]
+
+
+def is_pretrained(cfg: Mapping[str, Any]) -> bool:
+    """Whether a part of a config is an initialiser that reads a file.
+
+    Args:
+        cfg: Any dict.
+    """
+    return type_name(cfg) in ('Pretrained', 'PretrainedInit')
+
+
 def build_model(config: Config, on_meta: bool = False) -> nn.Module:
     """Builds the model of a config with random weights. Pretrained weights are not loaded.
 
@@ -48,7 +89,7 @@ def build_model(config: Config, on_meta: bool = False) -> nn.Module:
         config: Config of a detector, segmentor or classifier; not changed.
         on_meta: Whether tensors are on the meta device, without memory. This is enough to count.
     """
-    init_default_scope(config.get('default_scope') or 'mmengine')
+    init_default_scope(scope_of(config))
     cfg = _without_weights(copy.deepcopy(config.model))
     if 'data_preprocessor' in config:
         # As MMEngine's runner does.
@@ -95,8 +136,10 @@ def load_trained(model: nn.Module, path: str, part: str = '') -> None:
             'current',
             logging.WARNING,
         )
-    if any(isinstance(module, LayerAttention) for module in model.modules()):
-        set_temperature(model, stored.get('meta', {}).get('temperature', 0.0))
+    # Older files have it here alone.
+    tau = stored.get('meta', {}).get('temperature')
+    if tau is not None and any(isinstance(module, LayerAttention) for module in model.modules()):
+        set_temperature(model, tau)
 
 
 def dynamic_networks(model: nn.Module) -> dict[str, nn.Module]:
@@ -129,8 +172,6 @@ def dicts_of(place: str, cfg: Any) -> Iterator[tuple[str, dict]]:
 def _without_weights(model: dict) -> dict:
     for _, part in dicts_of('model', model):
         for name, value in part.items():
-            if name == 'pretrained' or (
-                isinstance(value, dict) and value.get('type') == 'Pretrained'
-            ):
+            if name == 'pretrained' or (isinstance(value, dict) and is_pretrained(value)):
                 part[name] = None
     return model

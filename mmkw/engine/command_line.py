@@ -13,7 +13,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from .building import dicts_of, read_config
+from .building import LIBRARIES, dicts_of, is_pretrained, read_config, scope_of
 
 # Weights to download, by the names under which the configs expect them.
 PUBLISHED_WEIGHTS = {
@@ -87,6 +87,9 @@ def load_config(args: argparse.Namespace) -> Config:
     config = read_config(args.config)
     config.merge_from_dict(args.cfg_options)
     config.launcher = args.launcher
+    # Backbones of this package are of the library that this names.
+    if (scope := scope_of(config)) in LIBRARIES:
+        config.default_scope = scope
     name = osp.splitext(osp.basename(args.config))[0]
     config.work_dir = args.work_dir or config.get('work_dir') or osp.join('work_dirs', name)
     return config
@@ -143,8 +146,8 @@ def library_of(config: Config) -> str:
     Returns:
         ``mmdet``, ``mmseg`` or ``mmpretrain``.
     """
-    scope = config.get('default_scope') or str(config.model.get('type')).partition('.')[0]
-    return scope if scope in ('mmseg', 'mmpretrain') else 'mmdet'
+    scope = scope_of(config)
+    return scope if scope in LIBRARIES else 'mmdet'
 
 
 def check_scopes(parser: argparse.ArgumentParser, config: Config) -> None:
@@ -174,7 +177,7 @@ def _types(place: str, cfg: Any) -> Iterator[tuple[str, str]]:
 
 def _pretrained_files(place: str, cfg: Any) -> Iterator[tuple[str, str, str]]:
     for where, part in dicts_of(place, cfg):
-        if part.get('type') == 'Pretrained' and isinstance(part.get('checkpoint'), str):
+        if is_pretrained(part) and isinstance(part.get('checkpoint'), str):
             yield where, f'{where}.checkpoint', part['checkpoint']
         if isinstance(part.get('pretrained'), str):
             yield f'{where}.pretrained', f'{where}.pretrained', part['pretrained']

@@ -166,7 +166,7 @@ def convert(
     partitions = plan.partition(kernels)
 
     manager = WarehouseManager(partitions, start_tau)
-    manager.keeps_start = is_of_the_paper(network)
+    manager.keeps_start = is_of_the_paper(network) and not keep_weights
     norm_cfg = attention_norm_cfg or attention_norm(network)
     twins: dict[nn.Module, nn.Module] = {}
     members: list[list[nn.Module]] = []

@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS
 
 from mmkw.cli.config import add_config_options, config_of
+from mmkw.engine.building import type_name
 from mmkw.engine.hooks import TemperatureHook
 
 # The curve over epochs is the same for all lengths of an epoch, except for the size of its steps.
@@ -25,7 +26,7 @@ def find_hook(config: Config) -> TemperatureHook:
         SystemExit: If it has none.
     """
     for cfg in config.get('custom_hooks', []):
-        if str(cfg['type']).endswith('TemperatureHook'):
+        if type_name(cfg) == 'TemperatureHook':
             return HOOKS.build(cfg)
     raise SystemExit(
         f'{config.filename} has no temperature hook, so its temperature is 0 throughout; add '
