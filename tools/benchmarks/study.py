@@ -210,8 +210,8 @@ WIDE = {'model.backbone.base_channels': 64, 'model.neck.in_channels': [64, 128, 
 # Weights of zero rate stay as they are; so does their decay, which is of the rate.
 STILL = {'backbone': 0, 'neck': 0, 'rpn_head': 0, 'roi_head': 0}
 LAYER_NORM = {'model.backbone.attention_norm_cfg': {'type': 'LN'}}
-# Begins as the static network does, with random kernels and no temperature.
-AS_STATIC = {'model.backbone.keep_weights': True, **LAYER_NORM, **QUICK_ATTENTION}
+# Begins with the random kernels of the static network, one to one, and without a temperature.
+ONE_TO_ONE = {'model.backbone.keep_weights': True, **LAYER_NORM, **QUICK_ATTENTION}
 STATIC, CHOSEN = Arm(), Arm(1, QUICK_ATTENTION)
 
 
@@ -320,9 +320,9 @@ TABLES = {
         {
             'static': STATIC,
             'KW 1x, 1 to 0 in one epoch': Arm(1, annealed(1)),
-            'KW 1x, as static, LN, attentions 1e-2': Arm(1, AS_STATIC),
-            'KW 4x, as static, LN, attentions 1e-2': Arm(4, AS_STATIC),
-            'KW 1x, as static': Arm(1, {'model.backbone.keep_weights': True}),
+            'KW 1x, one to one, LN, attentions 1e-2': Arm(1, ONE_TO_ONE),
+            'KW 4x, one to one, LN, attentions 1e-2': Arm(4, ONE_TO_ONE),
+            'KW 1x, one to one': Arm(1, {'model.backbone.keep_weights': True}),
             'KW 4x, 1 to 0 in one epoch': Arm(4, annealed(1)),
         },
         task='digits, half as wide',
