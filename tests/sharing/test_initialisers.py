@@ -6,10 +6,11 @@ import pickle
 import pytest
 import torch
 from mmengine.model import BaseModule
+from mmengine.registry import MODELS
 from torch import nn
 from twin_networks import BACKBONES, HEADS, build
 
-from mmkw.layers import KWConv2d, KWLinear, StandsForStatic
+from mmkw.layers import KWConv2d, KWLinear, LayerAttention, StandsForStatic
 from mmkw.layers.attention import Attention
 from mmkw.sharing import SharingPlan, convert
 from mmkw.sharing.families import is_of_the_paper
@@ -280,3 +281,47 @@ def test_a_fused_projection_stays_split():
     assert isinstance(network.attend, SplitProjection)
     network.apply(lambda module: None)
     assert isinstance(network.attend, SplitProjection)
+
+
+RANDOM = {
+    'KWResNet': ('ResNet', dict(depth=18, base_channels=8)),
+    'KWMobileNetV2': ('MobileNetV2', dict(widen_factor=0.5)),
+    'KWConvNeXt': ('ConvNeXt', dict(arch=dict(depths=[1] * 4, channels=[8, 16, 24, 32]))),
+    'KWModule': ('ResNet', dict(depth=18, base_channels=8)),
+}
+
+
+@pytest.mark.parametrize('method', ['kernelwarehouse', 'dyconv'])
+@pytest.mark.parametrize('kind', RANDOM)
+def test_training_from_scratch_may_begin_as_the_static_network_does(kind, method):
+    """With its random kernels, before and after they are initialised, and at temperature 0."""
+    static, arguments = RANDOM[kind]
+    if kind != 'KWConvNeXt':
+        pytest.importorskip('mmdet', reason='the networks are its')
+    wrapped = dict(type=f'mmkw.{static}', **arguments)
+    config = dict(module=wrapped) if kind == 'KWModule' else dict(arguments)
+    config = dict(config, type=f'mmkw.{kind}', method=method, cell_num_ratio=2)
+    made = []
+    for options in (wrapped, dict(config, keep_weights=True), config):
+        torch.manual_seed(0)
+        made.append(MODELS.build(options))
+    twin, network, _ = made
+    x = torch.randn(2, 3, 64, 64)
+    for tolerance in (1e-5, 1e-2):
+        found = []
+        for each in made:
+            each.eval()
+            with torch.no_grad():
+                found.append(each(x)[-1])
+        scale = found[0].abs().max()
+        assert (found[1] - found[0]).abs().max() < tolerance * scale
+        assert (found[2] - found[0]).abs().max() > 1e-2 * scale
+        for each in (twin, network):
+            torch.manual_seed(1)
+            each.init_weights()
+    assert {a.temperature for a in network.modules() if isinstance(a, LayerAttention)} == {0}
+    # Its attentions learn.
+    network.train()
+    network(x)[-1].square().mean().backward()
+    learn = [p.grad for name, p in network.named_parameters() if 'attention' in name]
+    assert any(grad is not None and grad.abs().max() > 0 for grad in learn)
