@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import modes
+from .attention import LayerAttention
 from .warehouse import WarehouseManager
 from .warm_start import warm_start
 
@@ -66,13 +67,18 @@ class StandsForStatic(nn.Module):
             fn: A function of a module; first applied to the twin. If it changes a parameter of the
                 twin, this module takes over the values, and ``apply`` ends. If it changes none, it
                 is applied to the modules in here. Their parameters keep their values, because a
-                static network does not have them.
+                static network does not have them. But where it resets the twin, the attentions are
+                reset, too: nothing that was learnt is left.
         """
         if not has_values(self):
             return super().apply(fn)
         twin = self.static_twin()
-        before = _copies(twin)
+        before, is_reset = _copies(twin), _watch_reset(twin)
         twin.apply(fn)
+        if is_reset:
+            # The next layer must get the same random numbers as in a static network.
+            with torch.random.fork_rng(devices=[]):
+                _reset_attentions(self)
         if _has_changed(twin, before):
             kernels = Kernels()
             self.take_values(twin, kernels)
@@ -86,6 +92,24 @@ class StandsForStatic(nn.Module):
             for parameter, value in values.items():
                 parameter.copy_(value)
         return self
+
+
+def _watch_reset(twin: nn.Module) -> list[bool]:
+    """A list that is filled when the twin is reset."""
+    called: list[bool] = []
+    reset = getattr(twin, 'reset_parameters', None)
+    if reset is not None:
+        twin.reset_parameters = lambda: (called.append(True), reset())
+    return called
+
+
+def _reset_attentions(dynamic: StandsForStatic) -> None:
+    for attention in dynamic.modules():
+        if isinstance(attention, LayerAttention):
+            # Each before what holds it, which has its own way to start its layers.
+            for part in reversed(list(attention.modules())):
+                if hasattr(part, 'reset_parameters'):
+                    part.reset_parameters()
 
 
 class Kernels:

@@ -156,6 +156,24 @@ def test_other_functions_reach_what_is_in_a_dynamic_layer():
     assert not [n for n, p in network.named_parameters() if p.requires_grad]
 
 
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_a_reset_leaves_nothing_that_was_learnt(dynamic):
+    """As between the folds of a cross-validation."""
+    layers = [nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32), nn.Flatten(), nn.Linear(32 * 9, 32)]
+    network = nn.Module()
+    network.inner = nn.Sequential(*layers)
+    if dynamic:
+        convert(network, SharingPlan.make([('inner.0', 'a'), ('inner.3', 'b')]))
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    for _ in range(2):
+        network.inner(torch.randn(4, 32, 5, 5)).square().mean().backward()
+        optimizer.step()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.apply(lambda m: m.reset_parameters() if hasattr(m, 'reset_parameters') else None)
+    after = network.state_dict()
+    assert not [name for name in after if torch.equal(before[name], after[name])]
+
+
 class Freezing(BaseModule):
     """Freezes, and sets to evaluation, while it starts its weights."""
 
