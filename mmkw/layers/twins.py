@@ -98,8 +98,13 @@ def _watch_reset(twin: nn.Module) -> list[bool]:
     """A list that is filled when the twin is reset."""
     called: list[bool] = []
     reset = getattr(twin, 'reset_parameters', None)
-    if reset is not None:
-        twin.reset_parameters = lambda: (called.append(True), reset())
+
+    def noting() -> None:
+        called.append(True)
+        reset()
+
+    if callable(reset):
+        twin.reset_parameters = noting
     return called
 
 
