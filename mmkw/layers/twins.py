@@ -97,14 +97,13 @@ class StandsForStatic(nn.Module):
 def _watch_reset(twin: nn.Module) -> list[bool]:
     """A list that is filled when the twin is reset."""
     called: list[bool] = []
-    reset = getattr(twin, 'reset_parameters', None)
+    reset: Callable[[], None] = getattr(twin, 'reset_parameters', lambda: None)
 
     def noting() -> None:
         called.append(True)
         reset()
 
-    if callable(reset):
-        twin.reset_parameters = noting
+    twin.reset_parameters = noting
     return called
 
 
