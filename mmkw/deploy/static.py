@@ -223,6 +223,10 @@ def _check_keep(keep: str | Collection[str], layers: Collection[str]) -> None:
             raise ValueError(
                 f"keep must be such as 'top 30 %', from 0 to 100, or names of layers, got {keep!r}."
             )
+    elif not isinstance(keep, Collection):
+        raise ValueError(
+            f"keep must be such as 'top 30 %' or names of layers, by default none, got {keep!r}."
+        )
     elif unknown := set(keep) - set(layers):
         raise ValueError(
             f'keep names {sorted(unknown)}, which are no dynamic layers; they are {list(layers)}.'

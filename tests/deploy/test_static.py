@@ -237,6 +237,7 @@ class Unused(nn.Module):
         (dict(loader=[dict(inputs=batches()[0])]), 'loader has dicts, which a Net does not take'),
         (dict(keep='30 %'), "keep must be such as 'top 30 %', .* got '30 %'"),
         (dict(keep='top 101 %'), 'from 0 to 100'),
+        (dict(keep=None), 'by default none, got None'),
         (dict(keep=['a', 'z']), r"keep names \['z'\], .* they are \['a', 'b', 'c'\]"),
         (dict(network=Unused()), r"unused computes for none of the 12 .* keep=\['unused'\]"),
     ],
