@@ -274,9 +274,11 @@ class SplitMultiheadAttention(SplitProjection):
 
 def fused_projections(network: nn.Module) -> dict[str, nn.Module]:
     """The fused projections of a network that can be split, by name, in module order."""
+    # In evaluation PyTorch's encoder reads the parameters of its attention.
+    read = {m.self_attn for m in network.modules() if isinstance(m, nn.TransformerEncoderLayer)}
     found = {}
     for name, module in network.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention) and module not in read:
             found[name] = module
         elif type(module).__name__ == _WINDOWED:
             found[f'{name}.w_msa.qkv'] = module.w_msa.qkv

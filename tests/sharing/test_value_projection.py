@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmkw.layers import KWLinear
-from mmkw.sharing import SharingPlan, convert
+from mmkw.layers import KWLinear, PlanError
+from mmkw.sharing import SharingPlan, convert, pattern_plan
 from mmkw.sharing.value_projection import (
     SplitMultiheadAttention,
     WindowProjection,
@@ -125,3 +125,17 @@ def test_windows_of_an_image_share_its_value_kernel():
     torch.testing.assert_close(together, alone)
     named = block.attention(query=tokens, hw_shape=(4, 4))
     torch.testing.assert_close(together, named)
+
+
+def test_an_encoder_of_pytorch_stays_as_it_is():
+    """It reads the parameters of its attention, in evaluation alone."""
+    network = nn.Module()
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    network.encoder = nn.TransformerEncoder(layer, 2)
+    network.last = nn.Linear(32, 32)
+    with pytest.raises(PlanError, match='decides nothing: no layer matches'):
+        pattern_plan(network, [dict(match=r'encoder\.layers\.\d\.self_attn\.value')])
+    x = torch.randn(2, 5, 32)
+    expected = network.encoder.eval()(x)
+    convert(network)
+    torch.testing.assert_close(network.encoder.eval()(x), expected, atol=1e-5, rtol=1e-5)
