@@ -18,8 +18,9 @@ COMMANDS = {
     'export': 'write a network as ONNX or as a program of torch.export',
 }
 
-# What brings OpenMMLab's packages.
+# The extras that bring a package.
 EXTRAS = {
+    'torch': ('det', 'seg', 'cls'),
     'mmengine': ('det', 'seg', 'cls'),
     'mmcv': ('det', 'seg'),
     'mmdet': ('det',),
