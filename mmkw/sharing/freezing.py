@@ -45,11 +45,13 @@ class FreezeWithLayers:
             self._look_at_others(wanted)
         for index, learns in enumerate(wanted):
             if not learns:
-                self._frozen.add(index)
-            elif index not in self._frozen or self._manager.stays_frozen:
-                continue
-            else:
+                # Nothing is noted again: a compiled network might be compiled anew.
+                if index not in self._frozen:
+                    self._frozen.add(index)
+            elif index in self._frozen and not self._manager.stays_frozen:
                 self._frozen.discard(index)
+            else:
+                continue
             if self._is_learning(index) != learns:
                 for parameter in self._manager.weights.parameters_of(index):
                     parameter.requires_grad_(learns)
