@@ -143,6 +143,16 @@ def hand_hooks_on(module: nn.Module, successor: nn.Module) -> None:
     successor._is_full_backward_hook = module._is_full_backward_hook
 
 
+def pre_hooks_of(module: nn.Module, kind: type) -> list[Any]:
+    """The hooks of a class that run before a module's forward pass.
+
+    Args:
+        module: Any module.
+        kind: Class of the hooks.
+    """
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, kind)]
+
+
 def remove_pre_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
     """Removes hooks that run before a module's forward pass.
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..layers import WarehouseManager
+from ..ops import modes
 
 LOGGER = logging.getLogger('mmkw')
 
@@ -96,6 +97,5 @@ def follow_layers(module: nn.Module) -> None:
         module: Any module.
     """
     for part in module.modules():
-        for hook in part._forward_pre_hooks.values():
-            if isinstance(hook, FreezeWithLayers):
-                hook.follow()
+        for hook in modes.pre_hooks_of(part, FreezeWithLayers):
+            hook.follow()

@@ -146,7 +146,7 @@ def test_a_segmentor_in_both_runtimes_and_in_half_precision(logits, tmp_path, ca
 
     # By the command, from a config and a checkpoint.
     half, config, checkpoint = (str(tmp_path / name) for name in ('a.half.onnx', 'a.py', 'a.pth'))
-    model = segmentor(is_converted(logits))
+    model = segmentor(is_converted(logits.model.backbone))
     Config(dict(default_scope='mmseg', model=model)).dump(config)
     torch.save(dict(state_dict=logits.model.state_dict()), checkpoint)
     command.main([config, checkpoint, half, '--half', '--shape', '64', '64'])
