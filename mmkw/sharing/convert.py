@@ -132,9 +132,7 @@ def convert(
             f'The network is itself a layer, a {type(network).__name__}. Make a dynamic layer, '
             'such as mmkw.KWConv2d, or convert a module that holds it.'
         )
-    if type(network) in (nn.Sequential, nn.ModuleList, nn.ModuleDict) or isinstance(
-        network, nn.Sequential
-    ):
+    if isinstance(network, nn.Sequential) or type(network) in (nn.ModuleList, nn.ModuleDict):
         raise PlanError(
             f'The network is a {type(network).__name__}, which would count its warehouses among '
             'its modules. Convert a module that holds it.'

@@ -67,6 +67,8 @@ class FreezeWithLayers:
         others = [
             i for i in indices if wanted[i] and i not in self._frozen and not self._is_learning(i)
         ]
+        # Integers have no parameters that could learn.
+        others = [i for i in others if self._manager.weights.parameters_of(i)]
         if not others:
             return
         if not any(map(self._is_learning, indices)) and not all(
