@@ -266,6 +266,17 @@ TABLES = {
             'KW 1x, attentions with LayerNorm': Arm(1, {**QUICK_ATTENTION, **LAYER_NORM}),
         },
     ),
+    'further': choice(
+        {
+            'static, 1e-3': STATIC,
+            'KW 1x, 1e-3, LN, attentions 1e-2': Arm(1, {**QUICK_ATTENTION, **LAYER_NORM}),
+            'KW 4x, 1e-3, LN, attentions 1e-2': Arm(4, {**QUICK_ATTENTION, **LAYER_NORM}),
+            'KW 1x, 1e-3, attentions 1e-2': CHOSEN,
+            'static, 2e-3': Arm(None, FAST),
+        },
+        task='digits, half as wide',
+        epochs=6,
+    ),
     'temperature': choice(
         {
             'static': STATIC,
