@@ -21,7 +21,7 @@ class FreezeWithLayers:
     a whole network was frozen and then a part of it learns. Other warehouses that someone froze
     stay so, and all do after ``warehouse_manager.requires_grad_(False)``. Where a network computes
     by other methods than ``forward``, the attentions have this hook, too: they compute before cells
-    are mixed.
+    are mixed. Each looks whether its own warehouse is as its layers are.
 
     Args:
         manager: Owner of the network's warehouses.
@@ -30,14 +30,24 @@ class FreezeWithLayers:
 
     def __init__(self, manager: WarehouseManager, layers: Sequence[Sequence[nn.Module]]) -> None:
         self._layers = layers
+        self._warehouse_of = {
+            layer.attention: index for index, own in enumerate(layers) for layer in own
+        }
         self._manager = manager
         self._frozen = {index for index in range(len(layers)) if not self._is_learning(index)}
         self._told: set[int] = set()
 
-    def __call__(self, network: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Freezes and thaws warehouses before the forward pass, if gradients are enabled."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self._is_followed(self._warehouse_of.get(module)):
             self.follow()
+
+    def _is_followed(self, index: int | None) -> bool:
+        """Whether nothing is to be done for a warehouse; of the whole network that is not known."""
+        if index is None:
+            return False
+        learns = any(map(_learns, self._layers[index]))
+        return learns == self._is_learning(index) == (index not in self._frozen)
 
     def follow(self) -> None:
         """Freezes and thaws warehouses as their layers are now."""

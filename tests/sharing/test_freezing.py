@@ -189,14 +189,29 @@ def test_frozen_layers_where_other_methods_than_forward_compute():
     timm = pytest.importorskip('timm', reason='its networks have such methods')
     static = timm.create_model('resnet18', num_classes=3)
     x = torch.randn(2, 3, 32, 32)
-    for network in (static, convert(copy.deepcopy(static))):
+    dynamic = convert(copy.deepcopy(static))
+    cells = dynamic.warehouse_manager
+    for network in (static, dynamic):
         network.layer1.requires_grad_(False)
         network.layer2.requires_grad_(False)
         network.forward_features(x).sum().backward()
         found = [p.grad is None for n, p in network.named_parameters() if n.startswith('layer2')]
         assert all(found)
-    grads = [cells.grad is None for cells in network.warehouse_manager.parameters()]
+    grads = [p.grad is None for p in cells.parameters()]
     assert grads == [True, False, False, False]
+    # All is frozen, and then a part learns that mixes the cells of several warehouses.
+    for network in (static, dynamic):
+        network.requires_grad_(False)
+        network.forward_features(x)
+        for part in (network.layer3, network.layer4):
+            part.requires_grad_(True)
+        network.zero_grad()
+        network.forward_features(x).sum().backward()
+        found = [p.grad is not None for n, p in network.named_parameters() if n[:6] == 'layer4']
+        assert all(found)
+    grads = [p.grad is not None for p in cells.parameters()]
+    # The first block of a stage takes some of its kernels from the stage before.
+    assert grads == [False, True, True, True]
 
 
 def test_frozen_layers_and_distributed_training(tmp_path):
