@@ -130,6 +130,9 @@ def test_arms_differ_by_their_overrides_alone(study, table):
     assert table.arms['static'].overrides(task) == {}
     expected = {'model.backbone.type': 'mmkw.KWResNet', 'model.backbone.cell_num_ratio': 1}
     assert table.arms['KW 1x'].overrides(task) == {**expected, 'a.b': 2}
+    shorter = replace(table.arms['KW 1x'], epochs=2)
+    kinds = [study.identity(arm, table) for arm in (table.arms['KW 1x'], shorter)]
+    assert kinds == [{**kinds[1], 'epochs': 3}, {**kinds[0], 'epochs': 2}]
 
 
 def test_every_table_of_the_project_can_be_made(study, root):
@@ -148,6 +151,8 @@ def test_every_table_of_the_project_can_be_made(study, root):
             same = [json.dumps(c, sort_keys=True) for c in (wrapped, config.model.backbone)]
             assert same[0] == same[1]
         assert len(table.seeds) >= 3
+        # What confirms a choice is not what the choice looked at.
+        assert (table.split == 'test') == (min(table.seeds) > 2)
     runs = json.loads(study.RESULTS.read_text())
     asked = [(arm, table) for table in study.TABLES.values() for arm in table.arms.values()]
     assert all(any(study.runs_of(*arm, [run]) for arm in asked) for run in runs)
