@@ -8,10 +8,14 @@ is for the network itself.
 
 This works for MMEngine's own constructor and for all derived ones, such as those of mmdet, mmseg
 and mmpretrain.
+
+They take one more key in ``paramwise_cfg``: ``attention_lr_mult``, a number of at least 0. The
+attentions of dynamic layers learn at so many times the rate that they would have otherwise.
 """
 
 import io
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
@@ -76,6 +80,7 @@ def _add_params(
     from ..layers import StandsForStatic, static_twins
 
     del constructor.add_params
+    scale = _attention_scale(constructor)
     if not any(isinstance(module, StandsForStatic) for module in model.modules()):
         constructor.add_params(params, model)
         return
@@ -94,7 +99,45 @@ def _add_params(
     held = {parameter for group in params for parameter in group['params']}
     for name, parameter in model.named_parameters():
         if parameter in given and parameter in held and not _is_named(constructor, name):
-            _regroup(params, name, parameter, _leading(constructor, name, given[parameter]))
+            settings = _leading(constructor, name, given[parameter])
+            told = ', '.join(f'{key}={value}' for key, value in settings.items()) or 'defaults'
+            _regroup(params, name, parameter, settings, f"its layers' {told}")
+    if scale != 1:
+        _scale_attentions(constructor, params, model, scale)
+
+
+def _attention_scale(constructor: 'DefaultOptimWrapperConstructor') -> float:
+    """What the rates of attentions are multiplied by."""
+    scale = constructor.paramwise_cfg.get('attention_lr_mult', 1)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
+        raise ValueError(
+            f'paramwise_cfg.attention_lr_mult must be a number of at least 0, got {scale!r}.'
+        )
+    if scale != 1 and constructor.base_lr is None:
+        raise ValueError(
+            f'paramwise_cfg.attention_lr_mult is {scale}, but optimizer.lr is missing. Give the '
+            'rate that it multiplies.'
+        )
+    return scale
+
+
+def _scale_attentions(
+    constructor: 'DefaultOptimWrapperConstructor',
+    params: list[dict],
+    model: nn.Module,
+    scale: float,
+) -> None:
+    from ..layers.attention import LayerAttention
+
+    attentions = [module for module in model.modules() if isinstance(module, LayerAttention)]
+    own = {parameter for attention in attentions for parameter in attention.parameters()}
+    held = {parameter for group in params for parameter in group['params']}
+    for name, parameter in model.named_parameters():
+        if parameter in own and parameter in held:
+            settings = _settings(_group_of(params, parameter))
+            settings['lr'] = settings.get('lr', constructor.base_lr) * scale
+            told = f'lr={settings["lr"]:g}, by attention_lr_mult'
+            _regroup(params, name, parameter, settings, told)
 
 
 def _settings(group: dict) -> dict:
@@ -130,16 +173,18 @@ def _leading(
     return leading
 
 
-def _regroup(params: list[dict], name: str, parameter: nn.Parameter, settings: dict) -> None:
+def _group_of(params: list[dict], parameter: nn.Parameter) -> dict:
+    return next(g for g in params if any(other is parameter for other in g['params']))
+
+
+def _regroup(
+    params: list[dict], name: str, parameter: nn.Parameter, settings: dict, told: str
+) -> None:
     """Moves a parameter to a group with these settings. Makes the group if there is none."""
-    group = next(g for g in params if any(other is parameter for other in g['params']))
+    group = _group_of(params, parameter)
     if _settings(group) == settings:
         return
-    given = ', '.join(f'{key}={value}' for key, value in settings.items())
-    print_log(
-        f"paramwise_options -- {name}: its layers' {given or 'defaults'}, whatever is above",
-        logger='current',
-    )
+    print_log(f'paramwise_options -- {name}: {told}, whatever is above', logger='current')
     if len(group['params']) == 1:
         # MMEngine makes one group per parameter. The settings of this group can simply change.
         for key in _settings(group):

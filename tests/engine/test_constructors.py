@@ -11,7 +11,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 from twin_networks import BACKBONES, HEADS, LIBRARIES, build
 
-from mmkw.layers import KWConv2d, StandsForStatic
+from mmkw.layers import DYConv2d, KWConv2d, StandsForStatic
 from mmkw.sharing import SharingPlan, convert
 
 BASE = dict(lr=1.0, weight_decay=0.5)
@@ -150,6 +150,44 @@ def test_a_key_that_names_a_warehouse_decides(chain):
     assert found[weights[0]] == (1.0, 0.5) and found[weights[1]] == (7.0, 0.5)
     keys = {'a': dict(lr_mult=0.5), 'warehouse_manager': dict(decay_mult=0.0)}
     assert settings_of(chain, dict(custom_keys=keys))[weights[0]] == (1.0, 0.0)
+
+
+@pytest.mark.parametrize('constructor', ['DefaultOptimWrapperConstructor', 'ByStage'])
+@pytest.mark.parametrize('paramwise', PARAMWISE)
+@pytest.mark.parametrize('kind', ['mmdet.ResNet', 'mmdet.MobileNetV2'])
+def test_a_rate_of_attentions(kind, paramwise, constructor):
+    """It multiplies what they would have otherwise; all others keep what they have."""
+    static, dynamic = models(kind)
+    given = PARAMWISE[paramwise]
+    for model in (static, dynamic):
+        before = settings_of(model, given, constructor)
+        after = settings_of(model, dict(given, attention_lr_mult=10), constructor)
+        names = [name for name, p in model.named_parameters() if before[p] != after[p]]
+        for name, parameter in model.named_parameters():
+            (rate, decay), scale = before[parameter], 10 if '.attention.' in name else 1
+            assert after[parameter] == (pytest.approx(rate * scale), decay)
+        assert bool(names) == (model is dynamic)
+
+
+def test_a_rate_of_attentions_alone_and_of_other_methods():
+    network = nn.Sequential(KWConv2d(8, 8, 3), DYConv2d(8, 8, 3), nn.Conv2d(8, 8, 1))
+    network[0].attention.requires_grad_(False)
+    found = settings_of(network, dict(attention_lr_mult=0))
+    rates = {name: found[p][0] for name, p in network.named_parameters() if p.requires_grad}
+    assert {name for name, rate in rates.items() if rate == 0} == {
+        name for name, p in network[1].named_parameters('1') if 'attention' in name
+    }
+    assert '2.weight' in rates and not any(name.startswith('0.attention') for name in rates)
+
+
+@pytest.mark.parametrize('scale', [-1, 'ten', True, None, float('nan'), float('inf')])
+def test_a_rate_of_attentions_that_is_none(chain, scale):
+    for model in (chain, nn.Conv2d(8, 8, 3)):
+        with pytest.raises(ValueError, match='attention_lr_mult must be a number of at least 0'):
+            settings_of(model, dict(attention_lr_mult=scale))
+    optimizer = dict(type='OptimWrapper', optimizer=dict(type='Adam'))
+    with pytest.raises(ValueError, match='attention_lr_mult is 2, but optimizer'):
+        build_optim_wrapper(chain, dict(optimizer, paramwise_cfg=dict(attention_lr_mult=2)))
 
 
 def test_where_layers_differ_it_is_logged(chain, caplog):
