@@ -197,7 +197,7 @@ def _content(file: BinaryIO, info: zipfile.ZipInfo, checked: bool) -> torch.Tens
     if len(header) < 30 or header[:4] != b'PK\x03\x04':
         raise DamagedCheckpointError(f'is damaged: the header of {name} in it is altered')
     file.seek(sum(struct.unpack('<HH', header[26:])), io.SEEK_CUR)
-    content = torch.empty(info.file_size, dtype=torch.uint8)
+    content = torch.empty(info.file_size, dtype=torch.uint8, device='cpu')
     memory = _memory(content)
     read = 0
     while read < len(memory):
@@ -267,7 +267,7 @@ def _read_old(file: BinaryIO, restore: Restore) -> Any:
     def load(key: str, size: int) -> torch.UntypedStorage:
         if key not in places:
             raise DamagedCheckpointError(f'is damaged: it lacks storage {shown(key)}')
-        content = torch.empty(size, dtype=torch.uint8)
+        content = torch.empty(size, dtype=torch.uint8, device='cpu')
         _memory(content)[:] = data[places[key] : places[key] + size]
         return content.untyped_storage()
 

@@ -238,7 +238,7 @@ class Attention(LayerAttention):
         norm = self.norm1
         return (
             not self.has_nonlocal_basis
-            and all(map(_is_as_made, (self.fc1, norm, self.fc2)))
+            and all(map(_is_as_made, (self.fc1, norm, self.relu, self.fc2)))
             and norm.weight is not None
             and norm.bias is not None
         )
@@ -440,9 +440,10 @@ def normalised(norm: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def _is_as_made(module: nn.Module) -> bool:
-    """Whether a module is of a plain class, and neither parametrised nor hooked."""
-    classes = (nn.Linear, nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm)
-    return type(module) in classes and not modes.is_hooked(module)
+    """Whether a module is of a plain class, and neither parametrised, hooked nor patched."""
+    classes = (nn.Linear, nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm, nn.ReLU)
+    patched = 'forward' in module.__dict__
+    return type(module) in classes and not patched and not modes.is_hooked(module)
 
 
 def _joins_processes(norm: nn.Module) -> bool:

@@ -376,7 +376,8 @@ class ConvNd(DynamicLayer):
             return recorded(self, x)
         dims = len(self.kernel_size)
         if x.dim() == dims + 1:
-            return self(x.unsqueeze(0)).squeeze(0)
+            # Not by a call: hooks have run, or will.
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         if x.dim() != dims + 2 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f'{type(self).__name__} expects an input of shape (batch, {self.in_channels}, '
@@ -468,15 +469,17 @@ class KWLinear(DynamicLayer):
         if modes.is_symbolic(x):
             return recorded(self, x)
         if x.dim() == 1:
-            return self(x.unsqueeze(0)).squeeze(0)
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f'KWLinear expects an input of shape (batch, ..., {self.in_features}), '
                 f'got {tuple(x.shape)}.'
             )
         if x.shape[0] and 0 in x.shape[1:-1]:
-            # There is no token to average over.
-            return x.new_zeros(*x.shape[:-1], self.out_features)
+            # There is no token to average over. What learns gets gradients of zeros.
+            learning = [x, self.cells, *self.attention.parameters(), self.bias]
+            zero = sum(tensor.flatten()[:0].sum() for tensor in learning if tensor is not None)
+            return zero + x.new_zeros(*x.shape[:-1], self.out_features)
         pooled = x
         if x.dim() > 2:
             pooled = _average(x, 1, x.dim() - 1)

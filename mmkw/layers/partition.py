@@ -216,19 +216,16 @@ class KernelShape:
         """Whether a weight of this shape can be the kernel.
 
         Args:
-            weight: Shape of a static weight. The kernel size is ignored where it is one: such a
-                weight may come from a linear layer or from a convolution.
+            weight: Shape of a static weight. A kernel of size one may come from a linear layer or
+                from a convolution of any number of dimensions.
         """
-        return len(weight) > 1 and _without_ones(weight) == _without_ones(self.shape)
+        ours, theirs = self.shape, tuple(weight)
+        is_one = math.prod(ours[2:]) == math.prod(theirs[2:]) == 1
+        return theirs == ours or (is_one and theirs[:2] == ours[:2])
 
     def __str__(self) -> str:
         size = 'x'.join(map(str, self.kernel_size))
         return f'{self.layer} ({self.out_channels}, {self.in_channels}, {size})'
-
-
-def _without_ones(shape: Sequence[int]) -> list[int]:
-    """Output channels, input channels, and the sides of the kernel that are not one."""
-    return [*shape[:2], *(side for side in shape[2:] if side != 1)]
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def warm_start(
         own = new[share.start : share.start + share.own_cells]
         gain = attention.gain
         if magnitude > 0:
-            noise = torch.randn(own.shape, generator=generator, dtype=own.dtype)
+            noise = torch.randn(own.shape, generator=generator, dtype=own.dtype, device=own.device)
             own.copy_(magnitude * (gain or 1) * noise)
         if gain is not None:
             own += gain * piece - own.mean(0)
@@ -93,7 +93,7 @@ def warm_start(
         reach = attention.reach if tau == 0 else 1.0
         new[assigned] = piece[mixtures] / reach
         if tau == 0:
-            alpha = torch.zeros(share.num_mixtures, len(new), dtype=new.dtype)
+            alpha = new.new_zeros(share.num_mixtures, len(new))
             alpha[mixtures, assigned] = reach
             attention.start_at(alpha)
         lost = piece.square().sum() - piece[mixtures].square().sum()

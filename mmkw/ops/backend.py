@@ -14,7 +14,7 @@ the GPU kernels off.
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -81,7 +81,7 @@ def mixing_of(
     sample_map: Any,
     dtype: torch.dtype,
     learning: bool,
-) -> Callable[[Tensor], Mixing] | None:
+) -> 'partial[Any] | None':
     """Chooses what mixes the kernels of a call.
 
     Args:

@@ -56,7 +56,12 @@ def apply_mixed(
 
     Returns:
         The result of ``sample_map``.
+
+    Raises:
+        ValueError: If there are not as many attentions as images.
     """
+    if not modes.is_exporting() and attention.shape[0] != x.shape[0]:
+        raise ValueError(f'{len(x)} images have {len(attention)} attentions, not one each.')
     dtype = modes.autocast_dtype(x)
     if dtype is None:
         dtype = cells.dtype if cells.is_floating_point() else x.dtype
@@ -79,6 +84,9 @@ def _apply(
         tensor is not None and tensor.requires_grad for tensor in (x, attention, cells, bias, taps)
     )
     mixing_of = backend.mixing_of(x, attention, cells, *settings, learning)
+    if mixing_of is None or mixing_of.func is Mixing:
+        # Attentions that a compiled kernel gave may be more precise than PyTorch's products take.
+        attention = attention.to(cells.dtype)
     if mixing_of is None:
         return _apply_plainly(x, attention, cells, bias, taps, settings)
     if not learning:
@@ -180,6 +188,8 @@ class _ApplyMixed(torch.autograd.Function):
         kept: list[Tensor | None] = []
         mixing = mixing_of(cells)
         result = _apply_in_parts(x, attention, bias, taps, settings, mixing, kept)
+        # No view, though its channels may lie last: activations may change it in place.
+        result = result.data
         ctx.save_for_backward(x, attention, cells, bias, taps, *kept)
         ctx.token, ctx.settings, ctx.mixing_of = token, settings, mixing_of
         return result

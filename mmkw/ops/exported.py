@@ -132,11 +132,16 @@ def _moved(
         if stride > 1 or 2 * padding != reach:
             length = (length + 2 * padding - reach - 1) // stride + 1
         size.append(length)
-        cut = [
-            views[(slice(None),) * (dim + 1) + (slice(at, at + (length - 1) * stride + 1, stride),)]
-            for at in range(0, reach + 1, dilation)
-        ]
-        views = torch.cat(cut, 1) if side > 1 else cut[0]
+        before = [slice(None)] * (dim + 1)
+        if side > 1:
+            # The end is a sum, from which PyTorch sees that it holds for any size.
+            rest = x.shape[dim] + 2 * padding - reach
+            cuts = [slice(at, at + rest, stride) for at in range(0, reach + 1, dilation)]
+            views = torch.cat([views[tuple([*before, cut])] for cut in cuts], 1)
+        elif stride > 1:
+            # Copied: of a view with gaps a later reshape would ask whether the size is even.
+            views = views[tuple([*before, slice(None, None, stride)])]
+            views = views.clone(memory_format=torch.contiguous_format)
     return views, size[::-1]
 
 

@@ -44,7 +44,11 @@ class Token:
         """The token that other layers of the graph hold, or a new token."""
         reference = _tokens.get(cells)
         token = reference() if reference is not None else None
-        if token is None:
+        # A network that is cast keeps its parameters, with other values.
+        if token is None or (token.tensor.dtype, token.tensor.device) != (
+            cells.dtype,
+            cells.device,
+        ):
             token = Token(cells)
             _tokens[cells] = weakref.ref(token)
         return token

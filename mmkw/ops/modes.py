@@ -17,9 +17,10 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The precision of autocast on a tensor's device; None outside autocast."""
+    """The precision to which autocast casts a tensor; None outside autocast."""
     device = x.device.type
-    if device == 'meta':
+    if device == 'meta' or x.dtype == torch.float64:
+        # Autocast leaves double precision as it is.
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backend, choosing, modes
 from .memory import Scratch
-from .ways import Geometry, Groups, Images, Products, Tiles, Way
+from .ways import Geometry, Groups, Images, Products, Tiles, Way, with_bias
 
 _WAYS: dict[str, type[Way]] = dict(images=Images, groups=Groups, tiles=Tiles)
 
@@ -95,18 +95,24 @@ class SampleConv(Geometry):
             return getattr(Products, what)(self, *operands)
         way = 'groups' if self._is_joined(x, kernels.shape[1:]) else 'images'
         if choosing.may_choose(x) and not modes.is_seen_through(x, kernels):
-            kind = self._kind(what, kernels.shape[1:])
+            recorded = torch.is_grad_enabled() and any(
+                isinstance(operand, Tensor) and operand.requires_grad for operand in operands
+            )
+            kind = self._kind(what, kernels.shape[1:], recorded)
             way = choosing.chosen(kind, x) or choosing.choose(
-                kind, x, way, self._ways(what, x, operands)
+                kind, x, way, self._ways(what, x, operands, recorded)
             )
         return getattr(_WAYS[way], what)(self, *operands)
 
-    def _ways(self, what: str, x: Tensor, operands: Sequence[Any]) -> dict[str, Callable[[], Any]]:
+    def _ways(
+        self, what: str, x: Tensor, operands: Sequence[Any], recorded: bool
+    ) -> dict[str, Callable[[], Any]]:
         """What computes one of the methods, by the name of the way."""
         return {
             name: partial(getattr(way, what), self, *operands)
             for name, way in _WAYS.items()
-            if way is not Tiles or self._fits_tiles(x)
+            # Kernels of our own give autograd nothing to record.
+            if way is not Tiles or (self._fits_tiles(x) and not recorded)
         }
 
     def wants_channels_last(self, x: Tensor, shape: Sequence[int]) -> bool:
@@ -121,8 +127,8 @@ class SampleConv(Geometry):
         way = choosing.chosen(self._kind('forward', shape), x)
         return way == 'tiles' or (way != 'groups' and not x.is_contiguous())
 
-    def _kind(self, what: str, shape: Sequence[int]) -> tuple:
-        return (what, self, *shape)
+    def _kind(self, what: str, shape: Sequence[int], recorded: bool = False) -> tuple:
+        return (what, recorded, self, *shape)
 
     def _fits_tiles(self, x: Tensor) -> bool:
         return x.dim() == 4 and self.groups == 1 and backend.computes_by_tiles(x)
@@ -153,7 +159,7 @@ class SampleLinear:
         """
         y = torch.bmm(_tokens(x), kernels.squeeze(-1).transpose(1, 2))
         y = modes.reshaped(y, (*x.shape[:-1], kernels.shape[1]))
-        return y if bias is None else y.add_(bias)
+        return with_bias(y, bias)
 
     def backward_kernels(
         self, grad: Tensor, x: Tensor, shape: tuple[int, ...], scratch: Scratch

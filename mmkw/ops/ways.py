@@ -145,7 +145,7 @@ class Products(Way):
         else:
             y = torch.bmm(cls._matrices(conv, kernels), cls._columns(conv, sampled))
             y = modes.reshaped(y, (len(x), kernels.shape[1], *sampled.shape[2:]))
-        return y if bias is None else y.add_(bias.view(-1, *[1] * (x.dim() - 2)))
+        return with_bias(y, None if bias is None else bias.view(-1, *[1] * (x.dim() - 2)))
 
     @classmethod
     def kernels(
@@ -248,6 +248,19 @@ def _tiles() -> Any:
 def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
     """Lays the result in memory as PyTorch would: as the images lie."""
     return y.contiguous() if x.is_contiguous() else y
+
+
+def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """Adds a bias to a result that nothing else uses.
+
+    Args:
+        y: The result.
+        bias: What is added, of a shape that broadcasts to that of ``y``; None adds nothing.
+    """
+    if bias is None:
+        return y
+    # A transformation may map over biases alone, and y has no room for the results.
+    return y + bias if modes.is_transforming() else y.add_(bias)
 
 
 def _gathered(images: Iterator[Tensor], batch: int) -> Tensor:

@@ -183,7 +183,7 @@ def convert(
                 f'Warehouse {partition.name!r} has layers of {" and of ".join(kinds)}, which '
                 'cannot share cells. Plan one warehouse for each.'
             )
-        manager.weights[index].data = manager.weights[index].data.to(weights[0])
+        manager.weights[index] = nn.Parameter(manager.weights[index].detach().to(weights[0]))
         if freeze_warehouses:
             manager.weights[index].requires_grad_(any(weight.requires_grad for weight in weights))
         for position, layer in layers.items():

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..checkpoints import only_checking
 from ..layers import WarehouseManager
+from ..ops import modes
 from .freezing import follow_layers
 
 _LOOKS_FIRST = '_checks_converted_parts'
@@ -30,7 +31,10 @@ def watch_parents() -> None:
 
 
 def _notice(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    if child is None or not (is_converted(child) or _LOOKS_FIRST in child.__dict__):
+    # A compiler traces this, too, also on modules that are not made yet.
+    if modes.is_compiling() or child is None:
+        return
+    if not (is_converted(child) or _LOOKS_FIRST in child.__dict__):
         return
     # DistributedDataParallel looks once, when it wraps a model, at what learns.
     follow_layers(child)

@@ -78,6 +78,35 @@ def test_every_layer_from_one_image(name, form, suffix, tmp_path, monkeypatch):
     assert layer.training and list(tmp_path.iterdir()) == [file]
 
 
+STRIDED = {
+    '1x1': (mmkw.KWConv2d, nn.Conv2d, (8, 16, 1), dict(stride=(1, 2)), (9, 11)),
+    '3x3': (mmkw.KWConv2d, nn.Conv2d, (8, 16, 3), dict(stride=2, padding=1), (9, 11)),
+    '3x3 dilated': (mmkw.KWConv2d, nn.Conv2d, (8, 16, 3), dict(stride=2, dilation=2), (9, 11)),
+    'even': (mmkw.KWConv2d, nn.Conv2d, (8, 16, 2), dict(stride=3, padding=1), (9, 11)),
+    '1d': (mmkw.KWConv1d, nn.Conv1d, (8, 16, 1), dict(stride=2), (11,)),
+}
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('large', [False, True])
+@pytest.mark.parametrize('kind', STRIDED)
+def test_sizes_that_a_stride_does_not_divide(kind, large, monkeypatch):
+    """A program is bound neither to odd nor to even sizes, also if the user names their range."""
+    dynamic, static, arguments, options, size = STRIDED[kind]
+    if large:
+        monkeypatch.setattr(exported, 'LARGE', 1)
+    sides = {2 + i: torch.export.Dim(f'side{i}', min=9, max=512) for i in range(len(size))}
+    for layer in (static, dynamic):
+        network = layer(*arguments, **options).eval()
+        shapes = ({0: torch.export.Dim('batch', min=1, max=64), **sides},)
+        program = torch.export.export(
+            network, (torch.rand(2, 8, *size),), dynamic_shapes=shapes
+        ).module()
+        for more in (0, 1, 2, 3):
+            x = torch.rand(3, 8, *(side + more for side in size))
+            torch.testing.assert_close(program(x), network(x), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('make', [lambda: nn.Linear(8, 16), LAYERS['linear'][0]])
 def test_half_precision_is_the_file_s_alone(make, tmp_path):

@@ -38,6 +38,114 @@ def test_unbatched_input_is_one_image():
     torch.testing.assert_close(layer(x), layer(x[None])[0])
 
 
+def test_hooks_run_once_for_an_input_without_a_batch():
+    for layers, x in (
+        ((KWConv2d(4, 6, 3), nn.Conv2d(4, 6, 3)), torch.randn(4, 8, 8)),
+        ((KWLinear(4, 6), nn.Linear(4, 6)), torch.randn(4)),
+    ):
+        for layer in layers:
+            calls = []
+            layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append('before'))
+            layer.register_full_backward_hook(lambda *_, calls=calls: calls.append('back'))
+            layer(x.requires_grad_()).sum().backward()
+            assert calls == ['before', 'back']
+
+
+def test_a_kernel_of_another_orientation_is_refused():
+    for sizes in (((1, 3), (3, 1)), ((3, 1), (1, 3))):
+        state = nn.Conv2d(4, 4, sizes[0]).state_dict()
+        for layer in (KWConv2d(4, 4, sizes[1]), nn.Conv2d(4, 4, sizes[1])):
+            with pytest.raises(RuntimeError, match=r'\(4, 4, |torch.Size\(\[4, 4, '):
+                layer.load_state_dict(state)
+    # A kernel of size one may be a linear layer's.
+    KWConv2d(4, 4, 1).load_state_dict(nn.Linear(4, 4).state_dict())
+
+
+def test_a_layer_is_cast_while_its_last_result_is_held():
+    x = torch.randn(2, 4, 5, 5)
+    for layer in (KWConv2d(4, 4, 3), nn.Conv2d(4, 4, 3)):
+        for dtype in (torch.float64, torch.bfloat16, torch.float32):
+            held = layer(x.to(next(layer.parameters()).dtype))
+            layer.to(dtype)
+            layer.zero_grad()
+            layer(x.to(dtype)).sum().backward()
+            assert {p.grad.dtype for p in layer.parameters() if p.grad is not None} == {dtype}
+            del held
+
+
+@pytest.mark.parametrize('learning', [True, False])
+def test_cells_of_half_precision_learn_where_attentions_are_frozen(learning):
+    for norm in ('BN1d', 'LN'):
+        layer = KWConv2d(16, 16, 3, attention_norm_cfg=dict(type=norm)).eval()
+        precise = copy.deepcopy(layer)
+        x = torch.randn(3, 16, 5, 5)
+        for part in (layer.bfloat16(), precise):
+            part.attention.requires_grad_(False)
+            part.warehouse_manager.requires_grad_(learning)
+            part(x.to(part.bias.dtype)).square().sum().backward()
+        for found, expected in zip(layer.parameters(), precise.parameters()):
+            assert (found.grad is None) == (expected.grad is None)
+            if found.grad is not None:
+                apart = (found.grad - expected.grad).norm() / expected.grad.norm()
+                assert found.grad.dtype == torch.bfloat16 and apart < 0.02
+        with torch.no_grad():
+            assert layer(x[:0].bfloat16()).shape == (0, 16, 3, 3)
+
+
+def test_an_attention_computes_the_same_with_and_without_gradients():
+    """Also where someone has replaced, hooked or patched a part of it."""
+    x = torch.randn(2, 16, 5, 5)
+    for change in (
+        lambda a: setattr(a, 'relu', nn.SiLU()),
+        lambda a: a.relu.register_forward_hook(lambda module, inputs, y: 2 * y),
+        lambda a: setattr(a.fc1, 'forward', lambda pooled: torch.ones(len(pooled), 16)),
+    ):
+        layer = KWConv2d(16, 16, 3).eval()
+        with torch.no_grad():
+            before = layer(x)
+        change(layer.attention)
+        with torch.no_grad():
+            found = layer(x)
+        torch.testing.assert_close(found, layer(x))
+        assert not torch.allclose(found, before)
+
+
+@pytest.mark.parametrize('name', ['kw', 'static'])
+def test_doubles_stay_doubles_under_autocast(name):
+    layers = dict(kw=(KWConv2d, KWLinear), static=(nn.Conv2d, nn.Linear))[name]
+    for layer, shape in zip((layers[0](4, 4, 3), layers[1](4, 4)), ((2, 4, 5, 5), (2, 4))):
+        with torch.autocast('cpu', torch.bfloat16):
+            assert layer.double()(torch.rand(shape).double()).dtype == torch.float64
+            assert layer.float()(torch.rand(shape)).dtype == torch.bfloat16
+
+
+def test_a_map_over_biases_alone():
+    for layer, shape in (
+        (KWConv2d(4, 4, 1), (2, 4, 5, 5)),
+        (nn.Conv2d(4, 4, 1), (2, 4, 5, 5)),
+        (KWLinear(4, 4), (2, 4)),
+        (nn.Linear(4, 4), (2, 4)),
+    ):
+        x, biases = torch.rand(shape), torch.rand(3, 4)
+        layer.eval()
+
+        def call(bias, layer=layer, x=x):
+            return torch.func.functional_call(layer, {'bias': bias}, (x,))
+
+        torch.testing.assert_close(
+            torch.vmap(call)(biases), torch.stack([call(bias) for bias in biases])
+        )
+
+
+def test_a_static_kernel_is_loaded_whatever_the_default_device():
+    static = nn.Conv2d(4, 4, 3)
+    x = torch.randn(2, 4, 5, 5)
+    for layer in (KWConv2d(4, 4, 3), nn.Conv2d(4, 4, 3)):
+        with torch.device('meta'):
+            layer.load_state_dict(static.state_dict())
+        torch.testing.assert_close(layer.eval()(x), static(x), atol=1e-5, rtol=1e-5)
+
+
 def test_budget_counts_the_cells():
     static = nn.Conv2d(32, 64, 3)
     for ratio in (1, 4):

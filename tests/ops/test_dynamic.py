@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mmkw.layers import KWConv2d, KWLinear
+from mmkw.layers import KWConv1d, KWConv2d, KWLinear
 from mmkw.ops import SampleConv, SampleLinear, apply_mixed, backend, gradient, mix_cells, mixing
 from mmkw.ops.compiled import MISSING, CompiledMixing
 from mmkw.ops.kernels import is_regular
@@ -400,16 +400,19 @@ def test_the_sum_is_handed_over_without_a_copy(monkeypatch):
         (KWConv2d(4, 4, 3, groups=4, padding=1), (2, 4, 5, 5)),
         (KWConv2d(4, 6, 3), (2, 4, 5, 5)),
         (KWConv2d(4, 6, 3), (1, 4, 5, 5)),
+        (KWConv2d(4, 6, 1), (2, 4, 5, 5)),
+        (KWConv1d(4, 6, 1), (2, 4, 5)),
         (KWLinear(4, 6), (2, 5, 4)),
     ],
 )
 def test_results_may_be_changed_in_place(layer, shape):
     """As activations do that follow a layer."""
-    x = torch.randn(shape)
+    plain = torch.randn(shape)
     layer.eval()
-    (expected,) = torch.autograd.grad(layer(x).relu().square().sum(), layer.cells)
-    (found,) = torch.autograd.grad(layer(x).relu_().square().sum(), layer.cells)
-    torch.testing.assert_close(found, expected)
+    for x in (plain, plain.movedim(1, -1).contiguous().movedim(-1, 1)):
+        (expected,) = torch.autograd.grad(layer(x).relu().square().sum(), layer.cells)
+        (found,) = torch.autograd.grad(layer(x).relu_().square().sum(), layer.cells)
+        torch.testing.assert_close(found, expected)
 
 
 def test_no_kernel_of_few_cells_is_kept_for_the_backward_pass():

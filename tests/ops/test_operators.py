@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkw.ops import backend, mix_cells
+from mmkw.ops import SampleConv, apply_mixed, backend, mix_cells
 from mmkw.ops.compiled import MISSING
 from mmkw.ops.kernels import cut_kernels
 
@@ -188,6 +188,10 @@ WRONG = {
         'mix_backward',
         lambda: backward(grad_kernels=list(floats(2, 8, 8, 2, 2))),
     ),
+    'gradients of as many values': (
+        'mix_backward',
+        lambda: backward(grad_kernels=list(floats(2, 8, 8, 9))),
+    ),
     'double gradients': ('mix_backward', lambda: backward(grad_kernels=list(kernels().double()))),
     'integers that give integers': (
         'mix_cells',
@@ -243,6 +247,23 @@ def test_wrong_calls_are_refused_and_change_nothing(wrong):
     with pytest.raises(RuntimeError):
         getattr(ops, name)(**given)
     assert all(map(torch.equal, written, before))
+
+
+def test_a_sum_of_nothing_is_zero():
+    for begin in (True, False):
+        given = addition(weights=floats(0, 6), rows=floats(0, *CELLS[1:]), begin=begin)
+        before = given['sum'].clone()
+        ops.add_to_cells(**given)
+        assert torch.equal(given['sum'], torch.zeros_like(before) if begin else before)
+
+
+def test_as_many_kernels_and_attentions_as_images():
+    x, conv = floats(2, 8, 5, 5), SampleConv((1, 1), (1, 1), (1, 1))
+    with pytest.raises(ValueError, match='2 images have 3 kernels'):
+        ops.convolve(x, kernels(3), (1, 1), (1, 1), (1, 1), 1)
+    for batch in (1, 3):
+        with pytest.raises(ValueError, match=f'2 images have {batch} attentions'):
+            apply_mixed(x, floats(batch, MIXTURES, 6), floats(*CELLS), GRID, conv)
 
 
 sizes = st.integers(0, 5)

@@ -407,5 +407,9 @@ def test_a_map_without_pixels_is_refused_as_its_twin_does():
 def test_no_tokens_give_none():
     for layer in (KWLinear(4, 6), nn.Linear(4, 6)):
         state = copy.deepcopy(layer.state_dict())
-        assert layer(torch.randn(2, 0, 4)).shape == (2, 0, 6)
+        x = torch.randn(2, 0, 4, requires_grad=True)
+        y = layer(x)
+        assert y.shape == (2, 0, 6)
+        y.sum().backward()
+        assert not any(p.grad.any() for p in layer.parameters()) and x.grad.shape == x.shape
         assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmkw.ops import SampleConv, choosing
+from mmkw.ops import SampleConv, backend, choosing
 from mmkw.ops.memory import Scratch
 from mmkw.ops.sample_conv import _WAYS
 
@@ -92,6 +92,19 @@ def test_a_way_without_enough_memory_is_not_chosen(timed):
 
     ways = dict(large=too_large, small=lambda: None)
     assert choosing.choose(('a',), torch.rand(2, 3, 4, 4), 'large', ways) == 'small'
+
+
+def test_what_autograd_records_no_kernel_of_our_own_computes(timed, monkeypatch):
+    """It could not be differentiated, as second derivatives need."""
+    offered = []
+    monkeypatch.setattr(backend, 'computes_by_tiles', lambda x: True)
+    monkeypatch.setattr(
+        choosing, '_fastest', lambda x, rule, ways: (offered.append(set(ways)), rule)[1]
+    )
+    conv, x, kernels = CONVS['2d'][0], torch.rand(2, 8, 9, 11), torch.rand(2, 12, 8, 3, 3)
+    for learns in (False, True, False):
+        assert conv(x, kernels.requires_grad_(learns)).requires_grad == learns
+    assert offered == [{'images', 'groups', 'tiles'}, {'images', 'groups'}]
 
 
 @pytest.mark.parametrize('where', ['algorithms', 'cudnn'])

@@ -443,6 +443,10 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
               "weights of ", weights.sizes(), ", rows of ", rows.sizes(), " and a sum of ",
               sum.sizes(), ", of float32, the last two dense");
   const int64_t terms = weights.size(0), num_cells = weights.size(1);
+  if (terms == 0) {
+    if (begin) sum.zero_();
+    return;
+  }
   const at::Tensor given = weights.contiguous();
   const Weights transposed(given.const_data_ptr<float>(), num_cells, 1, terms, num_cells,
                            COPIED_TERMS);
@@ -486,9 +490,11 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
   TORCH_CHECK(!rows || is_dense(*rows, rows_shape), "rows must be dense float32 of ", rows_shape);
   TORCH_CHECK(static_cast<int64_t>(grad_kernels.size()) == m.batch, grad_kernels.size(),
               " gradients for ", m.batch, " images");
+  const std::vector<int64_t> whole = kernel_shape(m.batch, cells, grid);
+  const at::IntArrayRef kernel = at::IntArrayRef(whole).slice(1);
   std::vector<at::Tensor> gradients;
   for (const at::Tensor& gradient : grad_kernels) {
-    TORCH_CHECK(gradient.numel() == m.kernel_size && is_stored(gradient),
+    TORCH_CHECK(gradient.sizes() == kernel && is_stored(gradient),
                 "a gradient of ", gradient.sizes(),
                 " does not fit grid ", grid, " and cells of ", cells.sizes());
     gradients.push_back(gradient.contiguous());
