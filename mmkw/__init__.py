@@ -80,12 +80,17 @@ __all__ = [
     'to_static',
 ]
 
+# Found as attributes of the package, too.
+_FOLDERS = (*_PLACES, 'deploy', 'engine', 'ops')
+
 autoload.install()
 
 
 def __getattr__(name: str) -> Any:
     # Names are imported on first use. PyTorch imports this package at the end of its own import,
     # when the modules below could not be imported yet.
+    if name in _FOLDERS:
+        return import_module(f'.{name}', __name__)
     place = next((place for place, names in _PLACES.items() if name in names), None)
     if place is None:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

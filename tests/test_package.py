@@ -251,3 +251,11 @@ except SystemExit as end:
     assert result.stdout.startswith('mmkw '), result.stderr
     assert f'mmkw plan needs {package}, which is not installed. Run: pip install' in result.stderr
     assert result.stderr.endswith('refused\n') and 'Traceback' not in result.stderr
+
+
+def test_folders_are_attributes_of_the_package():
+    """As the documentation uses them, after ``import mmkw`` alone."""
+    names = 'deploy.export ops.use_compiled layers.Attention checkpoints.read_checkpoint'
+    code = f"import mmkw; [print(eval('mmkw.' + name)) for name in {names.split()}]"
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.count('<') == 4, result.stderr

@@ -261,7 +261,7 @@ def _fault_beside(found: Any, own: Tensor) -> str | None:
     """What is wrong with a tensor of a dynamic layer. Counters must hold whole numbers."""
     if own.is_floating_point():
         return fault_of(found, own)
-    if not isinstance(found, Tensor) or found.is_complex() or found.is_meta != own.is_meta:
+    if not isinstance(found, Tensor) or found.is_complex() or (found.is_meta and not own.is_meta):
         return 'is no tensor of whole numbers'
-    whole = own.is_meta or not found.is_floating_point() or bool((found % 1 == 0).all())
+    whole = found.is_meta or not found.is_floating_point() or bool((found % 1 == 0).all())
     return None if whole else 'is no tensor of whole numbers'

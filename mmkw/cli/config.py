@@ -6,7 +6,6 @@ from mmengine.config import Config, DictAction
 from torch import nn
 
 from ..engine.building import build_model, read_config
-from ..layers import PlanError
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +39,7 @@ def config_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Conf
     """
     try:
         config = read_config(args.config)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         parser.error(f'config {args.config}: {error}')
     config.merge_from_dict(args.cfg_options)
     if not isinstance(config.get('model'), dict):
@@ -51,7 +50,7 @@ def config_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Conf
 def model_of(
     parser: argparse.ArgumentParser, args: argparse.Namespace, config: Config, on_meta: bool = False
 ) -> nn.Module:
-    """Builds the model of a config, or stops with a usage error if its plan does not fit.
+    """Builds the model of a config, or stops with a usage error if an option does not fit.
 
     Args:
         parser: Reports the error.
@@ -61,5 +60,6 @@ def model_of(
     """
     try:
         return build_model(config, on_meta)
-    except PlanError as error:
-        parser.error(f'config {args.config}: {error}')
+    except (ValueError, TypeError, KeyError) as error:
+        # A KeyError shows its message as a string of Python.
+        parser.error(f'config {args.config}: {error.args[0] if error.args else error!r}')

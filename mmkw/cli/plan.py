@@ -165,7 +165,7 @@ def amount(text: str) -> int:
         value = float(text[:-1] if unit > 1 else text) * unit
     except ValueError:
         value = 0
-    if value < 1:
+    if not 1 <= value < math.inf:
         raise argparse.ArgumentTypeError(f'{text!r} is no number of parameters such as 30M')
     return int(value)
 
@@ -215,7 +215,10 @@ def main(argv: Sequence[str]) -> None:
         ('parameters of the networks above', plain, dynamic),
     ]
     if hasattr(model, 'backbone'):
-        counts = flops(static, args.shape), flops(model, args.shape)
+        try:
+            counts = flops(static, args.shape), flops(model, args.shape)
+        except (RuntimeError, ValueError) as error:
+            parser.error(f'--shape {height} {width}: {error}')
         rows.append((f'backbone FLOPs at {height} x {width}', *counts))
     for label, before, after in rows:
         print(f'| {label} | {before:,} | {after:,} | {after / before:.3f} |')

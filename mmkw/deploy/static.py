@@ -14,9 +14,10 @@ from ..layers import ODConv2d
 from ..layers.dynamic_layers import DynamicLayer
 from ..layers.twins import has_values
 from ..layers.warehouse import WarehouseManager
-from ..ops import mix_cells
+from ..ops import mix_cells, modes
 from ..sharing import SharingPlan, convert, is_converted
 from ..sharing.convert import leave_warehouses
+from ..sharing.freezing import HOOKS, FreezeBeforeMixing
 from .calibration import check_loader, count_images, distance, predict
 from .networks import evaluating
 from .norms import match_norms
@@ -318,4 +319,8 @@ class _Part:
         for place, index in enumerate(used):
             weights[place].data = self._manager.weights[index].detach()
         for name, layer in kept.items():
-            self._network.get_submodule(name).attention = layer.attention
+            new = self._network.get_submodule(name)
+            modes.remove_pre_hooks(layer.attention, HOOKS)
+            for hook in modes.pre_hooks_of(new.attention, FreezeBeforeMixing):
+                layer.attention.register_forward_pre_hook(hook)
+            new.attention = layer.attention

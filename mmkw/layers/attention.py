@@ -1,6 +1,7 @@
 """The contrasting-driven attention function (paper, section 3.4) and its temperature."""
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -44,6 +45,21 @@ class LayerAttention(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def start_anew(self) -> None:
+        """Gives all parts the random start that they have when they are made."""
+        # Each before what holds it, which has its own way to start its layers.
+        for part in reversed(list(self.modules())):
+            if hasattr(part, 'reset_parameters'):
+                part.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'LayerAttention':
+        """Starts what had no values before: a static checkpoint does not give all of them."""
+        had_none = any(parameter.is_meta for parameter in self.parameters())
+        super()._apply(fn, recurse)
+        if had_none and not any(parameter.is_meta for parameter in self.parameters()):
+            self.start_anew()
+        return self
 
     def begin(self, tau: float) -> None:
         """Begins a warm start, once the cells are laid.

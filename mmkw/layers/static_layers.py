@@ -105,13 +105,18 @@ def _goes_on(name: str, parent: nn.Module) -> bool:
     return follower is not None and all(p.dim() < 2 for p in follower.parameters())
 
 
+# The layers of PyTorch's transformers, which by default take Tensor[sequence, batch, channels].
+_OF_SEQUENCES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
 def used_by_others(network: nn.Module) -> dict[str, str]:
     """The layers that others than their parent's call use, so that they have to stay as they are.
 
     The weight of some is read by their parent module in the forward pass, as BEiT's attention does
     with that of its ``qkv``: a dynamic layer has no weight, but one kernel per image. Others share
     their weight with another module, as a decoder and an embedding do. And some are held in a list
-    or dict beside the modules, as in Detectron2's FPN, which calls them from there.
+    or dict beside the modules, as in Detectron2's FPN, which calls them from there. PyTorch's
+    transformers may have the images second, which a linear layer would take for what it averages.
 
     Args:
         network: A static network.
@@ -124,6 +129,9 @@ def used_by_others(network: nn.Module) -> dict[str, str]:
         kind, place = type(module), f'{name}.'.lstrip('.')
         for child in _weights_read(kind) & set(module._modules):  # type: ignore[arg-type]
             found[place + child] = f'{kind.__name__} computes with its weight'
+        if isinstance(module, _OF_SEQUENCES) and not module.self_attn.batch_first:
+            for child in module._modules:
+                found[place + child] = f'{kind.__name__} gives it sequences before images'
         weight = module._parameters.get('weight')
         if weight is not None:
             owner = owner_of.setdefault(weight, name)

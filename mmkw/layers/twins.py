@@ -110,10 +110,7 @@ def _watch_reset(twin: nn.Module) -> list[bool]:
 def _reset_attentions(dynamic: StandsForStatic) -> None:
     for attention in dynamic.modules():
         if isinstance(attention, LayerAttention):
-            # Each before what holds it, which has its own way to start its layers.
-            for part in reversed(list(attention.modules())):
-                if hasattr(part, 'reset_parameters'):
-                    part.reset_parameters()
+            attention.start_anew()
 
 
 class Kernels:
@@ -153,10 +150,13 @@ class Kernels:
         for (loaded, manager, warehouse), found in sorted(
             self._found.items(), key=lambda item: item[0][0]
         ):
-            tau = manager.start_tau if loaded else _TAU
             partition, cells = manager.partitions[warehouse], manager.weights[warehouse]
             kernels = {name: kernel for name, (_, kernel) in found.items()}
             attentions = {name: layer.attention for name, (layer, _) in found.items()}
+            # With fewer cells than pieces attentions that have begun belong to their cells.
+            few = partition.options.cell_num_ratio < 1 and len(found) == len(partition.layers)
+            begun = few and all(attention.has_begun for attention in attentions.values())
+            tau = manager.start_tau if loaded or begun else _TAU
             started, errors[partition.name] = warm_start(partition, kernels, attentions, cells, tau)
             with torch.no_grad():
                 cells.copy_(started)

@@ -1,7 +1,7 @@
 """Warehouses: the parameters that layers share."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,9 +68,11 @@ class WarehouseManager(nn.Module):
         weights: CellList of ``Tensor[cells, cell_out, cell_in, *cell_kernel]``.
         stays_frozen: Whether the cells stay frozen, whatever their layers do: after
             ``requires_grad_(False)`` of the manager itself.
+        follow_layers: Freezes and thaws the cells as their layers are now, where that is wanted.
     """
 
     stays_frozen = False
+    follow_layers: Callable[[], None] | None = None
 
     def __init__(self, partitions: Sequence[WarehousePartition], start_tau: float = 0.0) -> None:
         super().__init__()
@@ -103,6 +105,24 @@ class WarehouseManager(nn.Module):
         """
         self.stays_frozen = not requires_grad
         return super().requires_grad_(requires_grad)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module. Who looks at the parameters of a network asks for its modules first.
+
+        So an optimizer that is given what learns has the cells of layers that have just been
+        thawed.
+        """
+        if self.follow_layers is not None and not modes.is_compiling():
+            self.follow_layers()
+        return super().named_modules(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'WarehouseManager':
+        """Starts cells that had no values before, as of a network made on the meta device."""
+        had_none = any(cells.is_meta for cells in self.weights.parameters())
+        super()._apply(fn, recurse)
+        if had_none and not any(cells.is_meta for cells in self.weights.parameters()):
+            self.reset_parameters()
+        return self
 
     def forward(self, x: Any) -> Any:
         """Returns its input. In a ``torch.fx`` graph this call makes the manager a submodule."""

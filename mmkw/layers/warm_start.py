@@ -66,7 +66,15 @@ def warm_start(
     Returns:
         The new cells, and the root mean square, over the layers, of the relative error of the mixed
         kernels. It is 0 if the start is exact.
+
+    Raises:
+        RuntimeError: If the cells are on the meta device.
     """
+    if cells.is_meta:
+        raise RuntimeError(
+            f'Warehouse {partition.name!r} is on the meta device, where static kernels cannot '
+            "start it. Give the network memory first: network.to_empty(device='cpu')."
+        )
     shares = [share for share in partition.layers if share.kernel.layer in kernels]
     pieces = {
         share.kernel.layer: _pieces(kernels[share.kernel.layer], share, cells) for share in shares

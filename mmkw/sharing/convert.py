@@ -29,8 +29,8 @@ from ..layers.static_layers import is_head, used_by_others
 from ..layers.twins import Kernels, has_values
 from ..ops import modes
 from .families import family_rule, is_of_the_paper
-from .freezing import FreezeWithLayers
-from .loading import is_converted, run_hooks_always, watch_parents
+from .freezing import HOOKS, FreezeBeforeMixing, FreezeWithLayers
+from .loading import is_converted, run_hooks_always
 from .plan import SharingPlan
 from .rules import absent_kernels
 from .value_projection import SplitProjection, fused_projections, split_projections
@@ -196,18 +196,20 @@ def convert(
             if child in twins:
                 parent._modules[name] = twins[child]
     network.warehouse_manager = manager.train(network.training)
-    watch_parents()
     network._register_load_state_dict_pre_hook(leave_static_twins, with_module=True)
     network._register_load_state_dict_pre_hook(check_checkpoint, with_module=True)
     run_hooks_always(network)
     if freeze_warehouses:
         freeze = FreezeWithLayers(manager, members)
         network.register_forward_pre_hook(freeze)
+        manager.follow_layers = freeze.follow
         if is_head(network) or hasattr(network, 'forward_features'):
             # MMSegmentation's heads compute their loss by `forward` itself, and users of timm's
             # networks call their methods, both past the network's hooks.
-            for layer in twins.values():
-                layer.attention.register_forward_pre_hook(freeze)
+            for index, own in enumerate(members):
+                for layer in own:
+                    hook = FreezeBeforeMixing(freeze, index)
+                    layer.attention.register_forward_pre_hook(hook)
     if hasattr(network, 'init_weights'):
         network.init_weights = partial(_initialise, network)
     if keep_weights:
@@ -309,7 +311,7 @@ def leave_warehouses(network: nn.Module) -> nn.Module:
         for method in ('init_weights', '_load_from_state_dict'):
             part.__dict__.pop(method, None)
     for module in network.modules():
-        modes.remove_pre_hooks(module, (FreezeWithLayers, SplitProjection))
+        modes.remove_pre_hooks(module, (*HOOKS, SplitProjection))
     return network
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from ..layers import WarehouseManager
-from ..ops import modes
 
 LOGGER = logging.getLogger('mmkw')
 
@@ -19,9 +18,8 @@ class FreezeWithLayers:
     Networks and users freeze layers, not warehouses, and they may do so at any time. A warehouse
     that was frozen with all its layers learns again when one of its layers learns. So it does where
     a whole network was frozen and then a part of it learns. Other warehouses that someone froze
-    stay so, and all do after ``warehouse_manager.requires_grad_(False)``. Where a network computes
-    by other methods than ``forward``, the attentions have this hook, too: they compute before cells
-    are mixed. Each looks whether its own warehouse is as its layers are.
+    stay so, and all do after ``warehouse_manager.requires_grad_(False)``. The manager does the same
+    when someone asks for the parameters of the network.
 
     Args:
         manager: Owner of the network's warehouses.
@@ -30,22 +28,21 @@ class FreezeWithLayers:
 
     def __init__(self, manager: WarehouseManager, layers: Sequence[Sequence[nn.Module]]) -> None:
         self._layers = layers
-        self._warehouse_of = {
-            layer.attention: index for index, own in enumerate(layers) for layer in own
-        }
         self._manager = manager
         self._frozen = {index for index in range(len(layers)) if not self._is_learning(index)}
         self._told: set[int] = set()
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __call__(self, network: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Freezes and thaws warehouses before the forward pass, if gradients are enabled."""
-        if torch.is_grad_enabled() and not self._is_followed(self._warehouse_of.get(module)):
+        if torch.is_grad_enabled():
             self.follow()
 
-    def _is_followed(self, index: int | None) -> bool:
-        """Whether nothing is to be done for a warehouse; of the whole network that is not known."""
-        if index is None:
-            return False
+    def is_followed(self, index: int) -> bool:
+        """Whether a warehouse is as its layers are.
+
+        Args:
+            index: Of the warehouse.
+        """
         learns = any(map(_learns, self._layers[index]))
         return learns == self._is_learning(index) == (index not in self._frozen)
 
@@ -102,12 +99,25 @@ def _learns(layer: Any) -> bool:
     return any(parameter.requires_grad for parameter in layer.attention.parameters())
 
 
-def follow_layers(module: nn.Module) -> None:
-    """Freezes and thaws the warehouses of all converted networks in a module.
+class FreezeBeforeMixing:
+    """A forward pre-hook of an attention, which computes before the cells are mixed.
+
+    For networks that compute by other methods than ``forward``.
 
     Args:
-        module: Any module.
+        freeze: Of the network.
+        index: Of the attention's warehouse.
     """
-    for part in module.modules():
-        for hook in modes.pre_hooks_of(part, FreezeWithLayers):
-            hook.follow()
+
+    def __init__(self, freeze: FreezeWithLayers, index: int) -> None:
+        self._freeze = freeze
+        self._index = index
+
+    def __call__(self, attention: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Freezes and thaws if the warehouse is not as its layers are."""
+        if torch.is_grad_enabled() and not self._freeze.is_followed(self._index):
+            self._freeze.follow()
+
+
+# Hooks that leave a network with its warehouses.
+HOOKS = (FreezeWithLayers, FreezeBeforeMixing)

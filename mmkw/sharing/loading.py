@@ -3,7 +3,6 @@
 A converted network refuses a state dict that does not fit. In a model with several parts, earlier
 parts would already be loaded then. So the model itself checks all converted parts first, in a hook.
 A model gets the hook when a module that is or contains a converted network becomes its submodule.
-At that moment warehouses are frozen with their layers, too.
 """
 
 from functools import partial
@@ -16,18 +15,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..checkpoints import only_checking
 from ..layers import WarehouseManager
 from ..ops import modes
-from .freezing import follow_layers
 
 _LOOKS_FIRST = '_checks_converted_parts'
-_watching = False
-
-
-def watch_parents() -> None:
-    """Watches for new submodules from now on, and adds the hook to models that need it."""
-    global _watching
-    if not _watching:
-        register_module_module_registration_hook(_notice)
-        _watching = True
 
 
 def _notice(parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -36,8 +25,6 @@ def _notice(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         return
     if not (is_converted(child) or _LOOKS_FIRST in child.__dict__):
         return
-    # DistributedDataParallel looks once, when it wraps a model, at what learns.
-    follow_layers(child)
     if _LOOKS_FIRST not in parent.__dict__:
         parent.__dict__[_LOOKS_FIRST] = True
         parent._register_load_state_dict_pre_hook(_check_parts, with_module=True)
@@ -61,6 +48,10 @@ def is_converted(module: nn.Module) -> bool:
     # A dynamic layer with its own warehouse has a manager, too, and a static_class.
     manager = module._modules.get('warehouse_manager')
     return isinstance(manager, WarehouseManager) and not hasattr(module, 'static_class')
+
+
+# Also of converted networks that come from a file, whole.
+register_module_module_registration_hook(_notice)
 
 
 def _check_parts(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *more: Any) -> None:

@@ -56,6 +56,15 @@ def assert_equal(got, expected, place='checkpoint'):
         assert got == expected, place
 
 
+@pytest.mark.parametrize('new', [True, False], ids=['zip', 'old'])
+def test_files_are_read_to_the_cpu_whatever_the_default_device(new, tmp_path):
+    expected = nn.Linear(3, 4).state_dict()
+    torch.save(expected, tmp_path / 'a.pth', _use_new_zipfile_serialization=new)
+    with torch.device('meta'):
+        got = read_checkpoint(tmp_path / 'a.pth')
+    assert_equal(got, expected)
+
+
 def history(*values):
     buffer = HistoryBuffer(max_length=100)
     for value in values:

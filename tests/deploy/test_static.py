@@ -1,6 +1,7 @@
 """Static twins of dynamic networks: mean kernels, fitted norms, and layers that stay dynamic."""
 
 import copy
+import pickle
 
 import cv2
 import numpy as np
@@ -151,6 +152,24 @@ def test_layers_that_vary_most_stay_with_the_cells_they_mix():
     twin.load_state_dict(copy.deepcopy(twin).state_dict())
     again, _ = to_static(twin, loader)
     assert not mmkw.is_converted(again)
+
+
+class Features(Net):
+    """As timm's networks, whose attentions look after the freezing of their warehouse."""
+
+    def forward_features(self, x):
+        return self.forward(x)
+
+
+def test_what_stays_belongs_to_the_new_network():
+    network = mmkw.convert(Features(), mmkw.SharingPlan.make(PLAN, cell_num_ratio=2)).eval()
+    twin, _ = to_static(network, batches(), ['b'])
+    # Nothing of the other network comes along.
+    whole, alone = (len(pickle.dumps(each)) for each in (twin, twin.state_dict()))
+    assert whole - alone < len(pickle.dumps(network)) / 4
+    twin.b.attention.requires_grad_(False)
+    twin.forward_features(torch.randn(2, 4, 9, 9)).sum().backward()
+    assert not any(p.requires_grad for p in twin.warehouse_manager.parameters())
 
 
 def test_layers_with_cells_of_their_own_may_stay():

@@ -393,6 +393,50 @@ def test_a_layer_made_without_memory(kind, precision):
         close([emptied(x)], [source(x)], precision)
 
 
+class Held(nn.Module):
+    def __init__(self, held):
+        super().__init__()
+        self.held = held
+
+    def forward(self, x):
+        return self.held(x)
+
+
+@pytest.mark.parametrize('norm', ['BN1d', 'LN'])
+def test_a_network_made_without_memory(norm):
+    """It takes its own tensors as they are, or memory and then the weights of a static network."""
+
+    def make():
+        layers = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)
+        return Held(nn.Sequential(*layers))
+
+    def made_dynamic(network):
+        plan = SharingPlan.make([('held.0', 'one'), ('held.2', 'one')])
+        return convert(network, plan, dict(type=norm))
+
+    static = make()
+
+    x = torch.randn(2, 8, 7, 7)
+    source = made_dynamic(copy.deepcopy(static)).eval()
+    with torch.device('meta'):
+        made = [made_dynamic(make()) for _ in range(2)]
+    made += [made_dynamic(make().to('meta')) for _ in range(2)]
+    weights = static.state_dict()
+    for taken, emptied in (made[:2], made[2:]):
+        taken.load_state_dict(source.state_dict(), assign=True)
+        torch.testing.assert_close(taken.eval()(x), source(x))
+        with pytest.raises(RuntimeError, match=r'meta device.*to_empty'):
+            emptied.load_state_dict(weights, assign=True)
+        emptied.to_empty(device='cpu')
+        emptied.load_state_dict(weights)
+        emptied.train()(x).square().sum().backward()
+        assert all(p.isfinite().all() and p.grad.isfinite().all() for p in emptied.parameters())
+        assert emptied.held[0].attention.fc2.weight.grad.any(), 'attentions learn'
+        with torch.no_grad():
+            found, expected = (net.eval().held[2](x) for net in (emptied, static))
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 # Empty inputs
 
 

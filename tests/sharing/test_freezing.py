@@ -214,6 +214,32 @@ def test_frozen_layers_where_other_methods_than_forward_compute():
     assert grads == [False, True, True, True]
 
 
+@pytest.mark.parametrize('held', [False, True], ids=['alone', 'in a model'])
+@pytest.mark.parametrize('plan', PLANS)
+def test_an_optimizer_that_is_given_what_learns_has_the_cells(plan, held):
+    """Before anything has computed: as users fine-tune a part of a network."""
+    static = Network()
+    dynamic = convert(copy.deepcopy(static), SharingPlan.make(PLANS[plan]))
+    x = torch.randn(2, 8, 4, 4)
+    for network in (static, dynamic):
+        model = nn.Sequential(network) if held else network
+        model.requires_grad_(False)
+        network.b.requires_grad_(True)
+        given = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(given, lr=0.1, weight_decay=0.1)
+        with torch.no_grad():
+            before = network.eval().b(x)
+        model.train()(x).square().mean().backward()
+        optimizer.step()
+        learning = {p for p in model.parameters() if p.requires_grad}
+        assert learning == set(given)
+        if network is dynamic:
+            index = network.b.place[1]
+            assert network.warehouse_manager.weights[index] in set(given)
+        with torch.no_grad():
+            assert not torch.equal(network.eval().b(x), before)
+
+
 def test_frozen_layers_and_distributed_training(tmp_path):
     """DistributedDataParallel looks once at what learns, when it wraps the network."""
     torch.distributed.init_process_group(

@@ -301,6 +301,35 @@ def test_a_fused_projection_stays_split():
     assert isinstance(network.attend, SplitProjection)
 
 
+def test_an_initialiser_starts_fewer_cells_than_pieces_as_kernels_that_are_loaded_do():
+    class Net(BaseModule):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Conv2d(32, 32, 3, padding=1, bias=False) for _ in range(2))
+
+        def init_weights(self):
+            for layer, kernel in zip((self.a, self.b), kernels):
+                layer.weight.data.copy_(kernel)
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    options = dict(cell_num_ratio=0.5, cell_inplane_ratio=0.5, cell_outplane_ratio=0.5)
+    plan = SharingPlan.make([('a', 'one'), ('b', 'one')], **options)
+    # Kernels that half of the cells hold: what is not lost here is lost by the start.
+    bases = torch.randn(4, 16, 16)
+    kernels = [(torch.randn(9 * 4, 4) @ bases.flatten(1)).view(3, 3, 2, 2, 16, 16) for _ in 'ab']
+    kernels = [k.permute(2, 4, 3, 5, 0, 1).reshape(32, 32, 3, 3) / 50 for k in kernels]
+    network = convert(Net(), plan)
+    network.init_weights()
+    x = torch.randn(2, 32, 9, 9)
+    with torch.no_grad():
+        found = network.eval()(x)
+        expected = nn.functional.conv2d(x, kernels[0], padding=1)
+        expected = nn.functional.conv2d(expected, kernels[1], padding=1)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
 RANDOM = {
     'KWResNet': ('ResNet', dict(depth=18, base_channels=8)),
     'KWMobileNetV2': ('MobileNetV2', dict(widen_factor=0.5)),

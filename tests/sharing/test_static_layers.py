@@ -1,5 +1,6 @@
 """Which layers a rule leaves static, and that it says so."""
 
+import copy
 import logging
 
 import pytest
@@ -273,6 +274,35 @@ def test_layers_that_others_hold_or_share_stay_static(kind, layer, reason):
         convert(kind(), SharingPlan.make([(layer, 'one')]))
     with pytest.raises(PlanError, match=f'catches {layer}.*{reason}'):
         pattern_plan(kind(), [dict(match=layer)])
+
+
+@pytest.mark.parametrize('batch_first', [False, True])
+def test_sequences_before_images_stay_static(batch_first):
+    """A dynamic layer would take positions for images, and mix what stands in a batch."""
+    torch.manual_seed(0)
+    options = dict(dim_feedforward=64, dropout=0.0, batch_first=batch_first)
+    static = nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 4, **options), 2).eval()
+    dynamic = of_layers(decoder=copy.deepcopy(static), conv=nn.Conv2d(32, 32, 3))
+    convert(dynamic)
+    found = {n for n, m in dynamic.named_modules() if isinstance(m, StandsForStatic)}
+    assert any('linear1' in name for name in found) == batch_first and 'conv' in found
+    for name, parameter in dynamic.named_parameters():
+        if 'attention.fc2' in name:
+            nn.init.normal_(parameter)
+    one, other = (torch.randn(1, 5, 32) for _ in range(2))
+    for network in (static, dynamic.decoder):
+        both = torch.cat([one, other])
+        if not batch_first:
+            one_first, both = one.transpose(0, 1), both.transpose(0, 1)
+        else:
+            one_first = one
+        with torch.no_grad():
+            alone, beside = network(one_first, one_first), network(both, both)
+        beside = beside[:1] if batch_first else beside[:, :1]
+        torch.testing.assert_close(alone, beside, atol=1e-5, rtol=1e-5)
+    if not batch_first:
+        with pytest.raises(PlanError, match='sequences before images'):
+            convert(copy.deepcopy(static), SharingPlan.make([('layers.0.linear1', 'one')]))
 
 
 def test_hooks_stay_with_their_layers():

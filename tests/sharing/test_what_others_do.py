@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,7 +20,6 @@ from torch.nn.utils import fusion, parametrizations, parametrize, prune
 from torch.optim.swa_utils import update_bn
 
 from mmkw import KWConv1d, KWConv2d, KWConv3d, KWLinear, SharingPlan, convert
-from mmkw.sharing.loading import watch_parents
 
 close = torch.testing.assert_close
 
@@ -605,8 +606,48 @@ def test_mmengine_counts_mixing_and_attention():
 
 
 def test_torchscript_files_are_loaded_beside_converted_networks(tmp_path):
-    """Every new submodule is looked at from the first conversion on, those of TorchScript too."""
-    watch_parents()
+    """Every new submodule is looked at, those of TorchScript too."""
     static, x = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3))), torch.randn(2, 3, 5, 5)
     torch.jit.script(static).save(tmp_path / 'a.pt')
     torch.testing.assert_close(torch.jit.load(tmp_path / 'a.pt')(x), static(x))
+
+
+def test_compiled_autograd_of_static_modules_beside_converted_networks():
+    import torch._dynamo as dynamo
+
+    static, x = nn.Conv2d(4, 4, 3), torch.randn(2, 4, 5, 5)
+    expected = torch.autograd.grad(static(x).square().sum(), static.weight)[0]
+
+    @torch.compile(backend='aot_eager')
+    def backward(loss):
+        loss.backward()
+
+    with dynamo.config.patch(compiled_autograd=True):
+        backward(static(x).square().sum())
+    dynamo.reset()
+    close(static.weight.grad, expected)
+
+
+def test_a_network_from_a_file_is_checked_where_nothing_was_converted(tmp_path):
+    """A model that holds it takes all of a state dict or nothing."""
+    dynamic, _ = twins()
+    torch.save(dynamic, tmp_path / 'whole.pt')
+    code = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+import torch
+from torch import nn
+network = torch.load({str(tmp_path / 'whole.pt')!r}, weights_only=False)
+model = nn.Sequential(nn.Conv2d(3, 3, 1), network)
+state = model.state_dict()
+state['0.weight'] = state['0.weight'] + 1
+name = next(name for name in state if 'warehouse_manager' in name)
+state[name] = state[name][:-1]
+before = model[0].weight.clone()
+try:
+    model.load_state_dict(state)
+except RuntimeError:
+    print(torch.equal(model[0].weight, before))
+"""
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert result.stdout == 'True\n', result.stderr

@@ -85,6 +85,10 @@ def test_the_plan_of_the_paper_s_resnet50(root):
         ('configs/demo/mask-rcnn_r18_fpn_mini-coco.py', [], 'builds no network with warehouses'),
         (DEMO, ['--budget-params', '1K'], r'--budget-params 1,000: the least is'),
         (DEMO, ['--budget-params', 'few'], "'few' is no number of parameters such as 30M"),
+        (DEMO, ['--budget-params', 'inf'], "'inf' is no number of parameters such as 30M"),
+        (DEMO, ['--cfg-options', 'model.backbone.start_tau=2'], f'config {DEMO}: .*start_tau must'),
+        (DEMO, ['--cfg-options', 'model.backbone.depth=19'], f'config {DEMO}: .*19'),
+        (DEMO, ['--cfg-options', 'model.backbone.cell_num_ration=2'], f'config {DEMO}: .*ration'),
         (DEMO, ['--shape', '-1', '64'], 'expected 2 arguments|no number of pixels'),
         (DEMO, ['--shape', '0', '64'], "'0' is no number of pixels such as 224"),
         (
