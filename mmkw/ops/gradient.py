@@ -11,18 +11,18 @@ because only the graph holds it. A sum is made only if the backward pass will re
 takes the sum. If the pass fails, the sum is freed with the graph.
 """
 
-import weakref
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import modes
 from .mixing import Mixing
 
-# The token of each tensor of cells, for as long as a layer's graph holds the token.
-_tokens: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# The token of each tensor of cells, by the identity of the tensor, for as long as a layer's graph
+# holds the token. Nothing refers to the cells when no graph does: PyTorch's `swap_tensors` asks.
+_tokens: WeakValueDictionary[int, 'Token'] = WeakValueDictionary()
 
 
 class Token:
@@ -36,21 +36,22 @@ class Token:
     """
 
     def __init__(self, cells: Tensor) -> None:
+        # Held, so that no other tensor has the same identity.
+        self._cells = cells
         self._sums: dict[int, CellSum] = {}
         self.tensor = _HandOver.apply(cells, self._sums)
 
     @staticmethod
     def of(cells: Tensor) -> 'Token':
         """The token that other layers of the graph hold, or a new token."""
-        reference = _tokens.get(cells)
-        token = reference() if reference is not None else None
+        token = _tokens.get(id(cells))
         # A network that is cast keeps its parameters, with other values.
         if token is None or (token.tensor.dtype, token.tensor.device) != (
             cells.dtype,
             cells.device,
         ):
             token = Token(cells)
-            _tokens[cells] = weakref.ref(token)
+            _tokens[id(cells)] = token
         return token
 
     def is_awaited(self) -> bool:

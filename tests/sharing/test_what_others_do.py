@@ -612,6 +612,19 @@ def test_torchscript_files_are_loaded_beside_converted_networks(tmp_path):
     torch.testing.assert_close(torch.jit.load(tmp_path / 'a.pt')(x), static(x))
 
 
+def test_parameters_may_be_swapped_after_training():
+    """``swap_tensors`` refuses what others refer to."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for network in twins():
+            (x,) = images((9, 9))
+            network.train()(x).square().mean().backward()
+            network.double().eval()(x.double()).mean().backward()
+            assert {p.dtype for p in network.parameters()} == {torch.float64}
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 def test_compiled_autograd_of_static_modules_beside_converted_networks():
     import torch._dynamo as dynamo
 
