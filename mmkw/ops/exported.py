@@ -129,19 +129,18 @@ def _moved(
     # Columns before rows: what is left of rows then lies in long runs.
     for dim, (side, stride, padding, dilation) in reversed(list(enumerate(settings, 2))):
         reach, length = dilation * (side - 1), x.shape[dim]
-        if stride > 1 or 2 * padding != reach:
-            length = (length + 2 * padding - reach - 1) // stride + 1
-        size.append(length)
+        if 2 * padding != reach:
+            length = length + 2 * padding - reach
         before = [slice(None)] * (dim + 1)
         if side > 1:
-            # The end is a sum, from which PyTorch sees that it holds for any size.
-            rest = x.shape[dim] + 2 * padding - reach
-            cuts = [slice(at, at + rest, stride) for at in range(0, reach + 1, dilation)]
+            # The ends are sums, from which PyTorch sees that they hold for any size.
+            cuts = [slice(at, at + length, stride) for at in range(0, reach + 1, dilation)]
             views = torch.cat([views[tuple([*before, cut])] for cut in cuts], 1)
         elif stride > 1:
             # Copied: of a view with gaps a later reshape would ask whether the size is even.
             views = views[tuple([*before, slice(None, None, stride)])]
             views = views.clone(memory_format=torch.contiguous_format)
+        size.append(views.shape[dim + 1] if stride > 1 else length)
     return views, size[::-1]
 
 
