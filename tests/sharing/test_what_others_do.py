@@ -628,15 +628,12 @@ def test_parameters_may_be_swapped_after_training():
 def test_compiled_autograd_of_static_modules_beside_converted_networks():
     import torch._dynamo as dynamo
 
+    twins()
     static, x = nn.Conv2d(4, 4, 3), torch.randn(2, 4, 5, 5)
     expected = torch.autograd.grad(static(x).square().sum(), static.weight)[0]
-
-    @torch.compile(backend='aot_eager')
-    def backward(loss):
-        loss.backward()
-
     with dynamo.config.patch(compiled_autograd=True):
-        backward(static(x).square().sum())
+        loss = static(x).square().sum()
+        torch.compile(lambda: loss.backward(), backend='aot_eager')()
     dynamo.reset()
     close(static.weight.grad, expected)
 
