@@ -17,7 +17,7 @@ from ..layers.warehouse import WarehouseManager
 from ..ops import mix_cells, modes
 from ..sharing import SharingPlan, convert, is_converted
 from ..sharing.convert import leave_warehouses
-from ..sharing.freezing import HOOKS, FreezeBeforeMixing
+from ..sharing.freezing import FreezeBeforeMixing
 from .calibration import check_loader, count_images, distance, predict
 from .networks import evaluating
 from .norms import match_norms
@@ -320,7 +320,7 @@ class _Part:
             weights[place].data = self._manager.weights[index].detach()
         for name, layer in kept.items():
             new = self._network.get_submodule(name)
-            modes.remove_pre_hooks(layer.attention, HOOKS)
+            modes.remove_pre_hooks(layer.attention, (FreezeBeforeMixing,))
             for hook in modes.pre_hooks_of(new.attention, FreezeBeforeMixing):
                 layer.attention.register_forward_pre_hook(hook)
             new.attention = layer.attention

@@ -99,9 +99,9 @@ def _add_params(
     held = {parameter for group in params for parameter in group['params']}
     for name, parameter in model.named_parameters():
         if parameter in given and parameter in held and not _is_named(constructor, name):
-            settings = _leading(constructor, name, given[parameter])
-            told = ', '.join(f'{key}={value}' for key, value in settings.items()) or 'defaults'
-            _regroup(params, name, parameter, settings, f"its layers' {told}")
+            leading = _leading(constructor, name, given[parameter])
+            told = ', '.join(f'{key}={value}' for key, value in leading.items()) or 'defaults'
+            _regroup(params, name, parameter, leading, f"its layers' {told}")
     if scale != 1:
         _scale_attentions(constructor, params, model, scale)
 

@@ -289,17 +289,17 @@ def test_sequences_before_images_stay_static(batch_first):
     for name, parameter in dynamic.named_parameters():
         if 'attention.fc2' in name:
             nn.init.normal_(parameter)
-    one, other = (torch.randn(1, 5, 32) for _ in range(2))
-    for network in (static, dynamic.decoder):
-        both = torch.cat([one, other])
-        if not batch_first:
-            one_first, both = one.transpose(0, 1), both.transpose(0, 1)
-        else:
-            one_first = one
+    both = torch.randn(2, 5, 32)
+
+    def decoded(network, images):
+        x = images if batch_first else images.transpose(0, 1)
         with torch.no_grad():
-            alone, beside = network(one_first, one_first), network(both, both)
-        beside = beside[:1] if batch_first else beside[:, :1]
-        torch.testing.assert_close(alone, beside, atol=1e-5, rtol=1e-5)
+            y = network(x, x)
+        return y if batch_first else y.transpose(0, 1)
+
+    for network in (static, dynamic.decoder):
+        alone, beside = decoded(network, both[:1]), decoded(network, both)
+        torch.testing.assert_close(alone, beside[:1], atol=1e-5, rtol=1e-5)
     if not batch_first:
         with pytest.raises(PlanError, match='sequences before images'):
             convert(copy.deepcopy(static), SharingPlan.make([('layers.0.linear1', 'one')]))

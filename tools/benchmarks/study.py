@@ -212,6 +212,7 @@ WIDE = {'model.backbone.base_channels': 64, 'model.neck.in_channels': [64, 128, 
 # Weights of zero rate stay as they are; so does their decay, which is of the rate.
 STILL = {'backbone': 0, 'neck': 0, 'rpn_head': 0, 'roi_head': 0}
 LAYER_NORM = {'model.backbone.attention_norm_cfg': {'type': 'LN'}}
+# From static weights, at the two rates.
 START = {**QUICK_ATTENTION, **LAYER_NORM}
 FAST_START = {**FAST, **LAYER_NORM, **rates(attention=5)}
 # Begins with the random kernels of the static network, one to one, and without a temperature.
