@@ -212,9 +212,10 @@ WIDE = {'model.backbone.base_channels': 64, 'model.neck.in_channels': [64, 128, 
 # Weights of zero rate stay as they are; so does their decay, which is of the rate.
 STILL = {'backbone': 0, 'neck': 0, 'rpn_head': 0, 'roi_head': 0}
 LAYER_NORM = {'model.backbone.attention_norm_cfg': {'type': 'LN'}}
-# From static weights, at the two rates.
+# From static weights, at the three rates.
 START = {**QUICK_ATTENTION, **LAYER_NORM}
 FAST_START = {**FAST, **LAYER_NORM, **rates(attention=5)}
+FASTER_START = {**FASTER, **LAYER_NORM, **rates(attention=2.5)}
 # Begins with the random kernels of the static network, one to one, and without a temperature.
 ONE_TO_ONE = {'model.backbone.keep_weights': True, **START}
 STATIC, CHOSEN = Arm(), Arm(1, QUICK_ATTENTION)
@@ -263,6 +264,9 @@ FURTHER = choice(
         'KW 4x, 2e-3, LN, attentions 1e-2': Arm(4, FAST_START),
         # In the time of the static network's six: a step takes 1.2 times as long.
         'KW 1x, 2e-3, LN, attentions 1e-2, five epochs': Arm(1, FAST_START, epochs=5),
+        'static, 4e-3': Arm(None, FASTER),
+        'KW 1x, 4e-3, LN, attentions 1e-2': Arm(1, FASTER_START),
+        'KW 4x, 4e-3, LN, attentions 1e-2': Arm(4, FASTER_START),
     },
     task='digits, half as wide',
     epochs=6,
