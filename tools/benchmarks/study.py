@@ -264,6 +264,8 @@ FURTHER = choice(
         'KW 4x, 2e-3, LN, attentions 1e-2': Arm(4, FAST_START),
         # In the time of the static network's six: a step takes 1.2 times as long.
         'KW 1x, 2e-3, LN, attentions 1e-2, five epochs': Arm(1, FAST_START, epochs=5),
+        # As one line in a config makes it.
+        'KW 1x, 2e-3': Arm(1, FAST),
         'static, 4e-3': Arm(None, FASTER),
         'KW 1x, 4e-3, LN, attentions 1e-2': Arm(1, FASTER_START),
         'KW 4x, 4e-3, LN, attentions 1e-2': Arm(4, FASTER_START),
