@@ -170,6 +170,7 @@ class Table:
 SLOW = {'optim_wrapper.optimizer.lr': 3e-4}
 FAST = {'optim_wrapper.optimizer.lr': 2e-3}
 FASTER = {'optim_wrapper.optimizer.lr': 4e-3}
+FASTEST = {'optim_wrapper.optimizer.lr': 8e-3}
 
 
 def annealed(epochs: int) -> dict[str, Any]:
@@ -264,11 +265,13 @@ FURTHER = choice(
         'KW 4x, 2e-3, LN, attentions 1e-2': Arm(4, FAST_START),
         # In the time of the static network's six: a step takes 1.2 times as long.
         'KW 1x, 2e-3, LN, attentions 1e-2, five epochs': Arm(1, FAST_START, epochs=5),
-        # As one line in a config makes it.
-        'KW 1x, 2e-3': Arm(1, FAST),
         'static, 4e-3': Arm(None, FASTER),
         'KW 1x, 4e-3, LN, attentions 1e-2': Arm(1, FASTER_START),
         'KW 4x, 4e-3, LN, attentions 1e-2': Arm(4, FASTER_START),
+        # As one line in a config makes it.
+        'KW 1x, 4e-3': Arm(1, FASTER),
+        'static, 8e-3': Arm(None, FASTEST),
+        'KW 1x, 8e-3, LN': Arm(1, {**FASTEST, **LAYER_NORM}),
     },
     task='digits, half as wide',
     epochs=6,
