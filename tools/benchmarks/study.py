@@ -270,6 +270,7 @@ FURTHER = choice(
         'KW 4x, 4e-3, LN, attentions 1e-2': Arm(4, FASTER_START),
         # As one line in a config makes it.
         'KW 1x, 4e-3': Arm(1, FASTER),
+        'KW 1x, 4e-3, LN': Arm(1, {**FASTER, **LAYER_NORM}),
         'static, 8e-3': Arm(None, FASTEST),
         'KW 1x, 8e-3, LN': Arm(1, {**FASTEST, **LAYER_NORM}),
     },
