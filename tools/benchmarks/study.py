@@ -35,6 +35,7 @@ WORK = 'work_dirs/study'
 RESULTS = ROOT / 'docs/evidence/runs.json'
 IMAGES = {
     'mini_coco': '--train 1200 --val 200 --test 400',
+    'mini_conditions': '--train 1200 --val 200 --test 400 --conditions',
     'mini_stamps': '--train 2000 --val 300 --test 500 --stamps STAMPS',
 }
 
@@ -109,6 +110,9 @@ TASKS = {
     'digits': Task('mask-rcnn_r18_fpn_mini-coco', 'mini_coco', KW_RESNET, AP, 100),
     'digits, half as wide': Task(
         'mask-rcnn_r18-half_fpn_mini-coco', 'mini_coco', KW_RESNET, AP, 100
+    ),
+    'conditions, half as wide': Task(
+        'mask-rcnn_r18-half_fpn_mini-conditions', 'mini_conditions', KW_RESNET, AP, 100
     ),
     'stamps': Task('mask-rcnn_r18_fpn_mini-stamps', 'mini_stamps', KW_RESNET, AP, 100),
     'stamps from ImageNet': Task(
@@ -277,6 +281,20 @@ FURTHER = choice(
     task='digits, half as wide',
     epochs=6,
 )
+# The same where images differ as a whole.
+CONDITIONS = choice(
+    {
+        'static, 2e-3': Arm(None, FAST),
+        'static, 4e-3': Arm(None, FASTER),
+        'static, 8e-3': Arm(None, FASTEST),
+        'KW 1x, 2e-3, LN': Arm(1, {**FAST, **LAYER_NORM}),
+        'KW 1x, 4e-3, LN': Arm(1, {**FASTER, **LAYER_NORM}),
+        'KW 1x, 8e-3, LN': Arm(1, {**FASTEST, **LAYER_NORM}),
+        'KW 4x, 4e-3, LN': Arm(4, {**FASTER, **LAYER_NORM}),
+    },
+    task='conditions, half as wide',
+    epochs=6,
+)
 TABLES = {
     'rates': choice(RATES),
     'trained_out': choice(
@@ -316,6 +334,7 @@ TABLES = {
         'KW 4x, 4e-3, LN',
         'KW 1x, 4e-3, LN, five epochs',
     ),
+    'conditions': CONDITIONS,
     'temperature': choice(
         {
             'static': STATIC,

@@ -5,8 +5,9 @@ other photographs and a horse's silhouette as clutter. The instances are handwri
 scikit-learn: of many sizes, rotated, coloured, occluding each other. With ``--stamps`` they are
 harder: animals, plants, things and vehicles of ten classes, cut out of photographs and drawings,
 from Tux Paint's collection of stamps. Training and validation share neither photographs nor digits
-nor stamps; nor does the test split, but for its digits, which are those of the validation. The same
-arguments give the same bytes.
+nor stamps; nor does the test split, but for its digits, which are those of the validation. With
+``--conditions`` every image is taken under one of four: clear, noisy, blurred or dark. The scenes
+and masks are those without. The same arguments give the same bytes.
 
     OUT/annotations/instances_{train,val,test}.json   exact masks, run-length encoded
     OUT/{train,val,test}/000000.png                   images
@@ -17,6 +18,7 @@ arguments give the same bytes.
 Examples:
     python tools/dataset_converters/make_mini_coco.py data/mini_coco --train 1000 --val 200 --seed 0
     python tools/dataset_converters/make_mini_coco.py data/mini_stamps --stamps STAMPS --test 400
+    python tools/dataset_converters/make_mini_coco.py data/mini_conditions --conditions --test 400
 
 STAMPS is the folder ``usr/share/tuxpaint/stamps`` of Debian's package tuxpaint-stamps-default:
 ``apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default*.deb .``
@@ -219,6 +221,24 @@ def make_scene(material: Material, rng: np.random.Generator) -> Scene:
     return Scene(image, [masks[i] for i in kept], [labels[i] for i in kept])
 
 
+def under_condition(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Takes a picture that is clear, noisy, blurred or dark, each in a fourth of the cases.
+
+    Args:
+        image: ``Array[height, width, 3]`` of bytes.
+        rng: What decides.
+    """
+    condition = rng.choice(['clear', 'noisy', 'blurred', 'dark'])
+    taken = image.astype(np.float32)
+    if condition == 'noisy':
+        taken += rng.normal(0, rng.uniform(40, 70), image.shape)
+    elif condition == 'blurred':
+        taken = cv2.GaussianBlur(taken, (0, 0), rng.uniform(1.5, 2.5))
+    elif condition == 'dark':
+        taken = rng.uniform(0.1, 0.2) * taken + rng.normal(0, 3, image.shape)
+    return np.clip(taken, 0, 255).astype(np.uint8)
+
+
 def random_crop(
     material: Material, height: int, width: int, rng: np.random.Generator
 ) -> np.ndarray:
@@ -291,7 +311,9 @@ def run_length(mask: np.ndarray) -> dict:
     return dict(size=list(mask.shape), counts=[0, *runs] if flat[0] else runs)
 
 
-def make_split(out: Path, split: str, count: int, seed: int, stamps: Path | None) -> None:
+def make_split(
+    out: Path, split: str, count: int, seed: int, stamps: Path | None, conditions: bool
+) -> None:
     """Writes the images, semantic maps and annotations of one split."""
     material = load_material(split, stamps)
     classes = material.objects.classes
@@ -304,6 +326,8 @@ def make_split(out: Path, split: str, count: int, seed: int, stamps: Path | None
         # A stream an image: more images leave the earlier ones as they were.
         rng = np.random.default_rng([seed, list(PHOTOGRAPHS).index(split), image_id])
         scene = make_scene(material, rng)
+        if conditions:
+            scene.image = under_condition(scene.image, rng)
         name = f'{image_id:06d}.png'
         height, width = scene.image.shape[:2]
         images.append(dict(id=image_id, file_name=name, height=height, width=width))
@@ -344,6 +368,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--val', type=int, default=200, help='validation images (default: 200)')
     parser.add_argument('--test', type=int, default=0, help='test images (default: none)')
     parser.add_argument('--stamps', type=Path, help="Tux Paint's folder (default: digits)")
+    parser.add_argument(
+        '--conditions', action='store_true', help='images are clear, noisy, blurred or dark'
+    )
     parser.add_argument('--seed', type=int, default=0, help='not negative (default: 0)')
     args = parser.parse_args(argv)
     for name, lowest in (('train', 1), ('val', 1), ('test', 0), ('seed', 0)):
@@ -360,10 +387,13 @@ def main(argv: list[str] | None = None) -> None:
     recipe = dict(**splits, seed=args.seed, version=3)
     if args.stamps:
         recipe['objects'] = 'stamps'
+    if args.conditions:
+        recipe['conditions'] = True
     record = args.out / 'recipe.json'
     made = json.loads(record.read_text()) if record.is_file() else {}
     # What has a test split as well is as good as what has none.
-    if made and made | recipe == made and made.get('objects') == recipe.get('objects'):
+    same = all(made.get(name) == recipe.get(name) for name in ('objects', 'conditions'))
+    if made and made | recipe == made and same:
         print(f'{args.out} is there already: {made}')
         return
     if args.out.exists():
@@ -373,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
     partial = args.out.with_name(args.out.name + '.partial')
     shutil.rmtree(partial, ignore_errors=True)
     for split, count in splits.items():
-        make_split(partial, split, count, args.seed, args.stamps)
+        make_split(partial, split, count, args.seed, args.stamps, args.conditions)
     (partial / record.name).write_text(json.dumps(recipe))
     partial.rename(args.out)
     print(f'{args.out}: images ' + ', '.join(f'{count} {name}' for name, count in splits.items()))
