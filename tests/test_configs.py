@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmkw.engine import building
 from mmkw.engine.command_line import PUBLISHED_WEIGHTS
+from mmkw.layers import Attention
 from mmkw.layers.dynamic_layers import DynamicLayer
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -32,7 +33,9 @@ REPEATED = [
     name
     for name in LEAVES
     if re.search('/mask-rcnn_(kw1d2x|kw4x|dyconv4x|kw1x-swin|kw1x-regnetx|kw2x-x50)-', name)
-    or re.search('hrnet|retinanet_kw1x-r50|retinanet_r50_kw4x|pspnet|mini-stamps', name)
+    or re.search(
+        'hrnet|retinanet_kw1x-r50|retinanet_r50_kw4x|pspnet|mini-stamps|mini-conditions', name
+    )
 ]
 BACKBONES = sorted(path.stem for path in (CONFIGS / '_base_/backbones').iterdir())
 SEGMENTATION = ('ade20k', 'cityscapes', 'coco-stuff', 'semantic')
@@ -146,6 +149,35 @@ def test_another_backbone_is_another_line(name, tmp_path):
     assert any(isinstance(m, DynamicLayer) for m in model.modules()) == is_dynamic(name)
     outputs = model.neck(model.backbone(torch.empty(1, 3, SIZE, SIZE, device='meta')))
     assert [y.shape[-1] for y in outputs] == [SIZE // stride for stride in (4, 8, 16, 32, 64)]
+
+
+def test_a_recipe_is_inherited_in_one_line(tmp_path):
+    """It adds its options to the network, and leaves all else as the static config has it."""
+    pytest.importorskip('mmdet', reason='the config inherits from it')
+    static = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+    configs = []
+    for base, network in (
+        (f"'{static}'", "type='mmkw.KWResNet'"),
+        (
+            f"['{static}', 'mmkw::_base_/recipes/fine-tune.py']",
+            "type='mmkw.KWResNet', **_base_.fine_tune",
+        ),
+    ):
+        (tmp_path / 'config.py').write_text(
+            f'_base_ = {base}\nmodel = dict(backbone=dict({network}))\n'
+        )
+        configs.append(Config.fromfile(tmp_path / 'config.py'))
+    plain, tuned = (config.to_dict() for config in configs)
+    recipe = tuned.pop('fine_tune')
+    assert tuned['model']['backbone'] == {**plain['model']['backbone'], **recipe}
+    tuned['model']['backbone'] = plain['model']['backbone']
+    assert tuned == plain
+    # A config that is written down is read again.
+    configs[1].dump(tmp_path / 'dumped.py')
+    model = building.build_model(Config.fromfile(tmp_path / 'dumped.py'), on_meta=True)
+    attentions = [m for m in model.modules() if isinstance(m, Attention)]
+    assert len(attentions) == 50
+    assert all(isinstance(attention.norm1, torch.nn.LayerNorm) for attention in attentions)
 
 
 def test_configs_that_are_named_exist():

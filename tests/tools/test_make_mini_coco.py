@@ -140,6 +140,44 @@ def test_stamps_are_exact(root, stamps, tmp_path):
     assert make(root, tmp_path / 'a', *options[:6]).returncode != 0
 
 
+def test_conditions_change_images_alone(root, mini_coco, tmp_path):
+    options = ['--train', '4', '--val', '2', '--seed', '1']
+    assert make(root, tmp_path / 'a', *options, '--conditions').returncode == 0
+    clear, taken = digest(mini_coco), digest(tmp_path / 'a')
+    changed = {name for name in taken if taken[name] != clear[name]}
+    assert taken.keys() == clear.keys()
+    assert changed and {name.split('/')[0] for name in changed} <= {'train', 'val', 'digits'}
+    # Each is something else than the other.
+    assert 'already' in make(root, tmp_path / 'a', *options, '--conditions').stdout
+    assert make(root, tmp_path / 'a', *options).returncode != 0
+
+
+def test_every_condition_is_met(root):
+    script = runpy.run_path(str(root / 'tools/dataset_converters/make_mini_coco.py'))
+    scene = np.random.default_rng(0).integers(60, 200, (40, 40, 3)).astype(np.uint8)
+    found = []
+    for seed in range(60):
+        taken, again = (
+            script['under_condition'](scene, np.random.default_rng(seed)) for _ in range(2)
+        )
+        np.testing.assert_array_equal(taken, again)
+        assert taken.dtype == np.uint8 and taken.shape == scene.shape
+        # How bright it is, and how much it varies from pixel to pixel, relative to the scene.
+        brightness = taken.mean() / scene.mean()
+        edges = (
+            np.diff(taken.astype(float), axis=0).std() / np.diff(scene.astype(float), axis=0).std()
+        )
+        if brightness < 0.3:
+            found.append('dark')
+        elif edges < 0.5:
+            found.append('blurred')
+        else:
+            found.append('noisy' if edges > 1.2 else 'clear')
+        assert found[-1] == 'dark' or 0.9 < brightness < 1.1
+        assert (found[-1] == 'clear') == np.array_equal(taken, scene)
+    assert all(found.count(kind) > 5 for kind in ('clear', 'noisy', 'blurred', 'dark'))
+
+
 def test_a_folder_without_stamps_is_refused(root, tmp_path):
     result = make(root, tmp_path / 'a', '--stamps', tmp_path)
     assert result.returncode != 0 and 'Give --stamps' in result.stderr

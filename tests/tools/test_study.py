@@ -160,7 +160,14 @@ def test_every_table_of_the_project_can_be_made(study, root):
     assert len(set(places)) == len(places)
 
 
-TASKS = ['digits', 'digits, half as wide', 'stamps', 'stamps from ImageNet', 'segmentation']
+TASKS = [
+    'digits',
+    'digits, half as wide',
+    'conditions, half as wide',
+    'stamps',
+    'stamps from ImageNet',
+    'segmentation',
+]
 
 
 @pytest.mark.parametrize('name', TASKS)
