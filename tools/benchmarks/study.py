@@ -226,6 +226,11 @@ ONE_TO_ONE = {'model.backbone.keep_weights': True, **START}
 STATIC, CHOSEN = Arm(), Arm(1, QUICK_ATTENTION)
 
 
+def by_recipe(budget: float, rate: Mapping[str, Any], epochs: int | None = None) -> Arm:
+    """An arm by configs/_base_/recipes/fine-tune.py, at one rate for all."""
+    return Arm(budget, {**rate, **LAYER_NORM}, epochs)
+
+
 def choice(
     arms: Mapping[str, Arm], epochs: int = 3, task: str = 'digits', source: int = 6
 ) -> Table:
@@ -272,10 +277,10 @@ FURTHER = choice(
         'KW 4x, 4e-3, LN, attentions 1e-2': Arm(4, FASTER_START),
         # As one line in a config makes it.
         'KW 1x, 4e-3': Arm(1, FASTER),
-        'KW 1x, 4e-3, LN': Arm(1, {**FASTER, **LAYER_NORM}),
-        'KW 4x, 4e-3, LN': Arm(4, {**FASTER, **LAYER_NORM}),
+        'KW 1x, 4e-3, LN': by_recipe(1, FASTER),
+        'KW 4x, 4e-3, LN': by_recipe(4, FASTER),
         # In the time of the static network's six: a step takes 1.2 times as long.
-        'KW 1x, 4e-3, LN, five epochs': Arm(1, {**FASTER, **LAYER_NORM}, epochs=5),
+        'KW 1x, 4e-3, LN, five epochs': by_recipe(1, FASTER, epochs=5),
         'static, 8e-3': Arm(None, FASTEST),
     },
     task='digits, half as wide',
@@ -287,10 +292,10 @@ CONDITIONS = choice(
         'static, 2e-3': Arm(None, FAST),
         'static, 4e-3': Arm(None, FASTER),
         'static, 8e-3': Arm(None, FASTEST),
-        'KW 1x, 2e-3, LN': Arm(1, {**FAST, **LAYER_NORM}),
-        'KW 1x, 4e-3, LN': Arm(1, {**FASTER, **LAYER_NORM}),
-        'KW 1x, 8e-3, LN': Arm(1, {**FASTEST, **LAYER_NORM}),
-        'KW 4x, 4e-3, LN': Arm(4, {**FASTER, **LAYER_NORM}),
+        'KW 1x, 2e-3, LN': by_recipe(1, FAST),
+        'KW 1x, 4e-3, LN': by_recipe(1, FASTER),
+        'KW 1x, 8e-3, LN': by_recipe(1, FASTEST),
+        'KW 4x, 4e-3, LN': by_recipe(4, FASTER),
     },
     task='conditions, half as wide',
     epochs=6,
