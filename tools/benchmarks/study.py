@@ -296,6 +296,7 @@ CONDITIONS = choice(
         'KW 1x, 4e-3, LN': by_recipe(1, FASTER),
         'KW 1x, 8e-3, LN': by_recipe(1, FASTEST),
         'KW 4x, 4e-3, LN': by_recipe(4, FASTER),
+        'KW 1x, 4e-3, LN, five epochs': by_recipe(1, FASTER, epochs=5),
     },
     task='conditions, half as wide',
     epochs=6,
@@ -340,6 +341,14 @@ TABLES = {
         'KW 1x, 4e-3, LN, five epochs',
     ),
     'conditions': CONDITIONS,
+    'conditions_confirmed': confirmed(
+        CONDITIONS,
+        'static, 4e-3',
+        'KW 1x, 4e-3, LN',
+        'KW 4x, 4e-3, LN',
+        'KW 1x, 4e-3, LN, five epochs',
+        'static, 2e-3',
+    ),
     'temperature': choice(
         {
             'static': STATIC,
