@@ -54,7 +54,9 @@ def attack(tmp_path):
 
 
 @needs_entry_point
-@pytest.mark.parametrize('first', ['', 'import mmcv, mmengine.hooks'])
+@pytest.mark.parametrize(
+    'first', exhaustively(['', 'import mmcv, mmengine.hooks'], ['import mmcv, mmengine.hooks'])
+)
 def test_nobody_has_to_import_mmkw(attack, first):
     result = run(f'{first}\n{LOAD.format(path=attack)}')
     assert result.stdout.splitlines()[-1:] == ['UnsafeCheckpointError'], result.stderr

@@ -144,15 +144,15 @@ def _results(layer: nn.Module, x: Tensor, context: AbstractContextManager) -> li
     return [tensor.detach().double().cpu() for tensor in tensors]
 
 
-def speeds(device: str) -> dict[str, dict[str, float]]:
+def speeds(device: str, precisions: Sequence[str]) -> dict[str, dict[str, float]]:
     """Bytes a second that copying moves, and operations a second of a product, by precision."""
-    size = 8192 if device == 'cuda' else 1024
+    size = 8192 if device == 'cuda' else 512
     values = torch.empty(size * size * 4, device=device)
     target = torch.empty_like(values)
     bandwidth = 8 * values.numel() / _shortest(device, lambda: target.copy_(values))
     found = {}
-    for precision, dtype in PRECISIONS.items():
-        square = torch.randn(size, size, device=device).to(dtype or torch.float32)
+    for precision in precisions:
+        square = torch.randn(size, size, device=device).to(PRECISIONS[precision] or torch.float32)
         with in_precision(precision, device):
             seconds = _shortest(device, lambda: square @ square)  # noqa: B023
         found[precision] = dict(bandwidth=bandwidth, peak=2 * size**3 / seconds)
@@ -426,8 +426,9 @@ def main() -> None:
     if wrong:
         raise SystemExit(f'wrong results: {wrong}')
 
-    speed = speeds(device)
-    print(f'\nmoving {speed["float32"]["bandwidth"] / 1e9:.0f} GB/s; products, TFLOP/s:')
+    speed = speeds(device, args.precisions)
+    bandwidth = speed[args.precisions[0]]['bandwidth']
+    print(f'\nmoving {bandwidth / 1e9:.0f} GB/s; products, TFLOP/s:')
     print(', '.join(f'{name} {value["peak"] / 1e12:.1f}' for name, value in speed.items()) + '\n')
     content = {
         'title': f'{gpu or processor()}',
