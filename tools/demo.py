@@ -2,8 +2,8 @@
 
 Makes the data set and trains a static network. From its weights the static network and one with
 KernelWarehouse go on, equally long and at the same rate. Both are tested on held-out images, and
-what they predict is drawn. Training that was interrupted is resumed. Everything lies in
-``data/mini_coco`` and ``work_dirs/demo*``.
+what they predict is drawn. Training that was interrupted is resumed. Everything lies in ``data``
+and ``work_dirs/demo*``.
 """
 
 import argparse
@@ -18,22 +18,24 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'tools/benchmarks'))
 
-from study import IMAGES, TASKS, Task, latest  # noqa: E402
+from study import FASTER, IMAGES, STATIC, TASKS, Task, latest  # noqa: E402
 
 FIRST, FURTHER = 4, 2  # epochs
-# What is learnt, the network's name, its dynamic config, and where all goes.
+# What is learnt, the network's name, its dynamic config, where all goes, and how both go on.
 DEMOS = {
     'detection': (
-        TASKS['digits'],
-        'Mask R-CNN',
-        'mask-rcnn_kw1x-r18_fpn_warm-start_mini-coco',
+        TASKS['conditions, half as wide'],
+        'Mask R-CNN, ResNet18 half as wide',
+        'mask-rcnn_kw1x-r18-half_fpn_warm-start_mini-conditions',
         'work_dirs/demo',
+        FASTER,
     ),
     'segmentation': (
         TASKS['segmentation'],
-        'Semantic FPN',
+        'Semantic FPN, ResNet18',
         'fpn_kw1x-r18_warm-start_mini-coco-semantic',
         'work_dirs/demo-seg',
+        STATIC.options,
     ),
 }
 
@@ -67,7 +69,7 @@ def test(title: str, config: str, checkpoint: str, work_dir: str, task: Task) ->
     return [f'{task.scale * found[key]:.1f}' for key in task.metrics.values()]
 
 
-def show(task: Task, network: str, dynamic: str, work_dir: str) -> None:
+def show(task: Task, network: str, dynamic: str, work_dir: str, rate: Mapping[str, Any]) -> None:
     """Trains and tests the three networks, and prints what they reach."""
     start = time.time()
     data = f'data/{task.data}'
@@ -76,7 +78,7 @@ def show(task: Task, network: str, dynamic: str, work_dir: str) -> None:
     # The test that follows takes the place of validations.
     first = {**task.length(FIRST), 'train_cfg.val_interval': 10**6}
     weights = train('static', static, f'{work_dir}-start', first)
-    further = {**first, **task.length(FURTHER), 'load_from': weights}
+    further = {**first, **task.length(FURTHER), **rate, 'load_from': weights}
     rows = {f'static, {FIRST} epochs': (static, weights, f'{work_dir}-start')}
     for title, config, folder in (
         ('static', static, f'{work_dir}-static'),
@@ -85,7 +87,7 @@ def show(task: Task, network: str, dynamic: str, work_dir: str) -> None:
         checkpoint = train(f'{title}, from there', config, folder, further)
         rows[f'{title}, {FURTHER} epochs from there'] = config, checkpoint, folder
     found = {title: test(title, *row, task) for title, row in rows.items()}
-    print(f'\n{network}, ResNet18, 200 held-out images: {", ".join(task.metrics)}')
+    print(f'\n{network}, 200 held-out images: {", ".join(task.metrics)}')
     for title, values in found.items():
         print(f'  {title:<40}  {"  ".join(values)}')
     print(f'{(time.time() - start) / 60:.1f} minutes')

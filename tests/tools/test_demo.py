@@ -36,7 +36,7 @@ def test_static_and_dynamic_go_on_from_one_network(tree, monkeypatch, capsys, ta
     for title, row in zip(titles, rows):
         values = row.removeprefix(f'  {title} ').split()
         assert len(values) == len(learnt.metrics) and all(0 <= float(v) <= 100 for v in values)
-    folder = names[-1]
+    folder = names[2]
     start, static, dynamic = (
         read_checkpoint(str(tree / f'{folder}{suffix}' / learnt.last(1)))['state_dict']
         for suffix in ('-start', '-static', '')

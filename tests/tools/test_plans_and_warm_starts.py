@@ -14,7 +14,7 @@ from mmkw.engine import building
 from mmkw.sharing import static_networks
 
 pytest.importorskip('mmdet', reason='the configs are for it')
-DEMO = 'configs/demo/mask-rcnn_kw1x-r18_fpn_warm-start_mini-coco.py'
+DEMO = 'configs/demo/mask-rcnn_kw1x-r18-half_fpn_warm-start_mini-conditions.py'
 PATTERNS = """
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 static = dict(type='ResNet', depth=18, base_channels=8, norm_cfg=dict(type='BN'))

@@ -5,7 +5,8 @@ bfloat16, of bfloat16, and with cells stored as integers. The rest of the model 
 
 Example:
     python tools/deployment/precision.py
-    configs/demo/mask-rcnn_kw1x-r18_fpn_warm-start_mini-coco.py work_dirs/demo/epoch_2.pth
+    configs/demo/mask-rcnn_kw1x-r18-half_fpn_warm-start_mini-conditions.py
+    work_dirs/demo/epoch_2.pth
 """
 
 import copy

@@ -6,8 +6,8 @@ dynamic model, in turns.
 
 Example:
     python tools/deployment/static_curve.py
-    configs/demo/mask-rcnn_kw1x-r18_fpn_warm-start_mini-coco.py work_dirs/demo/epoch_2.pth
-    data/mini_coco/train --most 200
+    configs/demo/mask-rcnn_kw1x-r18-half_fpn_warm-start_mini-conditions.py
+    work_dirs/demo/epoch_2.pth data/mini_conditions/train --most 200
 """
 
 import itertools
