@@ -197,7 +197,7 @@ def stages(*numbers: int) -> dict[str, Any]:
     static = {
         'type': 'mmkw.ResNet',
         'depth': 18,
-        'base_channels': 32,
+        'base_channels': 16,
         'num_stages': 3,
         'strides': [1, 2, 2],
         'dilations': [1, 1, 1],
@@ -208,7 +208,7 @@ def stages(*numbers: int) -> dict[str, Any]:
         {'match': rf'layer{n}\..*(conv\d|downsample\.0)', 'warehouse': f'layer{n}'} for n in numbers
     ]
     wrapped = {'_delete_': True, 'type': 'mmkw.KWModule', 'module': static, 'patterns': patterns}
-    return {'model.backbone': wrapped, **QUICK_ATTENTION, 'model.backbone.cell_num_ratio': 1}
+    return {'model.backbone': wrapped, 'model.backbone.cell_num_ratio': 1}
 
 
 QUICK_ATTENTION = rates(attention=10)
@@ -226,9 +226,24 @@ ONE_TO_ONE = {'model.backbone.keep_weights': True, **START}
 STATIC, CHOSEN = Arm(), Arm(1, QUICK_ATTENTION)
 
 
-def by_recipe(budget: float, rate: Mapping[str, Any], epochs: int | None = None) -> Arm:
-    """An arm by configs/_base_/recipes/fine-tune.py, at one rate for all."""
-    return Arm(budget, {**rate, **LAYER_NORM}, epochs)
+def by_recipe(budget: float | None, options: Mapping[str, Any], epochs: int | None = None) -> Arm:
+    """An arm by configs/_base_/recipes/fine-tune.py.
+
+    Args:
+        budget: None where the options make the network dynamic.
+        options: Overrides, the rate among them.
+        epochs: Of training, if they are not the table's.
+    """
+    return Arm(budget, {**options, **LAYER_NORM}, epochs)
+
+
+def grid(*budgets: float) -> dict[str, Arm]:
+    """The static network, and dynamic ones by the recipe, at two rates."""
+    arms = {}
+    for name, rate in (('2e-3', FAST), ('4e-3', FASTER)):
+        arms[f'static, {name}'] = Arm(None, rate)
+        arms |= {f'KW {budget:g}x, {name}, LN': by_recipe(budget, rate) for budget in budgets}
+    return arms
 
 
 def choice(
@@ -301,6 +316,14 @@ CONDITIONS = choice(
     task='conditions, half as wide',
     epochs=6,
 )
+
+
+def varied(arms: Mapping[str, Arm]) -> Table:
+    """Arms under conditions, beside the static network and KernelWarehouse 1x by the recipe."""
+    best = {name: CONDITIONS.arms[name] for name in ('static, 4e-3', 'KW 1x, 4e-3, LN')}
+    return replace(CONDITIONS, arms={**best, **arms})
+
+
 TABLES = {
     'rates': choice(RATES),
     'trained_out': choice(
@@ -325,13 +348,6 @@ TABLES = {
         },
         epochs=1,
     ),
-    'norms': choice(
-        {
-            'static': STATIC,
-            'KW 1x, attentions with BatchNorm': CHOSEN,
-            'KW 1x, attentions with LayerNorm': Arm(1, START),
-        },
-    ),
     'further': FURTHER,
     'further_confirmed': confirmed(
         FURTHER,
@@ -347,47 +363,29 @@ TABLES = {
         'KW 1x, 4e-3, LN',
         'KW 4x, 4e-3, LN',
         'KW 1x, 4e-3, LN, five epochs',
-        'static, 2e-3',
     ),
-    'temperature': choice(
+    'temperature': varied(
         {
-            'static': STATIC,
-            'KW 1x, 0': CHOSEN,
-            'KW 1x, 1 to 0 in one epoch': Arm(1, {**QUICK_ATTENTION, **annealed(1)}),
-            'KW 1x, 1 to 0 in three epochs': Arm(1, {**QUICK_ATTENTION, **annealed(3)}),
-        },
+            'KW 1x, 1 to 0 in one epoch': by_recipe(1, {**FASTER, **annealed(1)}),
+            'KW 1x, 1 to 0 in six epochs': by_recipe(1, {**FASTER, **annealed(6)}),
+        }
     ),
-    'budgets': choice(
+    'layers': varied(
         {
-            'static': STATIC,
-            'KW 1x': CHOSEN,
-            'KW 2x': Arm(2, QUICK_ATTENTION),
-            'KW 4x': Arm(4, QUICK_ATTENTION),
-        },
+            'KW 1x, stages 2 and 3': by_recipe(None, {**stages(2, 3), **FASTER}),
+            'KW 1x, stage 3': by_recipe(None, {**stages(3), **FASTER}),
+            'KW 1x, cells frozen': by_recipe(1, {**FASTER, **rates(warehouse_manager=0)}),
+            'KW 1x, attentions alone': by_recipe(1, {**FASTER, **rates(attention=1, **STILL)}),
+        }
     ),
-    'longer': choice(
-        {'static': STATIC, 'KW 1x': CHOSEN, 'KW 4x': Arm(4, QUICK_ATTENTION)},
-        epochs=6,
-    ),
-    'layers': choice(
+    'comparators': varied(
         {
-            'static': STATIC,
-            'KW 1x, all stages': CHOSEN,
-            'KW 1x, stages 2 and 3': Arm(None, stages(2, 3)),
-            'KW 1x, stage 3': Arm(None, stages(3)),
-            'KW 1x, cells frozen': Arm(1, rates(attention=10, warehouse_manager=0)),
-            'KW 1x, attentions alone': Arm(1, rates(attention=10, **STILL)),
-        },
-    ),
-    'comparators': choice(
-        {
-            'static': STATIC,
-            'KW 4x': Arm(4, QUICK_ATTENTION),
-            'DY-Conv 4x': Arm(4, {'model.backbone.method': 'dyconv'}),
-            'CondConv 8x': Arm(8, {'model.backbone.method': 'condconv'}),
-            'ODConv 1x': Arm(1, {'model.backbone.method': 'odconv'}),
-            'ODConv 4x': Arm(4, {'model.backbone.method': 'odconv'}),
-        },
+            'KW 4x, 4e-3, LN': by_recipe(4, FASTER),
+            'DY-Conv 4x': Arm(4, {**FASTER, 'model.backbone.method': 'dyconv'}),
+            'CondConv 8x': Arm(8, {**FASTER, 'model.backbone.method': 'condconv'}),
+            'ODConv 1x, LN': by_recipe(1, {**FASTER, 'model.backbone.method': 'odconv'}),
+            'ODConv 4x, LN': by_recipe(4, {**FASTER, 'model.backbone.method': 'odconv'}),
+        }
     ),
     'scratch': choice(
         {
@@ -412,20 +410,9 @@ TABLES = {
         epochs=12,
         source=0,
     ),
-    'stamps': choice(
-        {'static': STATIC, 'KW 1x': CHOSEN, 'KW 4x': Arm(4, QUICK_ATTENTION)},
-        task='stamps',
-    ),
-    'imagenet': choice(
-        {'static': STATIC, 'KW 1x': CHOSEN},
-        task='stamps from ImageNet',
-        epochs=6,
-        source=0,
-    ),
-    'segmentation': choice(
-        {'static': STATIC, 'KW 1x': CHOSEN, 'KW 4x': Arm(4, QUICK_ATTENTION)},
-        task='segmentation',
-    ),
+    'stamps': choice(grid(1, 4), task='stamps'),
+    'imagenet': choice(grid(1), task='stamps from ImageNet', epochs=6, source=0),
+    'segmentation': choice(grid(1, 4), task='segmentation'),
 }
 
 
