@@ -222,7 +222,8 @@ START = {**QUICK_ATTENTION, **LAYER_NORM}
 FAST_START = {**FAST, **LAYER_NORM, **rates(attention=5)}
 FASTER_START = {**FASTER, **LAYER_NORM, **rates(attention=2.5)}
 # Begins with the random kernels of the static network, one to one, and without a temperature.
-ONE_TO_ONE = {'model.backbone.keep_weights': True, **START}
+KEPT = {'model.backbone.keep_weights': True}
+ONE_TO_ONE = {**KEPT, **START}
 STATIC, CHOSEN = Arm(), Arm(1, QUICK_ATTENTION)
 
 
@@ -403,10 +404,22 @@ TABLES = {
             'KW 1x, 1 to 0 in one epoch': Arm(1, annealed(1)),
             'KW 1x, one to one, LN, attentions 1e-2': Arm(1, ONE_TO_ONE),
             'KW 4x, one to one, LN, attentions 1e-2': Arm(4, ONE_TO_ONE),
-            'KW 1x, one to one': Arm(1, {'model.backbone.keep_weights': True}),
+            'KW 1x, one to one': Arm(1, KEPT),
             'KW 4x, 1 to 0 in one epoch': Arm(4, annealed(1)),
         },
         task='digits, half as wide',
+        epochs=12,
+        source=0,
+    ),
+    'scratch_conditions': choice(
+        {
+            'static, 2e-3': Arm(None, FAST),
+            'static, 4e-3': Arm(None, FASTER),
+            'KW 1x, one to one, 2e-3, LN': by_recipe(1, {**FAST, **KEPT}),
+            'KW 1x, one to one, 4e-3, LN': by_recipe(1, {**FASTER, **KEPT}),
+            'KW 1x, 1 to 0 in one epoch, 4e-3': Arm(1, {**FASTER, **annealed(1)}),
+        },
+        task='conditions, half as wide',
         epochs=12,
         source=0,
     ),
