@@ -1,6 +1,7 @@
 """The data set is exact, deterministic and readable by everyone it is for."""
 
 import hashlib
+import itertools
 import json
 import runpy
 import sys
@@ -144,9 +145,21 @@ def test_conditions_change_images_alone(root, mini_coco, tmp_path):
     options = ['--train', '4', '--val', '2', '--seed', '1']
     assert make(root, tmp_path / 'a', *options, '--conditions').returncode == 0
     clear, taken = digest(mini_coco), digest(tmp_path / 'a')
-    changed = {name for name in taken if taken[name] != clear[name]}
-    assert taken.keys() == clear.keys()
+    changed = {name for name in clear if taken[name] != clear[name]}
+    parts = {
+        f'annotations/instances_{split}_{condition}.json'
+        for split in ('train', 'val')
+        for condition in ('clear', 'noisy', 'blurred', 'dark')
+    }
+    assert taken.keys() - clear.keys() == parts and not clear.keys() - taken.keys()
     assert changed and {name.split('/')[0] for name in changed} <= {'train', 'val', 'digits'}
+    # Each image is under one condition, with what it shows.
+    for kind in ('images', 'annotations'):
+        whole, *found = (
+            json.loads((tmp_path / f'a/annotations/instances_train{part}.json').read_text())[kind]
+            for part in ('', '_clear', '_noisy', '_blurred', '_dark')
+        )
+        assert sorted(itertools.chain(*found), key=lambda one: one['id']) == whole
     # Each is something else than the other.
     assert 'already' in make(root, tmp_path / 'a', *options, '--conditions').stdout
     assert make(root, tmp_path / 'a', *options).returncode != 0
@@ -156,9 +169,10 @@ def test_every_condition_is_met(root):
     script = runpy.run_path(str(root / 'tools/dataset_converters/make_mini_coco.py'))
     scene = np.random.default_rng(0).integers(60, 200, (40, 40, 3)).astype(np.uint8)
     found = []
-    for seed in range(60):
+    asked = [kind for kind in script['CONDITIONS'] for _ in range(6)]
+    for seed, kind in enumerate(asked):
         taken, again = (
-            script['under_condition'](scene, np.random.default_rng(seed)) for _ in range(2)
+            script['under_condition'](scene, kind, np.random.default_rng(seed)) for _ in range(2)
         )
         np.testing.assert_array_equal(taken, again)
         assert taken.dtype == np.uint8 and taken.shape == scene.shape
@@ -175,7 +189,7 @@ def test_every_condition_is_met(root):
             found.append('noisy' if edges > 1.2 else 'clear')
         assert found[-1] == 'dark' or 0.9 < brightness < 1.1
         assert (found[-1] == 'clear') == np.array_equal(taken, scene)
-    assert all(found.count(kind) > 5 for kind in ('clear', 'noisy', 'blurred', 'dark'))
+    assert found == asked
 
 
 def test_a_folder_without_stamps_is_refused(root, tmp_path):

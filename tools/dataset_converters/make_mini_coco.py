@@ -10,6 +10,7 @@ nor stamps; nor does the test split, but for its digits, which are those of the 
 and masks are those without. The same arguments give the same bytes.
 
     OUT/annotations/instances_{train,val,test}.json   exact masks, run-length encoded
+    OUT/annotations/instances_test_dark.json          of the images under one condition
     OUT/{train,val,test}/000000.png                   images
     OUT/semantic/{train,val,test}/000000.png          semantic maps: 0 background, 1 + class
     OUT/foreground/{train,val,test}/000000.png        of two classes: 0 background, 1 any object
@@ -69,6 +70,7 @@ STAMPS = {
     'road sign': 'town/roadsigns',
     'vehicle': 'vehicles',
 }
+CONDITIONS = ('clear', 'noisy', 'blurred', 'dark')
 LONG_SIDE = 128
 CLUTTER_SIZES = (24, 64)
 MAX_CLUTTER = 4
@@ -221,14 +223,14 @@ def make_scene(material: Material, rng: np.random.Generator) -> Scene:
     return Scene(image, [masks[i] for i in kept], [labels[i] for i in kept])
 
 
-def under_condition(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Takes a picture that is clear, noisy, blurred or dark, each in a fourth of the cases.
+def under_condition(image: np.ndarray, condition: str, rng: np.random.Generator) -> np.ndarray:
+    """Takes a picture under a condition.
 
     Args:
         image: ``Array[height, width, 3]`` of bytes.
-        rng: What decides.
+        condition: One of ``CONDITIONS``.
+        rng: What decides how much.
     """
-    condition = rng.choice(['clear', 'noisy', 'blurred', 'dark'])
     taken = image.astype(np.float32)
     if condition == 'noisy':
         taken += rng.normal(0, rng.uniform(40, 70), image.shape)
@@ -322,12 +324,15 @@ def make_split(
     for folder in (*folders, *digits):
         folder.mkdir(parents=True)
     images, annotations = [], []
+    under: dict[str, list[int]] = {condition: [] for condition in CONDITIONS if conditions}
     for image_id in range(count):
         # A stream an image: more images leave the earlier ones as they were.
         rng = np.random.default_rng([seed, list(PHOTOGRAPHS).index(split), image_id])
         scene = make_scene(material, rng)
         if conditions:
-            scene.image = under_condition(scene.image, rng)
+            condition = str(rng.choice(CONDITIONS))
+            scene.image = under_condition(scene.image, condition, rng)
+            under[condition].append(image_id)
         name = f'{image_id:06d}.png'
         height, width = scene.image.shape[:2]
         images.append(dict(id=image_id, file_name=name, height=height, width=width))
@@ -356,8 +361,13 @@ def make_split(
 
     (out / 'annotations').mkdir(exist_ok=True)
     categories = [dict(id=i + 1, name=name) for i, name in enumerate(classes)]
-    coco = dict(images=images, annotations=annotations, categories=categories)
-    (out / 'annotations' / f'instances_{split}.json').write_text(json.dumps(coco))
+    for part, ids in {'': range(count), **{f'_{name}': ids for name, ids in under.items()}}.items():
+        coco = dict(
+            images=[image for image in images if image['id'] in ids],
+            annotations=[found for found in annotations if found['image_id'] in ids],
+            categories=categories,
+        )
+        (out / 'annotations' / f'instances_{split}{part}.json').write_text(json.dumps(coco))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
