@@ -7,6 +7,7 @@ weights of a static one, and compares both. Both load as they are, too: by ``ini
 """
 
 import argparse
+import os
 import os.path as osp
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from mmengine.runner.checkpoint import load_state_dict
+from mmengine.runner.checkpoint import load_state_dict, save_checkpoint
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +24,7 @@ from ..checkpoints import read_checkpoint
 from ..deploy.networks import difference
 from ..engine.building import build_model, dynamic_networks
 from ..engine.command_line import library_of
+from ..engine.files.backend import NAME as WHOLE_FILES
 from ..sharing import static_networks
 from .config import add_config_options, config_of, model_of, pixels
 
@@ -143,7 +145,14 @@ def main(argv: Sequence[str]) -> None:
         state, meta, told = make(parser, args, checkpoint)
     except (RuntimeError, FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    torch.save(dict(meta=dict(meta, source=osp.basename(args.src)), state_dict=state), args.dst)
+    converted = dict(meta=dict(meta, source=osp.basename(args.src)), state_dict=state)
+    try:
+        save_checkpoint(converted, args.dst, backend_args=dict(backend=WHOLE_FILES))
+    except OSError as error:
+        parser.error(
+            f'dst {args.dst} could not be written: {os.strerror(error.errno or 0)}. Make room on '
+            'the disk, or name another folder'
+        )
     print(f'{len(state)} tensors written to {args.dst}{told}')
 
 

@@ -1,6 +1,8 @@
 """``mmkw plan`` and ``mmkw convert``, as a user runs them."""
 
 import re
+import resource
+import signal
 import sys
 
 import command_util
@@ -200,8 +202,19 @@ def test_a_static_checkpoint_of_another_depth_is_refused(run_here, tmp_path):
     assert not (tmp_path / 'kw.pth').exists()
 
 
-@pytest.mark.parametrize('change', ['nan', 'folder', 'small'])
-def test_what_is_not_converted_is_told_and_not_written(run_here, static, tmp_path, change):
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond 100 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize('change', ['nan', 'folder', 'small', 'disk'])
+def test_what_is_not_converted_is_told_and_not_written(run_here, static, tmp_path, change, request):
     state, shape = torch.load(static, weights_only=True)['state_dict'], ('64', '64')
     source, target = tmp_path / 'static.pth', tmp_path / 'kw.pth'
     if change == 'nan':
@@ -210,7 +223,14 @@ def test_what_is_not_converted_is_told_and_not_written(run_here, static, tmp_pat
     torch.save(dict(state_dict=state), source)
     target = target if change != 'folder' else tmp_path / 'nowhere/kw.pth'
     shape = ('1', '1') if change == 'small' else shape
+    if change == 'disk':
+        request.getfixturevalue('full_disk')
     message = run_here('convert', source, target, '--config', DEMO, '--shape', *shape, fails=True)
-    told = {'nan': 'are no numbers', 'folder': 'there is no folder', 'small': 'at least 4'}
+    told = {
+        'nan': 'are no numbers',
+        'folder': 'there is no folder',
+        'small': 'at least 4',
+        'disk': 'could not be written: File too large. Make room',
+    }
     assert told[change] in message
-    assert not target.exists()
+    assert set(tmp_path.iterdir()) == {source}
