@@ -57,11 +57,11 @@ def test_gains_are_taken_seed_by_seed(study, table, run_of):
     runs += [run_of(arm, 0, 54.0, source='b') for arm in ('static', 'KW 1x')]
     static, dynamic = study.report(table, runs).splitlines()[2:]
     assert static == '| static (3) | 44.0 ± 4.0 | 30.0 ± 0.0 |  |  |  |  |  | 1.50 |'
-    name, box, mask, gain, _, p_box, _, ratio, _ = dynamic.strip('| ').split(' | ')
+    name, box, mask, gain, _, p_box, p_mask, ratio, _ = dynamic.strip('| ').split(' | ')
     assert (name, box, mask) == ('KW 1x (3)', '45.0 ± 4.0', '31.0 ± 0.0')
     assert (gain, ratio) == ('+1.0 ± 0.2', '1.20')
-    # scipy's paired t-test of 1.0, 1.2, 0.9.
-    assert p_box == '0.007'
+    # scipy's paired t-test of 1.0, 1.2, 0.9, and of 1, 1, 1.
+    assert (p_box, p_mask) == ('0.007', '< 0.001')
 
 
 def test_times_are_compared_on_one_kind_of_processor(study, table, run_of, tmp_path):

@@ -664,7 +664,8 @@ def report(table: Table, runs: Sequence[dict]) -> str:
             cells += [spread(values, '+.1f') for values in gains.values()]
             for metric in metrics:
                 sides = zip(*((run[metric], first[metric]) for run, first in pairs))
-                cells.append(f'{ttest_rel(*map(list, sides)).pvalue:.3f}')
+                p = ttest_rel(*map(list, sides)).pvalue
+                cells.append('< 0.001' if p < 1e-3 else f'{p:.3f}')
             ratio = relative_time(pairs)
             cells.append(f'{ratio:.2f}' if ratio else '')
         cells.append(f'{own[0]["parameters"] / 1e6:.2f}')
