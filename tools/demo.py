@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'tools/benchmarks'))
 
-from study import FASTER, IMAGES, STATIC, TASKS, Task, latest  # noqa: E402
+from study import FASTER, IMAGES, TASKS, Task, latest  # noqa: E402
 
 FIRST, FURTHER = 4, 2  # epochs
 # What is learnt, the network's name, its dynamic config, where all goes, and how both go on.
@@ -35,7 +35,7 @@ DEMOS = {
         'Semantic FPN, ResNet18',
         'fpn_kw1x-r18_warm-start_mini-coco-semantic',
         'work_dirs/demo-seg',
-        STATIC.options,
+        {},
     ),
 }
 
