@@ -2,8 +2,10 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,25 @@ def mini_coco(tmp_path_factory) -> Path:
     result, output = command_util.run(ROOT, sys.executable, script, *arguments)
     assert result.returncode == 0, output
     return out
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file may grow beyond 100 kB: a write that would raises."""
+    resource = pytest.importorskip('resource', reason='limits the size of files, on Unix')
+
+    @contextmanager
+    def full():
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, before)
+
+    return full
 
 
 @pytest.fixture

@@ -32,9 +32,10 @@ LEAVES = sorted(
 REPEATED = [
     name
     for name in LEAVES
-    if re.search('/mask-rcnn_(kw1d2x|kw4x|(dy|od)conv4x|kw1x-swin|kw1x-regnetx|kw2x-x50)-', name)
+    if re.search('/mask-rcnn_(kw1d2x|kw4x|dyconv4x|kw1x-swin|kw1x-regnetx|kw2x-x50)-', name)
     or re.search(
-        'hrnet|retinanet_kw1x-r50|retinanet_r50_kw4x|pspnet|mini-stamps|mini-conditions', name
+        'hrnet|retinanet_kw1x-r50|retinanet_r50_kw4x|pspnet|mini-stamps|_r18-half_fpn_mini-conditions',
+        name,
     )
 ]
 BACKBONES = sorted(path.stem for path in (CONFIGS / '_base_/backbones').iterdir())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import exhaustively
 from mmengine.registry import init_default_scope
+from twin_networks import HRNET
 
 
 def run(code, *missing):
@@ -64,22 +65,7 @@ def test_convolutions_of_an_fpn_and_a_head_become_dynamic():
     outs = fpn([torch.randn(2, 8, 8, 8), torch.randn(2, 16, 4, 4)])
     assert [tuple(o.shape) for o in outs] == [(2, 8, 8, 8), (2, 8, 4, 4), (2, 8, 2, 2)]
     assert type(fpn.fpn_convs[0].conv).__name__ == 'KWConv2d'
-    extra = dict(
-        stage1=dict(
-            num_modules=1, num_branches=1, block='BOTTLENECK', num_blocks=(1,), num_channels=(8,)
-        ),
-        **{
-            f'stage{i}': dict(
-                num_modules=1,
-                num_branches=i,
-                block='BASIC',
-                num_blocks=(1,) * i,
-                num_channels=(4, 8, 16, 32)[:i],
-            )
-            for i in (2, 3, 4)
-        },
-    )
-    hrnet = build(dict(type='HRNet', extra=extra, conv_cfg=conv_cfg))
+    hrnet = build(dict(type='HRNet', extra=HRNET, conv_cfg=conv_cfg))
     hrnet.init_weights()
     assert len(hrnet(torch.randn(2, 3, 64, 64))) == 4
     head = build(

@@ -109,12 +109,6 @@ def kill_at_a_file(draw):
     sys.addaudithook(watch)
 
 
-def fill_the_disk(size):
-    """No file may grow beyond a size: a write that would raises, as on a full disk."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
 def run(folder, dynamic, kept, log, kill=None, after=None):
     """One training: whether it came to its end, None if it was killed within a write."""
     child = os.fork()

@@ -324,7 +324,8 @@ def make_split(
     for folder in (*folders, *digits):
         folder.mkdir(parents=True)
     images, annotations = [], []
-    under: dict[str, list[int]] = {condition: [] for condition in CONDITIONS if conditions}
+    # The images of every file of annotations.
+    parts = {'': list(range(count))} | {f'_{name}': [] for name in CONDITIONS if conditions}
     for image_id in range(count):
         # A stream an image: more images leave the earlier ones as they were.
         rng = np.random.default_rng([seed, list(PHOTOGRAPHS).index(split), image_id])
@@ -332,7 +333,7 @@ def make_split(
         if conditions:
             condition = str(rng.choice(CONDITIONS))
             scene.image = under_condition(scene.image, condition, rng)
-            under[condition].append(image_id)
+            parts[f'_{condition}'].append(image_id)
         name = f'{image_id:06d}.png'
         height, width = scene.image.shape[:2]
         images.append(dict(id=image_id, file_name=name, height=height, width=width))
@@ -361,7 +362,7 @@ def make_split(
 
     (out / 'annotations').mkdir(exist_ok=True)
     categories = [dict(id=i + 1, name=name) for i, name in enumerate(classes)]
-    for part, ids in {'': range(count), **{f'_{name}': ids for name, ids in under.items()}}.items():
+    for part, ids in parts.items():
         coco = dict(
             images=[image for image in images if image['id'] in ids],
             annotations=[found for found in annotations if found['image_id'] in ids],
