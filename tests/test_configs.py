@@ -34,7 +34,8 @@ REPEATED = [
     for name in LEAVES
     if re.search('/mask-rcnn_(kw1d2x|kw4x|dyconv4x|kw1x-swin|kw1x-regnetx|kw2x-x50)-', name)
     or re.search(
-        'hrnet|retinanet_kw1x-r50|retinanet_r50_kw4x|pspnet|mini-stamps|_r18-half_fpn_mini-conditions',
+        'hrnet|retinanet_kw1x-r50|retinanet_r50_kw4x|pspnet|mini-stamps'
+        '|_r18-half_(fpn_)?mini-conditions',
         name,
     )
 ]

@@ -167,6 +167,7 @@ TASKS = [
     'stamps',
     'stamps from ImageNet',
     'segmentation',
+    'segmentation under conditions, half as wide',
 ]
 
 

@@ -125,6 +125,14 @@ TASKS = {
     'segmentation': Task(
         'fpn_r18_mini-coco-semantic', 'mini_coco', KW_RESNET, {'mIoU': 'mIoU'}, 1, epoch=150
     ),
+    'segmentation under conditions, half as wide': Task(
+        'fpn_r18-half_mini-conditions-semantic',
+        'mini_conditions',
+        KW_RESNET,
+        {'mIoU': 'mIoU'},
+        1,
+        epoch=150,
+    ),
 }
 
 
@@ -190,6 +198,11 @@ def rates(**of: float) -> dict[str, float]:
     """Overrides for rates relative to the common one, of parameters by a part of their names."""
     keys = 'optim_wrapper.paramwise_cfg.custom_keys'
     return {f'{keys}.{name}.lr_mult': rate for name, rate in of.items()}
+
+
+def undecayed(name: str) -> dict[str, float]:
+    """Overrides that leave parameters with a part of their names without weight decay."""
+    return {f'optim_wrapper.paramwise_cfg.custom_keys.{name}.decay_mult': 0}
 
 
 def stages(*numbers: int) -> dict[str, Any]:
@@ -371,6 +384,14 @@ TABLES = {
             'KW 1x, 1 to 0 in six epochs': by_recipe(1, {**FASTER, **annealed(6)}),
         }
     ),
+    'decay': varied(
+        {
+            'KW 1x, attentions without decay': by_recipe(1, {**FASTER, **undecayed('attention')}),
+            'KW 1x, cells without decay': by_recipe(
+                1, {**FASTER, **undecayed('warehouse_manager')}
+            ),
+        }
+    ),
     'layers': varied(
         {
             'KW 1x, stages 2 and 3': by_recipe(None, {**stages(2, 3), **FASTER}),
@@ -425,7 +446,9 @@ TABLES = {
     ),
     'stamps': choice(grid(1, 4), task='stamps'),
     'imagenet': choice(grid(1), task='stamps from ImageNet', epochs=6, source=0),
-    'segmentation': choice(grid(1, 4), task='segmentation'),
+    'segmentation': choice(
+        grid(1, 4), task='segmentation under conditions, half as wide', epochs=6
+    ),
 }
 
 
