@@ -45,7 +45,12 @@ class CellList(nn.ParameterList):
 
         ``Module.to(memory_format=...)`` would change every tensor of four or five dimensions.
         """
-        return super()._apply(lambda cells: fn(cells.flatten(1)).view(cells.shape), recurse)
+
+        def apply(tensor: Tensor) -> Tensor:
+            # Vectors are those of a spectral norm.
+            return fn(tensor.flatten(1)).view(tensor.shape) if tensor.dim() > 2 else fn(tensor)
+
+        return super()._apply(apply, recurse)
 
 
 class WarehouseManager(nn.Module):

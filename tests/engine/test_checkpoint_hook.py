@@ -96,6 +96,17 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path, trained, dynam
 
 
 @BOTH
+def test_checkpoints_may_be_placed_in_the_work_folder_by_its_name(tmp_path, trained, dynamic):
+    source, expected = trained[dynamic]
+    folder = copied(source, tmp_path / 'run')
+    remove(folder)
+    make_runner(folder, dynamic, epochs=4, out_dir=str(folder)).train()
+    log = ''.join(path.read_text() for path in folder.glob('*/*.log'))
+    assert f'Resuming from {folder}/epoch_3.pth' in log
+    assert all(map(torch.equal, result(folder, 4), expected))
+
+
+@BOTH
 def test_a_folder_that_was_moved_goes_on(tmp_path, trained, dynamic):
     source, expected = trained[dynamic]
     copied(source, tmp_path / 'old').rename(tmp_path / 'new')

@@ -158,7 +158,8 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
         from ...checkpoints import DamagedCheckpointError, read_checkpoint
 
         folder = runner.work_dir
-        if self.out_dir is not None:
+        # As MMEngine places them.
+        if self.out_dir not in (None, folder):
             folder = osp.join(self.out_dir, osp.basename(runner.work_dir.rstrip(osp.sep)))
         named = _pointer(runner.work_dir)
         if named and ('://' in named or osp.isdir(named)):
