@@ -105,6 +105,7 @@ EFFICIENTNET = {
     'init_cfg': {'type': 'Pretrained', 'checkpoint': 'checkpoints/efficientnet-lite0.pth'},
 }
 KW_EFFICIENTNET = {'_delete_': True, 'type': 'mmkw.KWModule', 'module': EFFICIENTNET}
+IOU = {'mIoU': 'mIoU'}
 AP = {'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'}
 TASKS = {
     'digits': Task('mask-rcnn_r18_fpn_mini-coco', 'mini_coco', KW_RESNET, AP, 100),
@@ -122,14 +123,12 @@ TASKS = {
         AP,
         100,
     ),
-    'segmentation': Task(
-        'fpn_r18_mini-coco-semantic', 'mini_coco', KW_RESNET, {'mIoU': 'mIoU'}, 1, epoch=150
-    ),
+    'segmentation': Task('fpn_r18_mini-coco-semantic', 'mini_coco', KW_RESNET, IOU, 1, epoch=150),
     'segmentation under conditions, half as wide': Task(
         'fpn_r18-half_mini-conditions-semantic',
         'mini_conditions',
         KW_RESNET,
-        {'mIoU': 'mIoU'},
+        IOU,
         1,
         epoch=150,
     ),
@@ -183,6 +182,7 @@ SLOW = {'optim_wrapper.optimizer.lr': 3e-4}
 FAST = {'optim_wrapper.optimizer.lr': 2e-3}
 FASTER = {'optim_wrapper.optimizer.lr': 4e-3}
 FASTEST = {'optim_wrapper.optimizer.lr': 8e-3}
+CUSTOM_KEYS = 'optim_wrapper.paramwise_cfg.custom_keys'
 
 
 def annealed(epochs: int) -> dict[str, Any]:
@@ -196,13 +196,12 @@ def annealed(epochs: int) -> dict[str, Any]:
 
 def rates(**of: float) -> dict[str, float]:
     """Overrides for rates relative to the common one, of parameters by a part of their names."""
-    keys = 'optim_wrapper.paramwise_cfg.custom_keys'
-    return {f'{keys}.{name}.lr_mult': rate for name, rate in of.items()}
+    return {f'{CUSTOM_KEYS}.{name}.lr_mult': rate for name, rate in of.items()}
 
 
 def undecayed(name: str) -> dict[str, float]:
     """Overrides that leave parameters with a part of their names without weight decay."""
-    return {f'optim_wrapper.paramwise_cfg.custom_keys.{name}.decay_mult': 0}
+    return {f'{CUSTOM_KEYS}.{name}.decay_mult': 0}
 
 
 def stages(*numbers: int) -> dict[str, Any]:
