@@ -28,7 +28,8 @@ def main() -> None:
         nargs='?',
         const='auto',
         metavar='auto|PATH',
-        help='resume from a checkpoint; without a path from the latest in the work folder',
+        help='resume from a checkpoint; without a path from the latest in the work folder, or begin '
+        'where it has none',
     )
     args = parser.parse_args()
     if args.amp and get_device() == 'cpu':
@@ -48,9 +49,13 @@ def main() -> None:
                 f'which {args.config} lacks; add auto_scale_lr=dict(base_batch_size=16)'
             )
         config.auto_scale_lr.enable = True
-    if args.resume is not None:
-        config.resume = True
-        config.load_from = None if args.resume == 'auto' else args.resume
+    if args.resume == 'auto':
+        # MMEngine would resume from load_from. The checkpoint hook takes it from start_from where
+        # there is nothing to resume from yet.
+        config.start_from = config.get('load_from') or config.get('start_from')
+        config.load_from, config.resume = None, True
+    elif args.resume is not None:
+        config.load_from, config.resume = args.resume, True
     check_weights(parser, config)
     if config.get('load_from'):
         check_file(parser, config.load_from)

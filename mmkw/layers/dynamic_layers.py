@@ -22,7 +22,14 @@ from .partition import (
     partition_warehouse,
     split_options,
 )
-from .static_classes import Kind, base_class, kind_of, padding_by_size
+from .static_classes import (
+    Kind,
+    base_class,
+    explicit_padding,
+    kind_of,
+    padding_by_size,
+    repeated,
+)
 from .tracing import Weightless, recorded
 from .twins import Kernels, StandsForStatic
 from .warehouse import WarehouseManager, fault_of
@@ -31,6 +38,8 @@ from .warm_start import warm_start
 DEFAULT_NORM_CFG = dict(type='BN1d')
 # The dynamic layer of every method for a static class.
 _DYNAMIC: dict[tuple[str, Any], type['DynamicLayer']] = {}
+# The attributes that a convolution of torch.nn reads at every call.
+_READ_AT_EVERY_CALL = ('stride', 'padding', 'dilation', 'groups', 'padding_mode')
 
 
 class DynamicLayer(Weightless, StandsForStatic):
@@ -342,16 +351,28 @@ class ConvNd(DynamicLayer):
         self.dilation = static.dilation
         self.groups = static.groups
         self.padding_mode = static.padding_mode
-        # F.pad pads before the convolution where the convolution itself cannot. The last dimension
-        # comes first.
         kind = kind_of(type(static))  # type: ignore[arg-type]
         self._pads_by_size = kind is Kind.PADS_BY_SIZE
-        self._explicit_padding = modes.padding_of(static)
+        self._settle()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Networks change the stride or the dilation of their layers after they are made."""
+        super().__setattr__(name, value)
+        if name in _READ_AT_EVERY_CALL and '_sample_map' in self.__dict__:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Prepares the computation that stride, padding, dilation and groups ask for."""
+        # F.pad pads before the convolution where the convolution itself cannot. The last dimension
+        # comes first.
+        self._explicit_padding = explicit_padding(self)
         begins, ends = self._explicit_padding[::2], self._explicit_padding[1::2]
         uneven = self._pads_by_size or begins != ends
         self._pads_first = self.padding_mode != 'zeros' or uneven
-        padding = (0,) * len(begins) if self._pads_first else tuple(reversed(begins))
-        self._sample_map = SampleConv(self.stride, padding, self.dilation, self.groups)
+        dims = len(self.kernel_size)
+        padding = (0,) * dims if self._pads_first else tuple(reversed(begins))
+        stride, dilation = repeated(self.stride, dims), repeated(self.dilation, dims)
+        self._sample_map = SampleConv(stride, padding, dilation, self.groups)
 
     def _make_static(self) -> nn.Module:
         return self.static_class(
@@ -396,7 +417,9 @@ class ConvNd(DynamicLayer):
     def _padding_for(self, x: Tensor) -> list[int]:
         if not self._pads_by_size:
             return self._explicit_padding
-        return padding_by_size(x.shape[2:], self.kernel_size, self.stride, self.dilation)
+        dims = len(self.kernel_size)
+        stride, dilation = repeated(self.stride, dims), repeated(self.dilation, dims)
+        return padding_by_size(x.shape[2:], self.kernel_size, stride, dilation)
 
 
 class KWConv1d(ConvNd):

@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..ops import modes
+
 STATIC_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+# What computes in a layer.
+_METHODS = ('forward', '_conv_forward', '__call__')
 
 
 class Kind(Enum):
@@ -48,6 +52,9 @@ def base_class(layer: nn.Module) -> type[nn.Module] | None:
     weight = layer._parameters.get('weight')
     if base is None or weight is None or is_lazy(weight) or not weight.is_floating_point():
         return None
+    # A method of this layer alone; and a padding other than the one that its class computes with.
+    if vars(layer).keys() & _METHODS or not _has_its_padding(layer):
+        return None
     # A norm, or factors of low rank, that this layer has beside its kernel.
     if layer._modules or layer._buffers or not layer._parameters.keys() <= {'weight', 'bias'}:
         return None
@@ -77,8 +84,14 @@ def kind_of(layer_class: type[nn.Module]) -> Kind:
 
 def _computes_as(layer_class: type[nn.Module], base: type[nn.Module]) -> bool:
     """Whether a class has all methods that compute from its base class."""
-    methods = ('forward', '_conv_forward', '__call__')
-    return all(getattr(layer_class, m, None) is getattr(base, m, None) for m in methods)
+    return all(getattr(layer_class, m, None) is getattr(base, m, None) for m in _METHODS)
+
+
+def _has_its_padding(layer: Any) -> bool:
+    """Whether a layer computes with the padding it has: one changed since may not count."""
+    if isinstance(layer, nn.Linear) or layer.padding_mode == 'zeros':
+        return True
+    return modes.padding_before(layer) == explicit_padding(layer)
 
 
 def _is_as_tried(layer: Any, base: type[nn.Module]) -> bool:
@@ -182,3 +195,33 @@ def padding_by_size(
         total = torch.sym_max(last + (k - 1) * d + 1 - n, 0)
         padding += [total // 2, total - total // 2]
     return padding
+
+
+def explicit_padding(convolution: Any) -> list[int]:
+    """The padding that a convolution asks for with its ``padding`` and ``dilation`` of now.
+
+    Args:
+        convolution: A convolution of ``torch.nn`` or of this package.
+
+    Returns:
+        As :func:`padding_by_size`.
+    """
+    size, padding = convolution.kernel_size, convolution.padding
+    if padding == 'valid':
+        return [0] * 2 * len(size)
+    if padding == 'same':
+        # As torch.nn does: for an even number the second side has one more.
+        totals = [d * (k - 1) for d, k in zip(repeated(convolution.dilation, len(size)), size)]
+        return [part for n in reversed(totals) for part in (n // 2, n - n // 2)]
+    return [n for n in reversed(repeated(padding, len(size))) for _ in range(2)]
+
+
+def repeated(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    """One number for every dimension.
+
+    Args:
+        value: A number for all, or as many numbers as dimensions.
+        dims: The number of dimensions.
+    """
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * dims if len(numbers) == 1 else numbers

@@ -167,11 +167,16 @@ def remove_pre_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def padding_of(convolution: nn.Module) -> list[int]:
-    """The padding of a convolution for ``torch.nn.functional.pad``.
+def padding_before(convolution: nn.Module) -> list[int]:
+    """What a convolution of ``torch.nn`` pads its input with before it computes.
+
+    It does so if its ``padding_mode`` is not ``'zeros'``, by what was its padding when it was made.
 
     Args:
-        convolution: A convolution of ``torch.nn``. Its padding may be a word, such as ``'same'``.
+        convolution: Of ``torch.nn``, or of a class derived from it.
+
+    Returns:
+        For ``torch.nn.functional.pad``.
     """
     return convolution._reversed_padding_repeated_twice
 

@@ -55,7 +55,7 @@ class Noise(Dataset):
         return dict(inputs=torch.randn(3, 6, 6) + index)
 
 
-def make_runner(folder, dynamic, kept=-1, epochs=EPOCHS, **hook):
+def make_runner(folder, dynamic, kept=-1, epochs=EPOCHS, start_from=None, **hook):
     torch.manual_seed(0)
     return Runner(
         Model(dynamic),
@@ -77,6 +77,7 @@ def make_runner(folder, dynamic, kept=-1, epochs=EPOCHS, **hook):
         custom_hooks=[dict(type='mmkw.IterationSeedHook')],
         randomness=dict(seed=3),
         resume=True,
+        cfg=dict(start_from=start_from),
         experiment_name=f'{folder}-{time.time()}',
     )
 

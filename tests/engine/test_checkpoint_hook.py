@@ -12,6 +12,7 @@ import pytest
 import torch
 from interruptions import make_runner, result
 from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -126,6 +127,34 @@ def test_a_whole_pointer_is_followed_wherever_it_points(tmp_path, trained, dynam
     log = ''.join(path.read_text() for path in folder.glob('*/*.log'))
     assert 'resumed epoch: 2' in log and 'Resuming from' not in log
     assert all(map(torch.equal, result(folder, 4), expected))
+
+
+@BOTH
+def test_where_nothing_was_saved_yet_it_starts_from_the_weights_it_began_with(
+    tmp_path, trained, dynamic
+):
+    path = trained[dynamic][0] / 'epoch_3.pth'
+    weights = read_checkpoint(path)['state_dict']
+    for folder, epochs in ((tmp_path / 'run', 1), (tmp_path / 'run', 2)):
+        runner = make_runner(folder, dynamic, epochs=epochs, start_from=str(path))
+        started = []
+        runner.register_hook(Started(started), priority='LOWEST')
+        runner.train()
+        # The second time there is a checkpoint, which goes before.
+        begun_anew = all(torch.equal(started[0][name], weights[name]) for name in weights)
+        assert begun_anew == (epochs == 1) and runner.epoch == epochs
+
+
+class Started(Hook):
+    """Keeps the weights at the first step."""
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if not self.kept:
+            state = runner.model.state_dict()
+            self.kept.append({name: value.clone() for name, value in state.items()})
 
 
 @BOTH

@@ -9,7 +9,8 @@ import torch
 from mmcv.cnn import ConvModule, build_conv_layer
 from torch import nn
 
-from mmkw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, PlanError
+from mmkw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, PlanError, set_temperature
+
 
 STATIC_CASES = [
     (nn.Conv1d, KWConv1d, (4, 6, 3), dict(stride=2, padding=1), (2, 4, 9)),
@@ -30,6 +31,31 @@ def test_takes_the_arguments_of_its_namesake(static, dynamic, args, kwargs, shap
     assert dynamic_layer(x).shape == static_layer(x).shape
     assert dynamic_layer.extra_repr() == static_layer.extra_repr()
     assert (dynamic_layer.bias is None) == (static_layer.bias is None)
+
+
+# As networks do after they have made their layers, for output of another stride.
+CHANGES = [
+    dict(stride=(2, 1)),
+    dict(stride=2, padding=1),
+    dict(padding=(2, 0), dilation=(2, 1)),
+    dict(padding='same', dilation=(2, 3)),
+    dict(padding='valid'),
+    dict(padding_mode='circular'),
+]
+
+
+@pytest.mark.parametrize('changes', CHANGES, ids=str)
+def test_settings_changed_later_count(changes):
+    dynamic = KWConv2d(4, 6, (3, 2), padding=1)
+    set_temperature(dynamic, 1)
+    static = dynamic.static_twin()
+    for layer in (static, dynamic):
+        for name, value in changes.items():
+            setattr(layer, name, value)
+    x = torch.randn(2, 4, 9, 8)
+    y = static(x)
+    for same in (dynamic, dynamic.static_twin(), copy.deepcopy(dynamic)):
+        torch.testing.assert_close(same(x), y)
 
 
 def test_unbatched_input_is_one_image():

@@ -181,9 +181,9 @@ def test_hooks_are_seen():
 
 @pytest.mark.parametrize('padding', [0, 2, (1, 3), 'same', 'valid'])
 def test_padding_is_as_the_convolution_has_it(padding):
-    convolution = nn.Conv2d(2, 2, (3, 4), padding=padding, dilation=2)
+    convolution = nn.Conv2d(2, 2, (3, 4), padding=padding, dilation=2, padding_mode='circular')
     x = torch.randn(1, 2, 9, 9)
-    padded = F.pad(x, modes.padding_of(convolution))
+    padded = F.pad(x, modes.padding_before(convolution), 'circular')
     alone = F.conv2d(padded, convolution.weight, convolution.bias, dilation=2)
     torch.testing.assert_close(alone, convolution(x))
 

@@ -226,6 +226,40 @@ def test_layers_with_options_of_their_own_stay_static(layer):
         convert(of_layers(first=layer), SharingPlan.make([('first', 'one')]))
 
 
+def with_its_own(method):
+    layer = nn.Conv2d(32, 32, 3, padding=1)
+    own = getattr(layer, method)
+    setattr(layer, method, lambda *inputs: 2 * own(*inputs))
+    return layer
+
+
+def changed(padding_mode):
+    """After that PyTorch pads by what was the padding before, unless with zeros."""
+    layer = nn.Conv2d(32, 32, 3, padding=1, padding_mode=padding_mode)
+    layer.stride, layer.padding, layer.dilation = (2, 1), (2, 2), (2, 2)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ('layer', 'is_dynamic'),
+    [
+        (with_its_own('forward'), False),
+        (with_its_own('_conv_forward'), False),
+        (changed('reflect'), False),
+        (changed('zeros'), True),
+    ],
+    ids=['forward', '_conv_forward', 'reflect', 'zeros'],
+)
+def test_layers_that_were_changed_after_they_were_made(layer, is_dynamic):
+    network, x = of_layers(first=layer, second=nn.Conv2d(32, 32, 1)), torch.randn(2, 32, 7, 6)
+    expected = network(x)
+    convert(network, start_tau=1)
+    assert isinstance(network.first, StandsForStatic) is is_dynamic
+    assert isinstance(network.second, StandsForStatic)
+    torch.testing.assert_close(network(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(to_static(network)(x), expected, atol=1e-5, rtol=1e-5)
+
+
 class Laterals(nn.Module):
     """As Detectron2's FPN: it calls its layers from a list beside its modules."""
 

@@ -59,6 +59,13 @@ def test_resume(root, mini_coco, trained, tmp_path):
     first = torch.load(trained / 'epoch_2.pth', weights_only=False)['state_dict']
     assert all(torch.equal(again[name], first[name]) for name in first)
 
+    # Where there is nothing to resume from, as the config says.
+    folder = tmp_path / 'new'
+    options = ['--cfg-options', *tiny(mini_coco), 'train_cfg.max_epochs=1', f'load_from={path}']
+    result, output = run(root, *command, '--work-dir', folder, '--resume', *options)
+    assert result.returncode == 0, output
+    assert f'Load checkpoint from {path}' in output and (folder / 'epoch_1.pth').exists()
+
 
 def test_test(root, mini_coco, trained, tmp_path):
     out, pictures = tmp_path / 'results.pkl', tmp_path / 'pictures'

@@ -49,6 +49,9 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
     def before_run(self, runner: Any) -> None:
         """Finds the checkpoint to resume from, if MMEngine would search for one.
 
+        Where there is none yet, the run starts with the weights that ``start_from`` of the config
+        names, as it did the first time.
+
         Raises:
             DamagedCheckpointError: If there are checkpoints, but none of them is whole.
         """
@@ -68,7 +71,7 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
         if error is not None:
             raise error
         if path is None:
-            runner._resume = False
+            runner._resume, runner._load_from = False, runner.cfg.get('start_from')
             runner.logger.info(f'No checkpoint in {runner.work_dir}: starting at the beginning.')
         else:
             runner._load_from = path
