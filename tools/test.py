@@ -27,7 +27,8 @@ def show_predictions(config: Config, args: argparse.Namespace) -> None:
     """Has the visualization hook draw the predictions."""
     library = library_of(config)
     drawing = ConfigDict(type=f'{library}.{HOOKS[library]}')
-    hook = config.default_hooks.setdefault('visualization', drawing)
+    hooks = config.setdefault('default_hooks', ConfigDict())
+    hook = hooks.setdefault('visualization', drawing)
     hook['enable' if library == 'mmpretrain' else 'draw'] = True
     hook.interval = 1
     hook.show, hook.wait_time = args.show, args.wait_time
@@ -98,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     check_file(parser, args.checkpoint)
 
-    config = load_config(args)
+    config = load_config(parser, args)
     check_scopes(parser, config)
     config.load_from = args.checkpoint
     if args.out:

@@ -28,8 +28,8 @@ def main() -> None:
         nargs='?',
         const='auto',
         metavar='auto|PATH',
-        help='resume from a checkpoint; without a path from the latest in the work folder, or begin '
-        'where it has none',
+        help='resume from a checkpoint; without a path from the latest in the work folder, if it '
+        'has one',
     )
     args = parser.parse_args()
     if args.amp and get_device() == 'cpu':
@@ -37,13 +37,13 @@ def main() -> None:
     if args.resume not in (None, 'auto'):
         check_file(parser, args.resume)
 
-    config = load_config(args)
+    config = load_config(parser, args)
     check_scopes(parser, config)
     if args.amp:
         config.optim_wrapper.type = 'AmpOptimWrapper'
         config.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
-        if 'base_batch_size' not in config.get('auto_scale_lr', {}):
+        if 'base_batch_size' not in (config.get('auto_scale_lr') or {}):
             parser.error(
                 '--auto-scale-lr needs auto_scale_lr.base_batch_size in the config, '
                 f'which {args.config} lacks; add auto_scale_lr=dict(base_batch_size=16)'

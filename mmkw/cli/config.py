@@ -1,11 +1,34 @@
 """The config that a command is given."""
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
 
 from mmengine.config import Config, DictAction
 from torch import nn
 
-from ..engine.building import build_model, read_config
+from ..engine.building import LIBRARIES, build_model, read_config, scope_of
+
+
+class _Overrides(DictAction):
+    """MMEngine's action, but with usage errors."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Sequence[str],
+        option_string: str | None = None,
+    ) -> None:
+        """Adds values such as ``model.backbone.depth=18``."""
+        for value in values:
+            try:
+                super().__call__(parser, namespace, [value], option_string)
+            except (ValueError, AssertionError):
+                parser.error(
+                    f'{option_string} {value}: not a key=value whose brackets are closed; what '
+                    'has no key stands before the option'
+                )
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -13,9 +36,10 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=_Overrides,
         default={},
-        help='overrides of the config, such as model.backbone.cell_num_ratio=2',
+        help='overrides of the config as key=value, such as model.backbone.cell_num_ratio=2; lists '
+        'as key="[a,b]" or key=a,b',
     )
 
 
@@ -31,7 +55,9 @@ def pixels(text: str) -> int:
 
 
 def config_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
-    """Reads the config of a command line, or stops with a usage error.
+    """Reads the config of a command line with its overrides, or stops with a usage error.
+
+    Its default scope is the library of its model: there are the backbones of this package.
 
     Args:
         parser: Reports the error.
@@ -39,11 +65,20 @@ def config_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Conf
     """
     try:
         config = read_config(args.config)
+        config.merge_from_dict(args.cfg_options)
     except (OSError, ValueError, SyntaxError) as error:
         parser.error(f'config {args.config}: {error}')
-    config.merge_from_dict(args.cfg_options)
+    except Exception as error:
+        # A config is code, and its faults are those of code.
+        parser.error(f'config {args.config}: {type(error).__name__}: {error}')
     if not isinstance(config.get('model'), dict):
-        parser.error(f'config {args.config} has no model')
+        found: Any = config.get('model')
+        parser.error(
+            f'config {args.config} has '
+            + ('no model' if found is None else f'the model {found!r}, which is no dict')
+        )
+    if (scope := scope_of(config)) in LIBRARIES:
+        config.default_scope = scope
     return config
 
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..engine.building import build_model, dynamic_networks
 from ..layers import Attention, LayerAttention, PlanError, WarehousePartition, partition_warehouse
+from ..layers.partition import is_comparator
 from ..sharing import static_networks
 from .config import add_config_options, config_of, model_of, pixels
 
@@ -241,9 +242,14 @@ def print_budgets(
     budgets = solve(costs, target - fixed)
     if budgets is None:
         least = fixed + sum(min(prices.values()) for prices in costs)
+        remedy = (
+            '; fewer dynamic layers, or another method, allow smaller budgets'
+            if all(is_comparator(partition.options.method) for _, partition in places)
+            else '; smaller cells (cell_inplane_ratio, cell_outplane_ratio) allow smaller budgets'
+        )
         parser.error(
-            f'--budget-params {target:,}: the least is {least:,}, of which {fixed:,} are static; '
-            'smaller cells (cell_inplane_ratio, cell_outplane_ratio) allow smaller budgets'
+            f'--budget-params {target:,}: the least is {least:,}, of which {fixed:,} are static'
+            f'{remedy}'
         )
     total = fixed + sum(prices[budget] for prices, budget in zip(costs, budgets))
     print(f'\nFor {target:,} parameters, {total:,} with')

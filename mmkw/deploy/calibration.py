@@ -48,8 +48,8 @@ def dense_outputs(network: nn.Module, batch: Any) -> list[Tensor]:
         batch: As in :func:`predict`.
 
     Returns:
-        The outputs of :class:`~mmkw.deploy.DenseNetwork`, or, where a model has no such head, its
-        features. Of another network all its outputs.
+        The outputs of :class:`~mmkw.deploy.DenseNetwork`, or, where a model's head needs more than
+        the images, its features. Of another network all its outputs.
     """
     if not _is_of_mmengine(network, batch):
         return tensors_of(network(_images(network, batch)))
@@ -57,7 +57,8 @@ def dense_outputs(network: nn.Module, batch: Any) -> list[Tensor]:
     images = model.data_preprocessor(copy.deepcopy(batch), False)['inputs']
     try:
         return tensors_of(DenseNetwork(model)(images))
-    except ValueError:
+    except (ValueError, TypeError):
+        # There is no such head, or it has to be given the samples, too, as those with queries.
         return tensors_of(model.extract_feat(images))
 
 

@@ -78,8 +78,8 @@ def export(
             convolutions with computed kernels; it takes more memory. ``'static'`` writes the static
             network of :func:`~mmkw.deploy.to_static`, and compares the file with that; what it
             loses is logged. Layers to keep are written as by ``'scan'``.
-        tolerance: The largest relative difference that is accepted; by default 1e-4, in half
-            precision 0.05.
+        tolerance: The largest relative difference that is accepted; by default 1e-4; if the
+            network or the file computes in half precision, 0.05.
         half: Whether the file computes in float16, with half the size. Its images and outputs stay
             of float32.
         loader: For ``form='static'`` the images, as in :func:`~mmkw.deploy.to_static`.
@@ -120,7 +120,8 @@ def export(
         # PyTorch takes a size of one for a constant.
         example = example.repeat(2, *[1] * (example.dim() - 1))
     if tolerance is None:
-        tolerance = HALF_TOLERANCE if half else TOLERANCE
+        precise = all(p.dtype.itemsize > 2 for p in model.parameters() if p.is_floating_point())
+        tolerance = TOLERANCE if precise and not half else HALF_TOLERANCE
     written = _Half(model) if half else model
     with _as_exported(form), counted_in_program(written), evaluating(model, written):
         _check_computes(written, example)

@@ -83,7 +83,7 @@ def tensors_of(outputs: Any) -> list[Tensor]:
         outputs: Of a network, or arrays of a runtime.
     """
     leaves, _ = torch.utils._pytree.tree_flatten(outputs)
-    return [torch.as_tensor(leaf) for leaf in leaves]
+    return [torch.as_tensor(leaf) for leaf in leaves if leaf is not None]
 
 
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -137,7 +137,7 @@ def load_trained(model: nn.Module, path: str, part: str = '') -> None:
             logging.WARNING,
         )
     # Older files have it here alone.
-    tau = stored.get('meta', {}).get('temperature')
+    tau = (stored.get('meta') or {}).get('temperature')
     if tau is not None and any(isinstance(module, LayerAttention) for module in model.modules()):
         set_temperature(model, tau)
 

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from .building import LIBRARIES, dicts_of, is_pretrained, read_config, scope_of
+from ..cli.config import add_config_options, config_of
+from .building import LIBRARIES, dicts_of, is_pretrained, scope_of
 
 # Weights to download, by the names under which the configs expect them.
 PUBLISHED_WEIGHTS = {
@@ -54,13 +55,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         'mmkw::mask_rcnn/...',
     )
     parser.add_argument('--work-dir', help='folder for logs and results')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        help='overrides of the config as key=value; lists as key="[a,b]" or key=a,b',
-    )
+    add_config_options(parser)
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -77,19 +72,15 @@ def check_file(parser: argparse.ArgumentParser, path: str) -> None:
         parser.error(f'checkpoint {path} does not exist')
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """Reads the config of a command line, with its overrides.
+def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
+    """Reads the config of a command line, with its overrides, or stops with a usage error.
 
     The work folder is taken from the option, else from the config. By default it is
     ``work_dirs/NAME`` with the config's name.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    config = read_config(args.config)
-    config.merge_from_dict(args.cfg_options)
+    config = config_of(parser, args)
     config.launcher = args.launcher
-    # Backbones of this package are of the library that this names.
-    if (scope := scope_of(config)) in LIBRARIES:
-        config.default_scope = scope
     name = osp.splitext(osp.basename(args.config))[0]
     config.work_dir = args.work_dir or config.get('work_dir') or osp.join('work_dirs', name)
     return config

@@ -197,8 +197,9 @@ class DynamicLayer(Weightless, StandsForStatic):
         return manager.partitions[warehouse].layers[position]
 
     @property
-    def _learns(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.attention.parameters())
+    def learns_kernel(self) -> bool:
+        """Whether weights of the attention learn. Who tunes biases and norms freezes kernels."""
+        return any(p.requires_grad for p in self.attention.parameters() if p.dim() > 1)
 
     @torch.no_grad()
     def static_kernel(self) -> Tensor:
@@ -223,7 +224,7 @@ class DynamicLayer(Weightless, StandsForStatic):
         kernel = twin.weight.detach()
         if not modes.is_sharded(self.cells):
             kernel = self.static_kernel().reshape(kernel.shape)
-        twin.weight = nn.Parameter(kernel, self._learns)
+        twin.weight = nn.Parameter(kernel, self.learns_kernel)
         twin.bias = self.bias
         return twin.train(self.training)
 
@@ -249,7 +250,7 @@ class DynamicLayer(Weightless, StandsForStatic):
             learns: Whether the kernel requires gradients. The attention then does the same.
             kernels: Collects the kernel if it has changed or is loaded.
         """
-        if learns != self._learns:
+        if learns != self.learns_kernel:
             self.attention.requires_grad_(learns)
         if kernels.loaded or not torch.equal(kernel, self.static_kernel().view_as(kernel)):
             kernels.add(self, kernel)

@@ -107,6 +107,9 @@ def _goes_on(name: str, parent: nn.Module) -> bool:
 
 # The layers of PyTorch's transformers, which by default take Tensor[sequence, batch, channels].
 _OF_SEQUENCES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Attributes of every module, which hold what belongs to PyTorch.
+_OF_TORCH = frozenset(vars(nn.Module()))
 
 
 def used_by_others(network: nn.Module) -> dict[str, str]:
@@ -115,8 +118,9 @@ def used_by_others(network: nn.Module) -> dict[str, str]:
     The weight of some is read by their parent module in the forward pass, as BEiT's attention does
     with that of its ``qkv``: a dynamic layer has no weight, but one kernel per image. Others share
     their weight with another module, as a decoder and an embedding do. And some are held in a list
-    or dict beside the modules, as in Detectron2's FPN, which calls them from there. PyTorch's
-    transformers may have the images second, which a linear layer would take for what it averages.
+    or dict beside the modules, as in Detectron2's FPN, which calls them from there. Transformers of
+    PyTorch and others may have the images second, beside an attention that has them so; a linear
+    layer would take the second for what it averages.
 
     Args:
         network: A static network.
@@ -124,7 +128,7 @@ def used_by_others(network: nn.Module) -> dict[str, str]:
     Returns:
         A dict from the layer's name to a sentence that says who uses it.
     """
-    found, owner_of, keeper_of = {}, dict[nn.Parameter, str](), dict[nn.Module, str]()
+    found, owner_of, keeper_of = {}, dict[nn.Parameter, str](), _of_sequences(network)
     for name, module in network.named_modules():
         kind, place = type(module), f'{name}.'.lstrip('.')
         for child in _weights_read(kind) & set(module._modules):  # type: ignore[arg-type]
@@ -139,12 +143,31 @@ def used_by_others(network: nn.Module) -> dict[str, str]:
                 found[name] = f'its weight is also that of {owner}'
                 found[owner] = f'its weight is also that of {name}'
         for attribute, value in vars(module).items():
-            if not attribute.startswith('_'):
+            if attribute not in _OF_TORCH:
                 for held in _modules_in(value):
                     keeper_of[held] = f'{place}{attribute} holds it, too, and no module'
     for name, module in network.named_modules():
         if module in keeper_of:
             found[name] = keeper_of[module]
+    return found
+
+
+def _of_sequences(network: nn.Module) -> dict[nn.Module, str]:
+    """The linear layers beside an attention with the images second, in the module that holds it."""
+    attentions = {
+        name: module
+        for name, module in network.named_modules()
+        if _is_named(module, 'Attention') and not getattr(module, 'batch_first', True)
+    }
+    # An attention knows where its own images are.
+    own = {layer for attention in attentions.values() for layer in attention.modules()}
+    found = {}
+    for name, attention in attentions.items():
+        around = [m for m in _around(network, name) if not isinstance(m, _CONTAINERS)]
+        for layer in around[-1].modules() if name and around else ():
+            if isinstance(layer, nn.Linear) and layer not in own:
+                kind = type(attention).__name__
+                found[layer] = f'the {kind} beside it has sequences before images'
     return found
 
 

@@ -47,19 +47,39 @@ def recorded(module: nn.Module, *inputs: Any) -> Any:
     return tracer.create_proxy('call_module', name, (first, *others), {})
 
 
+def no_weight(module: nn.Module) -> str:
+    """The message of an error, where a weight is expected.
+
+    Args:
+        module: A dynamic layer, or a module that contains one and stands for one layer.
+    """
+    return (
+        f'{type(module).__name__} has no weight of its own: its kernel is mixed for every image '
+        'from the cells of a warehouse. To prune, parametrise or read these, take '
+        "warehouse_manager.weights and the warehouse's index, such as '0'; for anything else "
+        'that needs a weight, such as fusing with a BatchNorm, leave this layer static.'
+    )
+
+
 class Weightless(nn.Module):
     """Explains in errors why a dynamic layer has no ``weight`` and cannot be scripted."""
 
     def __getattr__(self, name: str) -> Any:
         # Python calls this method only if the attribute was not found otherwise.
         if name == 'weight':
-            raise AttributeError(self._no_weight())
+            raise AttributeError(no_weight(self))
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute. Refuses a ``weight``, as :meth:`register_parameter` does."""
+        if name == 'weight' and value is not None:
+            raise AttributeError(no_weight(self))
+        super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Adds a parameter. Refuses a ``weight``, because it would have no effect."""
         if name == 'weight' and param is not None:
-            raise AttributeError(self._no_weight())
+            raise AttributeError(no_weight(self))
         super().register_parameter(name, param)
 
     def __prepare_scriptable__(self) -> None:
@@ -67,12 +87,4 @@ class Weightless(nn.Module):
         raise TypeError(
             f'torch.jit.script cannot compile a {type(self).__name__}, whose kernel is mixed by '
             'code that is no TorchScript. Use torch.export, torch.compile or torch.jit.trace.'
-        )
-
-    def _no_weight(self) -> str:
-        return (
-            f'{type(self).__name__} has no weight of its own: its kernel is mixed for every image '
-            'from the cells of a warehouse. To prune, parametrise or read these, take '
-            "warehouse_manager.weights and the warehouse's index, such as '0'; for anything else "
-            'that needs a weight, such as fusing with a BatchNorm, leave this layer static.'
         )

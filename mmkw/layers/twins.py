@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ops import modes
 from .attention import LayerAttention
+from .tracing import no_weight
 from .warehouse import WarehouseManager
 from .warm_start import warm_start
 
@@ -65,16 +66,24 @@ class StandsForStatic(nn.Module):
 
         Args:
             fn: A function of a module; first applied to the twin. If it changes a parameter of the
-                twin, this module takes over the values, and ``apply`` ends. If it changes none, it
-                is applied to the modules in here. Their parameters keep their values, because a
-                static network does not have them. But where it resets the twin, the attentions are
-                reset, too: nothing that was learnt is left.
+                twin, this module takes over the values, and ``apply`` ends. So it does with hooks.
+                If it changes none, it is applied to the modules in here. Their parameters keep
+                their values, because a static network does not have them. But where it resets the
+                twin, the attentions are reset, too: nothing that was learnt is left.
+
+        Raises:
+            AttributeError: If the function prunes or parametrises the twin, which has a weight.
         """
         if not has_values(self):
             return super().apply(fn)
         twin = self.static_twin()
+        modes.hand_hooks_on(self, twin)
         before, is_reset = _copies(twin), _watch_reset(twin)
+        tensors, kind, hooks = _names(twin), type(twin), modes.count_hooks(twin)
         twin.apply(fn)
+        if type(twin) is not kind or _names(twin) != tensors:
+            raise AttributeError(no_weight(self))
+        self._is_full_backward_hook = twin._is_full_backward_hook
         if is_reset:
             # The next layer must get the same random numbers as in a static network.
             with torch.random.fork_rng(devices=[]):
@@ -83,6 +92,7 @@ class StandsForStatic(nn.Module):
             kernels = Kernels()
             self.take_values(twin, kernels)
             kernels.lay_into_warehouses()
+        if _has_changed(twin, before) or modes.count_hooks(twin) != hooks:
             return self
         values = {parameter: parameter.detach().clone() for parameter in self.parameters()}
         # The next layer must get the same random numbers as in a static network.
@@ -92,6 +102,11 @@ class StandsForStatic(nn.Module):
             for parameter, value in values.items():
                 parameter.copy_(value)
         return self
+
+
+def _names(module: nn.Module) -> list[str]:
+    tensors = (module.named_parameters(), module.named_buffers(), module.named_modules())
+    return [name for each in tensors for name, _ in each]
 
 
 def _watch_reset(twin: nn.Module) -> list[bool]:

@@ -135,13 +135,27 @@ def hand_hooks_on(module: nn.Module, successor: nn.Module) -> None:
     """Gives the hooks on a module's forward and backward pass to the one that takes its place.
 
     Args:
-        module: A module that is used no more. Handles of its hooks remove those of the other now.
+        module: Any module. It shares its hooks with the other from now on, also those to come.
         successor: A module without hooks of its own.
     """
     for name, hooks in vars(module).items():
-        if name.startswith(('_forward_', '_backward_')) and hooks:
+        if name.startswith(('_forward_', '_backward_')):
             setattr(successor, name, hooks)
     successor._is_full_backward_hook = module._is_full_backward_hook
+
+
+def count_hooks(module: nn.Module) -> int:
+    """The number of hooks on the forward and backward pass of a module and of those in it.
+
+    Args:
+        module: Any module.
+    """
+    return sum(
+        len(hooks)
+        for part in module.modules()
+        for name, hooks in vars(part).items()
+        if name.endswith('_hooks') and name.startswith(('_forward_', '_backward_'))
+    )
 
 
 def pre_hooks_of(module: nn.Module, kind: type) -> list[Any]:

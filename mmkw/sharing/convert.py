@@ -315,10 +315,10 @@ def leave_warehouses(network: nn.Module) -> nn.Module:
     return network
 
 
-def _initialise(network: nn.Module) -> None:
+def _initialise(network: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Runs the network's own ``init_weights`` on the static twins."""
     with static_twins(network):
-        type(network).init_weights(network)
+        type(network).init_weights(network, *args, **kwargs)
 
 
 def _find_layers(

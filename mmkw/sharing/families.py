@@ -9,7 +9,7 @@ from functools import partial
 from torch import nn
 
 from ..checkpoints.static_kernels import stage_of
-from ..layers import PlanError, WarehouseOptions, dynamic_class, kernel_shape
+from ..layers import PlanError, StandsForStatic, WarehouseOptions, dynamic_class, kernel_shape
 from ..layers.attention import attention_width
 from ..layers.partition import KERNELWAREHOUSE, is_comparator, partition_warehouse
 from ..layers.static_layers import predictions, used_by_others
@@ -43,8 +43,12 @@ def plannable_layers(network: nn.Module) -> dict[str, nn.Module]:
     layers = {}
     fused = fused_projections(network)
     used = used_by_others(network)
+    inside: tuple[str, ...] = ()
     for name, module in network.named_modules():
-        if name in used:
+        if isinstance(module, StandsForStatic):
+            # A part of the network is converted: what is in its dynamic layers is theirs.
+            inside = (f'{name}.', *inside)
+        if name in used or name.startswith(inside):
             continue
         if name in fused:
             channels = module.embed_dim if hasattr(module, 'embed_dim') else module.in_features

@@ -96,7 +96,7 @@ class FreezeWithLayers:
 
 
 def _learns(layer: Any) -> bool:
-    return any(parameter.requires_grad for parameter in layer.attention.parameters())
+    return layer.learns_kernel
 
 
 class FreezeBeforeMixing:

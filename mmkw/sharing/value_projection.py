@@ -6,6 +6,7 @@ windowed attention. The modules here replace the fused modules and read their st
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,6 +117,16 @@ class SplitProjection(StandsForStatic):
                 state_dict[f'{prefix}value.{name}'] = value
 
 
+class _Images(threading.local):
+    """The number of images that a thread computes: several may share a network."""
+
+    number: Any = 1
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Copies and pickles are as new."""
+        return _Images, ()
+
+
 class WindowProjection(SplitProjection):
     """The ``qkv`` of windowed attention. All windows of an image share one value kernel.
 
@@ -124,7 +135,9 @@ class WindowProjection(SplitProjection):
 
     def __init__(self, qkv: nn.Linear) -> None:
         super().__init__(qkv.weight, qkv.bias)
-        self._images = 1
+        self._images = _Images()
+        # A compiled graph has no place for a number of every thread.
+        self._images_compiled = 1
 
     def _make_static(self) -> nn.Module:
         channels = self.value.in_features
@@ -132,11 +145,16 @@ class WindowProjection(SplitProjection):
 
     def count_images(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict) -> None:
         """Notes the number of images; a hook that runs before images are cut into windows."""
-        self._images = (inputs[0] if inputs else named['query']).shape[0]
+        images = (inputs[0] if inputs else named['query']).shape[0]
+        if modes.is_compiling():
+            self._images_compiled = images
+        else:
+            self._images.number = images
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps Tensor[images * windows, tokens, channels] to the same shape with 3 * channels."""
-        images = x.reshape(self._images, -1, x.shape[-1])
+        number = self._images_compiled if modes.is_compiling() else self._images.number
+        images = x.reshape(number, -1, x.shape[-1])
         return torch.cat([self.query_key(x), self.value(images).view(x.shape)], -1)
 
 

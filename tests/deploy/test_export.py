@@ -118,6 +118,35 @@ def test_half_precision_is_the_file_s_alone(make, tmp_path):
     assert {value.dtype for value in stored if value.is_floating_point()} == {torch.float16}
 
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('make', [lambda: nn.Linear(8, 16), LAYERS['linear'][0]])
+def test_a_network_of_half_precision_is_held_to_that(make, tmp_path, monkeypatch):
+    module = sys.modules['mmkw.deploy.export']
+    compared = module._compared
+
+    def a_little_apart(*arguments):
+        return (parity._replace(difference=0.01) for parity in compared(*arguments))
+
+    monkeypatch.setattr(module, '_compared', a_little_apart)
+    export(make().half(), torch.randn(1, 7, 8).half(), tmp_path / 'a.pt2', dynamic=('batch',))
+    with pytest.raises(ExportError, match=r'more than tolerance=0\.0001'):
+        export(make(), torch.randn(1, 7, 8), tmp_path / 'b.pt2', dynamic=('batch',))
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_none_among_outputs_is_left_out(tmp_path):
+    class Some(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x), None
+
+    for make in (lambda: nn.Linear(8, 16), LAYERS['linear'][0]):
+        export(Some(make()), torch.randn(1, 7, 8), tmp_path / 'a.pt2', dynamic=('batch',))
+
+
 @pytest.fixture
 def detector():
     registry = pytest.importorskip('mmdet.registry', reason='has the detector')

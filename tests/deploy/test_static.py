@@ -15,6 +15,7 @@ from twin_networks import BACKBONES, build, outputs, thin_retinanet
 import mmkw
 from mmkw.cli.export import main
 from mmkw.deploy import export, to_static
+from mmkw.engine.building import build_model, read_config
 from mmkw.layers.dynamic_layers import DynamicLayer
 from mmkw.ops import mix_cells, modes
 
@@ -219,6 +220,34 @@ def test_a_detector_by_the_command(detector, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([*command, *wrong])
         assert message in capsys.readouterr().err
+
+
+def thin_mask2former(root):
+    """Its head has to be given the samples, too."""
+    config = read_config(
+        str(root / 'configs/mask2former/mask2former_kw1x-r50_8xb2-160k_ade20k-512x512.py')
+    )
+    config.model.backbone.update(depth=18, base_channels=8)
+    head = config.model.decode_head
+    head.update(in_channels=[8, 16, 32, 64], feat_channels=32, out_channels=32, num_queries=4)
+    for transformer in (head.pixel_decoder.encoder, head.transformer_decoder):
+        transformer.num_layers = 1
+        for name, part in transformer.layer_cfg.items():
+            part.embed_dims = 32
+            part['feedforward_channels' if name == 'ffn_cfg' else 'num_heads'] = 4
+    for encoding in (head.pixel_decoder.positional_encoding, head.positional_encoding):
+        encoding.num_feats = 16
+    return build_model(config)
+
+
+def test_a_head_that_needs_more_than_the_images(root):
+    structures = pytest.importorskip('mmseg.structures', reason='has the samples')
+    model = thin_mask2former(root)
+    shapes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape'), (64, 64))
+    image = torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8)
+    sample = structures.SegDataSample(metainfo=dict(**shapes, padding_size=[0] * 4))
+    twin, report = to_static(model, [dict(inputs=[image], data_samples=[sample])])
+    assert report.distance < 1e-4 and not any(isinstance(m, DynamicLayer) for m in twin.modules())
 
 
 def test_export_writes_the_static_network(tmp_path, caplog):

@@ -43,7 +43,7 @@ class Noise(Dataset):
         return dict(inputs=torch.randn(3, 5, 5) + np.random.rand() + random.random())
 
 
-def make_runner(work_dir, hooks, epochs=4, by_epoch=True, model=None, **kwargs):
+def make_runner(work_dir, hooks, epochs=4, by_epoch=True, model=None, loader=None, **kwargs):
     torch.manual_seed(0)
     train_cfg = dict(by_epoch=True, max_epochs=epochs)
     if not by_epoch:
@@ -55,8 +55,8 @@ def make_runner(work_dir, hooks, epochs=4, by_epoch=True, model=None, **kwargs):
             dataset=Noise(),
             sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
             batch_size=2,
-            num_workers=0,
             collate_fn=dict(type='pseudo_collate'),
+            **(loader or dict(num_workers=0)),
         ),
         train_cfg=train_cfg,
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
@@ -120,6 +120,16 @@ def test_resuming_restores_temperature_and_random_numbers(tmp_path, by_epoch):
     assert logged_temperatures(tmp_path / 'parts') == pytest.approx(whole.model.seen, abs=1e-4)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, rest.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize('persistent', [False, True])
+@pytest.mark.parametrize('by_epoch', [False, True])
+def test_workers_that_go_on_from_epoch_to_epoch_are_told(tmp_path, persistent, by_epoch):
+    loader = dict(num_workers=1, persistent_workers=persistent)
+    hooks = [dict(type='mmkw.IterationSeedHook')]
+    make_runner(tmp_path, hooks, epochs=1, by_epoch=by_epoch, loader=loader).train()
+    (log,) = tmp_path.glob('*/*.log')
+    assert ('persistent_workers=False' in log.read_text()) == (persistent and by_epoch)
 
 
 def test_without_the_hook_the_temperature_is_zero(tmp_path):

@@ -11,7 +11,6 @@ from torch import nn
 
 from mmkw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, PlanError, set_temperature
 
-
 STATIC_CASES = [
     (nn.Conv1d, KWConv1d, (4, 6, 3), dict(stride=2, padding=1), (2, 4, 9)),
     (nn.Conv2d, KWConv2d, (4, 6, 3, 2, 1), dict(bias=False), (2, 4, 9, 8)),

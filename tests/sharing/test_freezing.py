@@ -155,6 +155,18 @@ def test_a_part_learns_after_all_was_frozen(plan, before):
     assert any(name.startswith('c.attention') for name in moved[1])
 
 
+@pytest.mark.parametrize('names', [('bias',), ('bias', 'norm.weight')], ids=str)
+def test_tuning_biases_and_norms_leaves_kernels_frozen(names):
+    static = Network()
+    dynamic = convert(copy.deepcopy(static), SharingPlan.make(PLANS['shared']))
+    for network in (static, dynamic):
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name.startswith('c.') and name.endswith(names))
+        moved = step(network, torch.randn(2, 8, 4, 4))
+        assert {name for name in moved if 'attention' not in name} == {'c.bias'}
+        assert all(name.endswith(names) for name in moved)
+
+
 def test_layers_thaw_one_after_the_other():
     network = Network().requires_grad_(False)
     convert(network, SharingPlan.make(PLANS['own']))

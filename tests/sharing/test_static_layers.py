@@ -5,11 +5,12 @@ import logging
 
 import pytest
 import torch
+from mmcv.cnn.bricks.transformer import BaseTransformerLayer
 from mmengine.logging import MMLogger
 from torch import nn
 from twin_networks import BACKBONES, HEADS, build, outputs
 
-from mmkw.layers import PlanError, StandsForStatic, set_temperature
+from mmkw.layers import KWLinear, PlanError, StandsForStatic, set_temperature
 from mmkw.layers.static_layers import predictions, used_by_others
 from mmkw.sharing import SharingPlan, convert, family_rule, pattern_plan, to_static
 
@@ -263,19 +264,25 @@ def test_layers_that_were_changed_after_they_were_made(layer, is_dynamic):
 class Laterals(nn.Module):
     """As Detectron2's FPN: it calls its layers from a list beside its modules."""
 
+    name = 'steps'
+
     def __init__(self):
         super().__init__()
-        self.steps = []
+        setattr(self, self.name, [])
         for index in range(2):
             layer = nn.Conv2d(32, 32, 3, padding=1)
             self.add_module(f'lateral{index}', layer)
-            self.steps.append([layer, {}])
+            getattr(self, self.name).append([layer, {}])
         self.output = nn.Conv2d(32, 32, 3, padding=1)
 
     def forward(self, x):
-        for layer, options in self.steps:
+        for layer, options in getattr(self, self.name):
             x = layer(x, **options)
         return self.output(x)
+
+
+class PrivateLaterals(Laterals):
+    name = '_steps'
 
 
 class Tied(nn.Module):
@@ -293,7 +300,11 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize(
     ('kind', 'layer', 'reason'),
-    [(Laterals, 'lateral0', 'steps holds it, too'), (Tied, 'decoder', 'also that of embedding')],
+    [
+        (Laterals, 'lateral0', 'steps holds it, too'),
+        (PrivateLaterals, 'lateral0', '_steps holds it, too'),
+        (Tied, 'decoder', 'also that of embedding'),
+    ],
 )
 def test_layers_that_others_hold_or_share_stay_static(kind, layer, reason):
     static = kind()
@@ -337,6 +348,44 @@ def test_sequences_before_images_stay_static(batch_first):
     if not batch_first:
         with pytest.raises(PlanError, match='sequences before images'):
             convert(copy.deepcopy(static), SharingPlan.make([('layers.0.linear1', 'one')]))
+
+
+class Residual(nn.Module):
+    """As CLIP's: an attention and, in a container, linear layers."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(32, 4, batch_first=batch_first)
+        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+    def forward(self, x):
+        return x + self.mlp(x + self.attn(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize('batch_first', [False, True])
+@pytest.mark.parametrize('kind', ['Residual', 'mmcv'])
+def test_images_see_each_other_in_no_order(kind, batch_first):
+    """Linear layers beside an attention with sequences first stay static; its values need not."""
+    torch.manual_seed(0)
+    block = Residual(batch_first)
+    if kind == 'mmcv':
+        attention = dict(type='MultiheadAttention', embed_dims=32, num_heads=4)
+        ffn = dict(type='FFN', embed_dims=32, feedforward_channels=64)
+        order = ('self_attn', 'norm', 'ffn', 'norm')
+        block = BaseTransformerLayer(attention, ffn, order, batch_first=batch_first)
+    network = convert(of_layers(block=block, conv=nn.Conv2d(32, 32, 3)))
+    found = {n for n, m in network.named_modules() if isinstance(m, KWLinear)}
+    assert any('mlp' in name or 'ffn' in name for name in found) == batch_first
+    assert any(name.endswith('value') for name in found)
+    for name, parameter in network.named_parameters():
+        if 'attention.fc2' in name:
+            nn.init.normal_(parameter)
+    both = torch.randn(2, 5, 32)
+    dim = 0 if batch_first else 1
+    alone, beside = (
+        network.eval().block(x if batch_first else x.transpose(0, 1)) for x in (both[:1], both)
+    )
+    torch.testing.assert_close(alone, beside.narrow(dim, 0, 1), atol=1e-5, rtol=1e-5)
 
 
 def test_hooks_stay_with_their_layers():

@@ -1,5 +1,8 @@
 """Split projections compute what the fused ones did, and one kernel serves an image."""
 
+import copy
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -125,6 +128,32 @@ def test_windows_of_an_image_share_its_value_kernel():
     torch.testing.assert_close(together, alone)
     named = block.attention(query=tokens, hw_shape=(4, 4))
     torch.testing.assert_close(together, named)
+
+
+def test_threads_that_share_a_network_do_not_share_its_number_of_images():
+    swin = pytest.importorskip('mmdet.models.backbones.swin', reason='the windows are its')
+    block = Holder(swin.ShiftWindowMSA(8, 2, 2))
+    plan = SharingPlan.make([('attention.w_msa.qkv.value', 'value')], cell_num_ratio=4)
+    network = copy.deepcopy(convert(block, plan, dict(type='LN')))
+    nn.init.normal_(network.attention.w_msa.qkv.value.attention.fc2.weight)
+    tokens = torch.randn(4, 16, 8)
+    alone = [network.attention(tokens[:n], (4, 4)) for n in (1, 4)]
+    threads, found = [], []
+
+    def compute_one(*_):
+        # While four images are under way.
+        if not threads:
+            threads.append(threading.Thread(target=append, args=(1,)))
+            threads[0].start()
+            threads[0].join()
+
+    def append(number):
+        found.append(network.attention(tokens[:number], (4, 4)))
+
+    network.attention.w_msa.register_forward_pre_hook(compute_one)
+    append(4)
+    for one, other in zip(found, alone, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_an_encoder_of_pytorch_stays_as_it_is():

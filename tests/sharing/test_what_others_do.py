@@ -55,6 +55,8 @@ def test_a_dynamic_layer_says_why_it_has_no_weight(make):
         _ = layer.weight
     with pytest.raises(AttributeError, match=message):
         layer.weight = nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(AttributeError, match=message):
+        layer.weight = torch.ones(4, 4)
     with pytest.raises(AttributeError, match="has no attribute 'wieght'"):
         _ = layer.wieght
     for name in ('in_proj_weight', 'biases'):
@@ -468,6 +470,52 @@ def test_a_layers_weight_cannot_be_pruned():
         with pytest.raises(AttributeError, match=r"take warehouse_manager\.weights and .* '0'"):
             attempt()
         assert not prune.is_pruned(dynamic)
+
+
+CHANGES = {
+    'prune': lambda layer: prune.l1_unstructured(layer, 'weight', 0.5),
+    'spectral norm': nn.utils.spectral_norm,
+    'weight norm': parametrizations.weight_norm,
+}
+
+
+@pytest.mark.parametrize('how', CHANGES)
+def test_weights_cannot_be_changed_by_applying_to_all(how):
+    """It would be a throw-away twin that is pruned."""
+
+    def change(module):
+        if isinstance(module, nn.Conv2d):
+            CHANGES[how](module)
+
+    dynamic, static = twins()
+    static.apply(change)
+    before = dynamic.state_dict()
+    with pytest.raises(AttributeError, match=r"KWConv2d has no weight .* '0'"):
+        dynamic.wide.apply(change)
+    assert all(map(torch.equal, dynamic.state_dict().values(), before.values()))
+
+
+@pytest.mark.parametrize('kind', [nn.Conv2d, nn.Module])
+def test_hooks_registered_by_applying_run_once_for_every_layer(kind):
+    for network in twins():
+        (x,) = images((6, 6))
+        seen, handles = [], []
+
+        def register(module, handles=handles, seen=seen):
+            if isinstance(module, kind):
+                handles.append(module.register_forward_hook(lambda m, *_: seen.append(m)))
+                handles.append(module.register_full_backward_hook(lambda m, *_: seen.append(m)))
+
+        network.apply(register)
+        network(x).sum().backward()
+        layers = [network.get_submodule(name) for name in LAYERS]
+        assert [seen.count(layer) for layer in layers] == [2] * len(layers)
+        assert seen.count(network.stem) == 2
+        for handle in handles:
+            handle.remove()
+        seen.clear()
+        network(x)
+        assert not seen
 
 
 def test_pruned_networks_are_saved_and_loaded():

@@ -16,12 +16,14 @@ CONFIG = """
 _base_ = '{root}/configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py'
 data_root = '{data}/'
 model = dict(
+    type='mmdet.MaskRCNN',
     backbone=dict(base_channels=8),
     neck=dict(in_channels=[8, 16, 32]),
     test_cfg=dict(rpn=dict(nms_pre=20, max_per_img=5)),
 )
 test_dataloader = dict(dataset=dict(data_root=data_root))
 test_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
+default_scope = None
 load_from = 'where_training_started.pth'  # tests have nothing to do with it
 """
 

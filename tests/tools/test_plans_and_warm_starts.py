@@ -104,6 +104,36 @@ def test_mistakes_in_plans_are_named(run_here, config, options, message):
     assert re.search(message, run_here('plan', config, *options, fails=True))
 
 
+FAULTY = {
+    'name': ('model = dict(depth=dep)', "NameError: name 'dep' is not defined"),
+    'base': (
+        'from mmengine.config import read_base\n\nwith read_base():\n    from .nothing import *\n',
+        r'config .*\.py: .*nothing',
+    ),
+    'division': ('model = dict(depth=1 / 0)', 'ZeroDivisionError: division by zero'),
+    'number': ('model = 3', 'has the model 3, which is no dict'),
+}
+
+
+@pytest.mark.parametrize('kind', FAULTY)
+def test_faults_in_a_config_are_named(run_here, tmp_path, kind):
+    content, message = FAULTY[kind]
+    (tmp_path / 'a.py').write_text(content)
+    assert re.search(message, run_here('plan', tmp_path / 'a.py', fails=True))
+
+
+def test_a_config_after_the_overrides_is_named(run_here):
+    for options in (['a=1', DEMO], ['a=[1,2']):
+        out = run_here('plan', '--cfg-options', *options, fails=True)
+        assert f'--cfg-options {options[-1]}: not a key=value' in out
+
+
+def test_the_least_of_a_method_without_cells_says_no_word_of_them(run_here):
+    config = 'configs/mask_rcnn/mask-rcnn_dyconv4x-r50_fpn_adamw-1x_coco.py'
+    out = run_here('plan', config, '--budget-params', '1K', fails=True)
+    assert 'the least is' in out and 'fewer dynamic layers' in out and 'cell_' not in out
+
+
 def test_budgets_of_patterns_are_told_by_warehouse(run_here, tmp_path):
     config = tmp_path / 'a.py'
     config.write_text(PATTERNS)

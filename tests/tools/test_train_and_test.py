@@ -157,6 +157,13 @@ def test_slurm_scripts_pass_their_arguments_on(root, tmp_path):
             '--cfg-options model.backbone.pretrained=PATH',
         ),
         (
+            'train.py',
+            ['--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None'],
+            '--auto-scale-lr needs auto_scale_lr.base_batch_size',
+        ),
+        ('train.py', ['--cfg-options', 'model=3'], 'has the model 3, which is no dict'),
+        ('train.py', ['--cfg-options', 'model'], '--cfg-options model: not a key=value'),
+        (
             'test.py',
             ['README.md', '--out', 'a.json'],
             '--out must end in .pkl or .pickle, got a.json',
@@ -168,6 +175,13 @@ def test_mistakes_end_with_a_usage_error(root, script, arguments, message):
         pytest.skip('there is an accelerator')
     result, output = run(root, sys.executable, f'tools/{script}', DEMO, *arguments)
     assert result.returncode == 2 and message in output
+
+
+@pytest.mark.parametrize('config', ['no.py', 'foo::x.py', 'configs/_base_/backbones/kw1x-r50.py'])
+def test_a_config_that_is_none_ends_with_a_usage_error(root, config):
+    for command in (['tools/train.py', config], ['tools/test.py', config, 'README.md']):
+        result, output = run(root, sys.executable, *command)
+        assert result.returncode == 2 and f'error: config {config}' in output, output
 
 
 def test_missing_imagenet_weights_are_named_before_anything_starts(root, tmp_path):
@@ -208,6 +222,10 @@ def test_a_config_without_default_scope_names_its_library_by_types(root, tmp_pat
             assert config.test_evaluator.output_dir == 'out.pkl'
         else:
             assert config.test_evaluator[1].type == 'mmdet.DumpDetResults'
+        arguments = argparse.Namespace(show=False, show_dir='pictures', wait_time=2)
+        config.visualizer = dict(type='Visualizer')
+        script['show_predictions'](config, arguments)
+        assert config.default_hooks.visualization.draw
     config.test_evaluator = [dict(type='mmseg.DepthMetric')]
     with pytest.raises(SystemExit):
         script['dump_predictions'](parser, config, 'out')

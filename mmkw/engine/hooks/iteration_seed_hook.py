@@ -29,10 +29,19 @@ class IterationSeedHook(Hook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Makes an iteration-based loop seed before every batch, also before skipped batches."""
+        """Makes an iteration-based loop seed before every batch, also before skipped batches.
+
+        Warns where the workers of an epoch-based loop persist.
+        """
         loop = runner.train_loop
         if isinstance(loop, IterBasedTrainLoop):
             loop.dataloader_iterator = _Seeded(loop.dataloader_iterator, runner.seed)
+        elif getattr(loop.dataloader, 'persistent_workers', False):
+            runner.logger.warning(
+                'train_dataloader.persistent_workers is True: the random numbers of its workers '
+                'go on from epoch to epoch, so a resumed run will not repeat this one. For that '
+                'set train_dataloader=dict(persistent_workers=False).'
+            )
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Seeds the random numbers that are drawn before the first iteration of an epoch."""
