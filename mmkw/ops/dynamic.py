@@ -246,7 +246,8 @@ def _backward_in_parts(
                 grads_x.append(sample_map.backward_x(*images, some.to(dtype)))
     summed = [dim for dim in range(grad.dim()) if dim != sample_map.channel_dim % grad.dim()]
     return (
-        _joined(grads_x) if need_x else None,
+        # No view: autograd adds the gradient of the images' average to it in place.
+        _joined(grads_x).data if need_x else None,
         _joined(grads_attention) if need_attention else None,
         # The gradient of the cells goes through the token that the layers share.
         None,

@@ -23,8 +23,8 @@ class SampleConv(Geometry):
     For kernels of size one without padding, a batched product of matrices computes the result.
     Others are convolved one image after the other, by one convolution with the groups of all
     images, or on a GPU by a kernel of our own. There the fastest is found by measurement, for every
-    kind of shape; see :mod:`.choosing`. On the CPU only depthwise convolutions are joined: any
-    other would take up to five times as long.
+    kind of shape; see :mod:`.choosing`. On the CPU only depthwise convolutions are joined, of
+    images whose channels lie first: any other would take up to five times as long.
 
     Args:
         stride: Stride, one value per spatial dimension.
@@ -135,7 +135,14 @@ class SampleConv(Geometry):
 
     def _is_joined(self, x: Tensor, shape: Sequence[int]) -> bool:
         if shape[1] == 1 and self.groups == shape[0]:
-            return True
+            # Images whose channels lie last would be copied to be joined, and what is joined takes
+            # up to four times as long as they do.
+            joins = x.device.type != 'cpu' or x.dim() != 4 or x.is_contiguous()
+            return (
+                joins
+                or modes.is_exporting()
+                or not x.is_contiguous(memory_format=torch.channels_last)
+            )
         # By measurement on an H100, where nothing may be measured.
         return modes.is_exporting() or (x.device.type != 'cpu' and len(x) > 8)
 

@@ -264,11 +264,17 @@ def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _gathered(images: Iterator[Tensor], batch: int) -> Tensor:
-    """Joins the results of single images. On the CPU each is copied while it is in the caches."""
+    """Joins the results of single images. On the CPU each is copied while it is in the caches.
+
+    Channels that lie last do so in the result.
+    """
     first = next(images)
     if torch.is_grad_enabled() or modes.is_compiling() or first.device.type != 'cpu':
         return torch.cat([first, *images])
-    result = first.new_empty(batch, *first.shape[1:])
+    if not first.is_contiguous() and first.movedim(1, -1).is_contiguous():
+        result = first.new_empty(batch, *first.shape[2:], first.shape[1]).movedim(-1, 1)
+    else:
+        result = first.new_empty(batch, *first.shape[1:])
     for index, image in enumerate(chain([first], images)):
         result[index] = image[0]
     return result
