@@ -415,6 +415,18 @@ def test_results_may_be_changed_in_place(layer, shape):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize('case', CASES)
+def test_gradients_of_images_may_be_added_to_in_place(case):
+    """Autograd does so with what the attention adds, but not with views."""
+    tensors, grid, sample_map = operands(case, 2, 5, torch.float)
+    if tensors[0].dim() == 4:
+        tensors[0] = tensors[0].detach().contiguous(memory_format=torch.channels_last)
+        tensors[0].requires_grad_()
+    y = apply_mixed(*tensors[:3], grid, sample_map, tensors[3])
+    (grad,) = torch.autograd.grad(y.sum(), tensors[0])
+    assert not grad._is_view() and not y._is_view()
+
+
 def test_no_kernel_of_few_cells_is_kept_for_the_backward_pass():
     layer = KWConv2d(64, 64, 3, bias=False)
     x, kept = torch.randn(8, 64, 4, 4), []

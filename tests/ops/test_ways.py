@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmkw.layers import KWConv2d, set_temperature
 from mmkw.ops import SampleConv, backend, choosing
 from mmkw.ops.memory import Scratch
 from mmkw.ops.sample_conv import _WAYS
@@ -127,3 +128,33 @@ def test_a_layer_computes_the_same_while_its_ways_are_timed(timed):
     for _ in range(2):
         assert torch.allclose(conv(x, kernels), expected, atol=1e-5)
     assert [key[0] for key in choosing._chosen] == ['forward']
+
+
+LAYERS = {
+    '3x3': (16, 8, 3, 1, 1),
+    'strided': (16, 8, 3, 2, 1),
+    'patches': (16, 8, 2, 2, 0),
+    'depthwise': (16, 16, 3, 1, 1, 1, 16),
+    'pointwise': (16, 8, 1),
+}
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('kind', LAYERS)
+def test_channels_lie_as_those_of_a_static_layer(kind, channels_last, batch):
+    """In results and in gradients, which autograd can add to in place: they are no views."""
+    dynamic = KWConv2d(*LAYERS[kind])
+    set_temperature(dynamic, 1)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    images = torch.randn(batch, 16, 12, 10).contiguous(memory_format=memory_format)
+    found = []
+    for layer in (dynamic, dynamic.static_twin()):
+        x = images.clone().requires_grad_()
+        y = layer(x)
+        found.append([y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))])
+    for ours, static in zip(*found):
+        torch.testing.assert_close(ours, static, atol=1e-5, rtol=1e-5)
+        assert ours.is_contiguous(memory_format=memory_format)
+        assert static.is_contiguous(memory_format=memory_format)
+        assert not ours._is_view()
