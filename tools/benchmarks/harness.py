@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import mmkw
 from mmkw.layers.dynamic_layers import DynamicLayer
+from mmkw.layers.static_classes import explicit_padding
 from mmkw.ops import SampleConv, modes, why_not_compiled
 
 
@@ -89,7 +90,7 @@ def products() -> Iterator[None]:
 
 
 def _is_product(module: nn.Module) -> bool:
-    if not isinstance(module, nn.Conv2d) or any(modes.padding_of(module)):
+    if not isinstance(module, nn.Conv2d) or any(explicit_padding(module)):
         return False
     return module.kernel_size == (1, 1)
 
