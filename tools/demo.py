@@ -21,21 +21,19 @@ sys.path.insert(0, str(ROOT / 'tools/benchmarks'))
 from study import FASTER, IMAGES, TASKS, Task, latest  # noqa: E402
 
 FIRST, FURTHER = 4, 2  # epochs
-# What is learnt, the network's name, its dynamic config, where all goes, and how both go on.
+# What is learnt, the network's name, its dynamic config, and where all goes.
 DEMOS = {
     'detection': (
         TASKS['conditions, half as wide'],
         'Mask R-CNN, ResNet18 half as wide',
         'mask-rcnn_kw1x-r18-half_fpn_warm-start_mini-conditions',
         'work_dirs/demo',
-        FASTER,
     ),
     'segmentation': (
-        TASKS['segmentation'],
-        'Semantic FPN, ResNet18',
-        'fpn_kw1x-r18_warm-start_mini-coco-semantic',
+        TASKS['segmentation under conditions, half as wide'],
+        'Semantic FPN, ResNet18 half as wide',
+        'fpn_kw1x-r18-half_warm-start_mini-conditions-semantic',
         'work_dirs/demo-seg',
-        {},
     ),
 }
 
@@ -69,7 +67,7 @@ def test(title: str, config: str, checkpoint: str, work_dir: str, task: Task) ->
     return [f'{task.scale * found[key]:.1f}' for key in task.metrics.values()]
 
 
-def show(task: Task, network: str, dynamic: str, work_dir: str, rate: Mapping[str, Any]) -> None:
+def show(task: Task, network: str, dynamic: str, work_dir: str) -> None:
     """Trains and tests the three networks, and prints what they reach."""
     start = time.time()
     data = f'data/{task.data}'
@@ -78,7 +76,7 @@ def show(task: Task, network: str, dynamic: str, work_dir: str, rate: Mapping[st
     # The test that follows takes the place of validations.
     first = {**task.length(FIRST), 'train_cfg.val_interval': 10**6}
     weights = train('static', static, f'{work_dir}-start', first)
-    further = {**first, **task.length(FURTHER), **rate, 'load_from': weights}
+    further = {**first, **task.length(FURTHER), **FASTER, 'load_from': weights}
     rows = {f'static, {FIRST} epochs': (static, weights, f'{work_dir}-start')}
     for title, config, folder in (
         ('static', static, f'{work_dir}-static'),

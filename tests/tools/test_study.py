@@ -166,7 +166,6 @@ TASKS = [
     'conditions, half as wide',
     'stamps',
     'stamps from ImageNet',
-    'segmentation',
     'segmentation under conditions, half as wide',
 ]
 

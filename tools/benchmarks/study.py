@@ -123,7 +123,6 @@ TASKS = {
         AP,
         100,
     ),
-    'segmentation': Task('fpn_r18_mini-coco-semantic', 'mini_coco', KW_RESNET, IOU, 1, epoch=150),
     'segmentation under conditions, half as wide': Task(
         'fpn_r18-half_mini-conditions-semantic',
         'mini_conditions',
