@@ -232,7 +232,7 @@ def _has_stages_beyond(network: nn.Module, state_dict: dict[str, Tensor], prefix
 
 
 def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
-    layers = dict(network.named_modules())
+    layers = modules_of(network)
     for partition in network.warehouse_manager.partitions:
         for name in [share.kernel.layer for share in partition.layers]:
             if name not in layers:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..layers import KernelShape, fault_of, warm_start
 from ..layers.static_layers import predictions
+from ..ops import modes
 from .errors import CheckpointMismatchError, DamagedCheckpointError
 from .only_checking import is_only_checking
 
@@ -75,12 +76,13 @@ def static_kernels(
 
 
 def modules_of(network: nn.Module) -> dict[str, nn.Module]:
-    """All modules of a network by all their names.
+    """All modules of a network by all their names in state dicts.
 
     Args:
         network: Any network. A module that it uses at several places has several names.
     """
-    return dict(network.named_modules(remove_duplicate=False))
+    modules = network.named_modules(remove_duplicate=False)
+    return {name.replace(modes.CHECKPOINTED, ''): module for name, module in modules}
 
 
 def _leave_out_other_classes(

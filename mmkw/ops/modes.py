@@ -15,6 +15,10 @@ from torch.nn.utils.prune import BasePruningMethod
 # BatchNorms of all dimensions, also those that MMEngine makes from a SyncBatchNorm.
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
+# In the names of modules inside one that `apply_activation_checkpointing` puts around them. Their
+# state dicts have names without it.
+CHECKPOINTED = '_checkpoint_wrapped_module.'
+
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The precision to which autocast casts a tensor; None outside autocast."""

@@ -11,15 +11,19 @@ from mmcv.cnn import ConvModule, fuse_conv_bn
 from mmengine.analysis import get_model_complexity_info
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
-from small_networks import LAYERS, gradients, images, twins
+from small_networks import LAYERS, Block, gradients, images, twins
 from torch import nn
 from torch.ao.quantization import quantize_fx
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.fx import GraphModule, symbolic_trace
 from torch.fx.experimental import optimization
 from torch.nn.utils import fusion, parametrizations, parametrize, prune
 from torch.optim.swa_utils import update_bn
 
 from mmkw import KWConv1d, KWConv2d, KWConv3d, KWLinear, SharingPlan, convert
+from mmkw.layers import StandsForStatic
 
 close = torch.testing.assert_close
 
@@ -589,6 +593,23 @@ def test_cells_may_be_parametrised_but_no_weight(how):
 
 
 # Parameters, memory, counting
+
+
+@pytest.mark.parametrize('kind', [Block, nn.Conv2d, nn.BatchNorm2d])
+def test_files_load_where_activations_are_checkpointed(kind):
+    """A module is put around others, which has another place for their names than a state dict."""
+    (x,) = images((7, 6))
+    files = [network.state_dict() for network in reversed(twins())]
+    for network in twins():
+        static = not any(isinstance(module, StandsForStatic) for module in network.modules())
+        apply_activation_checkpointing(network, check_fn=lambda module: isinstance(module, kind))
+        plain = copy.deepcopy(network)
+        for file in files[:1] if static else files:
+            trained(network)
+            network.load_state_dict(file)
+        close(evaluated(network, x), evaluated(plain, x), rtol=1e-4, atol=1e-4)
+        with pytest.raises(RuntimeError, match='conv1'):
+            network.load_state_dict({k: v for k, v in file.items() if 'conv1' not in k})
 
 
 def test_parameters_as_a_vector():
