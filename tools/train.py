@@ -1,6 +1,7 @@
 """Trains a detector, segmentor or classifier: ``python tools/train.py CONFIG [options]``."""
 
 import argparse
+from pathlib import Path
 
 from mmengine.device import get_device
 
@@ -59,6 +60,10 @@ def main() -> None:
     check_weights(parser, config)
     if config.get('load_from'):
         check_file(parser, config.load_from)
+    saved = Path(config.work_dir)
+    begins = not (saved / 'last_checkpoint').exists() and not any(saved.glob('*.pth'))
+    if config.get('start_from') and begins:
+        check_file(parser, config.start_from)
     build_runner(config).train()
     leave_processes()
 

@@ -65,12 +65,15 @@ def config_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Conf
     """
     try:
         config = read_config(args.config)
-        config.merge_from_dict(args.cfg_options)
     except (OSError, ValueError, SyntaxError) as error:
         parser.error(f'config {args.config}: {error}')
     except Exception as error:
         # A config is code, and its faults are those of code.
         parser.error(f'config {args.config}: {type(error).__name__}: {error}')
+    try:
+        config.merge_from_dict(args.cfg_options)
+    except Exception as error:
+        parser.error(f'--cfg-options {args.cfg_options}: {type(error).__name__}: {error}')
     if not isinstance(config.get('model'), dict):
         found: Any = config.get('model')
         parser.error(

@@ -159,7 +159,7 @@ class Attention(LayerAttention):
         norm = norm_of(norm_cfg, width)
         self.fc1 = nn.Linear(in_channels, width, bias=not isinstance(norm, modes.BATCH_NORM))
         self.norm1 = norm
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU()
         # A warehouse of one layer has only the layer's own cells, so it needs no basis.
         nonlocal_cells = num_cells - int(options.cell_num_ratio * share.num_mixtures)
         if options.nonlocal_basis_ratio < 1 and nonlocal_cells > 0:

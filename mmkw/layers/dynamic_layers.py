@@ -199,7 +199,14 @@ class DynamicLayer(Weightless, StandsForStatic):
     @property
     def learns_kernel(self) -> bool:
         """Whether weights of the attention learn. Who tunes biases and norms freezes kernels."""
-        return any(p.requires_grad for p in self.attention.parameters() if p.dim() > 1)
+        return any(
+            parameter is not None and parameter.requires_grad
+            for module in self.attention.modules()
+            if not isinstance(module, (modes.BATCH_NORM, nn.LayerNorm))
+            # By names, since a process may have a part of a weight, which is flat.
+            for name, parameter in module._parameters.items()
+            if not name.endswith('bias')
+        )
 
     @torch.no_grad()
     def static_kernel(self) -> Tensor:
@@ -354,6 +361,7 @@ class ConvNd(DynamicLayer):
         self.padding_mode = static.padding_mode
         kind = kind_of(type(static))  # type: ignore[arg-type]
         self._pads_by_size = kind is Kind.PADS_BY_SIZE
+        self._padding_before = modes.padding_before(static)
         self._settle()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -366,17 +374,18 @@ class ConvNd(DynamicLayer):
         """Prepares the computation that stride, padding, dilation and groups ask for."""
         # F.pad pads before the convolution where the convolution itself cannot. The last dimension
         # comes first.
-        self._explicit_padding = explicit_padding(self)
+        zeros = self.padding_mode == 'zeros'
+        self._explicit_padding = explicit_padding(self) if zeros else self._padding_before
         begins, ends = self._explicit_padding[::2], self._explicit_padding[1::2]
         uneven = self._pads_by_size or begins != ends
-        self._pads_first = self.padding_mode != 'zeros' or uneven
+        self._pads_first = uneven or not zeros
         dims = len(self.kernel_size)
         padding = (0,) * dims if self._pads_first else tuple(reversed(begins))
         stride, dilation = repeated(self.stride, dims), repeated(self.dilation, dims)
         self._sample_map = SampleConv(stride, padding, dilation, self.groups)
 
     def _make_static(self) -> nn.Module:
-        return self.static_class(
+        twin = self.static_class(
             self.in_channels,
             self.out_channels,
             self.kernel_size,
@@ -388,6 +397,8 @@ class ConvNd(DynamicLayer):
             self.padding_mode,
             device='meta',
         )
+        modes.pad_before(twin, self._padding_before)
+        return twin
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps Tensor[batch, in_channels, *size] to Tensor[batch, out_channels, *output_size].

@@ -109,7 +109,7 @@ class DYAttention(KernelAttention):
         width = max(int(self.in_channels * options.reduction), self.num_cells)
         check_width(width, share, options)
         self.fc1 = nn.Linear(self.in_channels, width)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU()
         self.fc2 = nn.Linear(width, self.num_cells)
 
     @property
@@ -169,7 +169,7 @@ class ODAttention(KernelAttention):
         is_depthwise = kernel.in_channels == 1 and kernel.out_channels == self.in_channels
         self.fc = nn.Linear(self.in_channels, width, bias=False)
         self.bn = norm_of(norm_cfg, width)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU()
         self.channel_fc = nn.Linear(width, self.in_channels)
         self.filter_fc = None if is_depthwise else nn.Linear(width, kernel.out_channels)
         self.spatial_fc = nn.Linear(width, taps) if taps > 1 else None

@@ -9,15 +9,14 @@ a layer with options beyond those of ``torch.nn``, such as a norm or an activati
 
 from collections.abc import Sequence
 from enum import Enum
-from functools import cache
+from functools import cache, partial
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-
-from ..ops import modes
 
 STATIC_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 # What computes in a layer.
@@ -52,8 +51,7 @@ def base_class(layer: nn.Module) -> type[nn.Module] | None:
     weight = layer._parameters.get('weight')
     if base is None or weight is None or is_lazy(weight) or not weight.is_floating_point():
         return None
-    # A method of this layer alone; and a padding other than the one that its class computes with.
-    if vars(layer).keys() & _METHODS or not _has_its_padding(layer):
+    if any(map(partial(_has_its_own, layer), _METHODS)):
         return None
     # A norm, or factors of low rank, that this layer has beside its kernel.
     if layer._modules or layer._buffers or not layer._parameters.keys() <= {'weight', 'bias'}:
@@ -87,11 +85,10 @@ def _computes_as(layer_class: type[nn.Module], base: type[nn.Module]) -> bool:
     return all(getattr(layer_class, m, None) is getattr(base, m, None) for m in _METHODS)
 
 
-def _has_its_padding(layer: Any) -> bool:
-    """Whether a layer computes with the padding it has: one changed since may not count."""
-    if isinstance(layer, nn.Linear) or layer.padding_mode == 'zeros':
-        return True
-    return modes.padding_before(layer) == explicit_padding(layer)
+def _has_its_own(layer: nn.Module, method: str) -> bool:
+    """Whether a layer alone has a method, other than that of its class."""
+    own = vars(layer).get(method)
+    return own is not None and getattr(own, '__func__', None) is not getattr(type(layer), method)
 
 
 def _is_as_tried(layer: Any, base: type[nn.Module]) -> bool:
@@ -205,6 +202,9 @@ def explicit_padding(convolution: Any) -> list[int]:
 
     Returns:
         As :func:`padding_by_size`.
+
+    Raises:
+        ValueError: If the padding is another word.
     """
     size, padding = convolution.kernel_size, convolution.padding
     if padding == 'valid':
@@ -213,15 +213,17 @@ def explicit_padding(convolution: Any) -> list[int]:
         # As torch.nn does: for an even number the second side has one more.
         totals = [d * (k - 1) for d, k in zip(repeated(convolution.dilation, len(size)), size)]
         return [part for n in reversed(totals) for part in (n // 2, n - n // 2)]
+    if isinstance(padding, str):
+        raise ValueError(f"padding must be 'same', 'valid' or numbers, got {padding!r}.")
     return [n for n in reversed(repeated(padding, len(size))) for _ in range(2)]
 
 
-def repeated(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+def repeated(value: Any, dims: int) -> tuple[int, ...]:
     """One number for every dimension.
 
     Args:
         value: A number for all, or as many numbers as dimensions.
         dims: The number of dimensions.
     """
-    numbers = (value,) if isinstance(value, int) else tuple(value)
+    numbers = (value,) if isinstance(value, Integral) else tuple(value)
     return numbers * dims if len(numbers) == 1 else numbers

@@ -154,21 +154,27 @@ def used_by_others(network: nn.Module) -> dict[str, str]:
 
 def _of_sequences(network: nn.Module) -> dict[nn.Module, str]:
     """The linear layers beside an attention with the images second, in the module that holds it."""
-    attentions = {
-        name: module
-        for name, module in network.named_modules()
-        if _is_named(module, 'Attention') and not getattr(module, 'batch_first', True)
-    }
-    # An attention knows where its own images are.
-    own = {layer for attention in attentions.values() for layer in attention.modules()}
     found = {}
-    for name, attention in attentions.items():
+    for name, module in network.named_modules():
+        if not _is_named(module, 'Attention') or getattr(module, 'batch_first', True):
+            continue
+        reason = f'the {type(module).__name__} beside it has sequences before images'
         around = [m for m in _around(network, name) if not isinstance(m, _CONTAINERS)]
-        for layer in around[-1].modules() if name and around else ():
-            if isinstance(layer, nn.Linear) and layer not in own:
-                kind = type(attention).__name__
-                found[layer] = f'the {kind} beside it has sequences before images'
+        beside = list(_parts(around[-1])) if name and around else []
+        for part in [module, *beside]:
+            kinds = list(part.modules())
+            # PyTorch's attention knows where its images are; parts with others are no MLP of this.
+            if not any(_is_named(m, 'MultiheadAttention', '_ConvNd') for m in kinds) and (
+                part is module or not any(_is_named(m, 'Attention') for m in kinds)
+            ):
+                found.update({m: reason for m in kinds if isinstance(m, nn.Linear)})
     return found
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules in a module, through its lists and sequences."""
+    for child in module.children():
+        yield from _parts(child) if isinstance(child, _CONTAINERS) else [child]
 
 
 def _modules_in(value: Any, depth: int = 2) -> Iterator[nn.Module]:

@@ -27,6 +27,9 @@ _TAU = 1.0
 class StandsForStatic(nn.Module):
     """A module that replaces a static module and can make the static twin."""
 
+    # The names of what others have put on this module by way of twins; see :meth:`apply`.
+    _put: frozenset[str] = frozenset()
+
     def static_twin(self) -> nn.Module:
         """Makes the static module that computes the same as this module at temperature 1.
 
@@ -64,12 +67,16 @@ class StandsForStatic(nn.Module):
     def apply(self, fn: Callable[[nn.Module], Any]) -> 'StandsForStatic':
         """Applies a function to the static twin, or to this module and its submodules.
 
+        What the function puts on the twin (hooks, buffers, attributes, settings such as a stride)
+        is this module's, and on its next twin.
+
         Args:
             fn: A function of a module; first applied to the twin. If it changes a parameter of the
-                twin, this module takes over the values, and ``apply`` ends. So it does with hooks.
-                If it changes none, it is applied to the modules in here. Their parameters keep
-                their values, because a static network does not have them. But where it resets the
-                twin, the attentions are reset, too: nothing that was learnt is left.
+                twin, this module takes over the values, and ``apply`` ends. If it changes none, it
+                is applied to attentions and warehouses in here, and to this module if it put
+                nothing on the twin. Their parameters keep their values, because a static network
+                does not have them. But where it resets the twin, the attentions are reset, too:
+                nothing that was learnt is left.
 
         Raises:
             AttributeError: If the function prunes or parametrises the twin, which has a weight.
@@ -77,36 +84,92 @@ class StandsForStatic(nn.Module):
         if not has_values(self):
             return super().apply(fn)
         twin = self.static_twin()
-        modes.hand_hooks_on(self, twin)
+        exchange = _Exchange(self, twin)
         before, is_reset = _copies(twin), _watch_reset(twin)
-        tensors, kind, hooks = _names(twin), type(twin), modes.count_hooks(twin)
+        exchange.begin()
         twin.apply(fn)
-        if type(twin) is not kind or _names(twin) != tensors:
-            raise AttributeError(no_weight(self))
-        self._is_full_backward_hook = twin._is_full_backward_hook
+        exchange.check()
         if is_reset:
             # The next layer must get the same random numbers as in a static network.
             with torch.random.fork_rng(devices=[]):
                 _reset_attentions(self)
+        has_put = exchange.end()
         if _has_changed(twin, before):
             kernels = Kernels()
             self.take_values(twin, kernels)
             kernels.lay_into_warehouses()
-        if _has_changed(twin, before) or modes.count_hooks(twin) != hooks:
             return self
         values = {parameter: parameter.detach().clone() for parameter in self.parameters()}
         # The next layer must get the same random numbers as in a static network.
         with torch.random.fork_rng(devices=[]):
-            super().apply(fn)
+            for module in self.modules():
+                if isinstance(module, (LayerAttention, WarehouseManager)):
+                    module.apply(fn)
+            if not has_put:
+                fn(self)
         with torch.no_grad():
             for parameter, value in values.items():
                 parameter.copy_(value)
         return self
 
 
-def _names(module: nn.Module) -> list[str]:
-    tensors = (module.named_parameters(), module.named_buffers(), module.named_modules())
-    return [name for each in tensors for name, _ in each]
+class _Exchange:
+    """Hands on what a function puts on a twin beside values: hooks, buffers and attributes.
+
+    The twin has the hooks and buffers of the module itself, so that handles of hooks remain valid.
+
+    Args:
+        module: The module that the twin stands for.
+        twin: Its twin, as made.
+    """
+
+    def __init__(self, module: StandsForStatic, twin: nn.Module) -> None:
+        self._module, self._twin = module, twin
+        modes.hand_hooks_on(module, twin)
+        twin._buffers = module._buffers
+        for name in module._put:
+            setattr(twin, name, getattr(module, name))
+
+    def begin(self) -> None:
+        """Notes how the twin is before the function."""
+        self._kind, self._parameters = type(self._twin), list(self._twin._parameters)
+        self._before = self._attributes()
+        dicts = (*modes.hooks_of(self._twin), self._twin._buffers)
+        self._contents = [(each, dict(each)) for each in dicts]
+
+    def check(self) -> None:
+        """Refuses a twin whose weight is computed from others now, and leaves no trace of them."""
+        kind, parameters = type(self._twin), list(self._twin._parameters)
+        if (kind, parameters) != (self._kind, self._parameters):
+            for each, content in self._contents:
+                each.clear()
+                each.update(content)
+            raise AttributeError(no_weight(self._module))
+
+    def end(self) -> bool:
+        """Puts on the module what the function put on the twin; whether there is anything."""
+        put, gone = _difference(self._attributes(), self._before)
+        if 'training' in put:
+            self._module.train(put.pop('training'))
+        for name, value in put.items():
+            setattr(self._module, name, value)
+        for name in gone & self._module._put:
+            delattr(self._module, name)
+        names = (self._module._put | (put.keys() - self._before.keys())) - gone
+        if names != self._module._put:
+            self._module._put = names
+        return bool(put or gone) or any(
+            any(_difference(each, content)) for each, content in self._contents
+        )
+
+    def _attributes(self) -> dict[str, Any]:
+        return {**vars(self._twin), **self._twin._modules}
+
+
+def _difference(now: dict, before: dict) -> tuple[dict, set]:
+    """What of a dict is new, and the keys that it has no more."""
+    new = {key: value for key, value in now.items() if before.get(key, before) is not value}
+    return new, before.keys() - now.keys()
 
 
 def _watch_reset(twin: nn.Module) -> list[bool]:
@@ -339,14 +402,18 @@ def leave_static_twins(network: nn.Module, *_: Any) -> None:
         twins.leave()
 
 
+# The parameters of what is in a twin, such as an attention's last layer, are not copies.
+
+
 def _copies(twin: nn.Module) -> list[Tensor]:
-    return [p.detach().clone().requires_grad_(p.requires_grad) for p in twin.parameters()]
+    own = twin.parameters(recurse=False)
+    return [p.detach().clone().requires_grad_(p.requires_grad) for p in own]
 
 
 def _has_changed(twin: nn.Module, before: list[Tensor]) -> bool:
     return any(
         old.requires_grad != new.requires_grad or not torch.equal(old, new)
-        for old, new in zip(before, twin.parameters())
+        for old, new in zip(before, twin.parameters(recurse=False))
     )
 
 

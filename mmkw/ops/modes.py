@@ -148,18 +148,17 @@ def hand_hooks_on(module: nn.Module, successor: nn.Module) -> None:
     successor._is_full_backward_hook = module._is_full_backward_hook
 
 
-def count_hooks(module: nn.Module) -> int:
-    """The number of hooks on the forward and backward pass of a module and of those in it.
+def hooks_of(module: nn.Module) -> list[dict]:
+    """The hooks on a module's forward and backward pass, by kinds.
 
     Args:
         module: Any module.
     """
-    return sum(
-        len(hooks)
-        for part in module.modules()
-        for name, hooks in vars(part).items()
-        if name.endswith('_hooks') and name.startswith(('_forward_', '_backward_'))
-    )
+    return [
+        hooks
+        for name, hooks in vars(module).items()
+        if name.startswith(('_forward_', '_backward_'))
+    ]
 
 
 def pre_hooks_of(module: nn.Module, kind: type) -> list[Any]:
@@ -196,7 +195,17 @@ def padding_before(convolution: nn.Module) -> list[int]:
     Returns:
         For ``torch.nn.functional.pad``.
     """
-    return convolution._reversed_padding_repeated_twice
+    return list(convolution._reversed_padding_repeated_twice)
+
+
+def pad_before(convolution: nn.Module, padding: list[int]) -> None:
+    """Has a convolution pad as another one; see :func:`padding_before`.
+
+    Args:
+        convolution: Of ``torch.nn``.
+        padding: Of the other one.
+    """
+    convolution._reversed_padding_repeated_twice = padding
 
 
 def reshaped(temporary: Tensor, shape: Sequence[int]) -> Tensor:

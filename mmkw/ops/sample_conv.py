@@ -13,6 +13,8 @@ from . import backend, choosing, modes
 from .memory import Scratch
 from .ways import Geometry, Groups, Images, Products, Tiles, Way, with_bias
 
+# Of a channel of an image. Depthwise convolutions of fewer are joined wherever their channels lie.
+_FEW_PRODUCTS = 1024
 _WAYS: dict[str, type[Way]] = dict(images=Images, groups=Groups, tiles=Tiles)
 
 
@@ -24,7 +26,7 @@ class SampleConv(Geometry):
     Others are convolved one image after the other, by one convolution with the groups of all
     images, or on a GPU by a kernel of our own. There the fastest is found by measurement, for every
     kind of shape; see :mod:`.choosing`. On the CPU only depthwise convolutions are joined, of
-    images whose channels lie first: any other would take up to five times as long.
+    images that are small or whose channels lie first: others would take up to five times as long.
 
     Args:
         stride: Stride, one value per spatial dimension.
@@ -134,17 +136,21 @@ class SampleConv(Geometry):
         return x.dim() == 4 and self.groups == 1 and backend.computes_by_tiles(x)
 
     def _is_joined(self, x: Tensor, shape: Sequence[int]) -> bool:
+        if modes.is_exporting():
+            return True
         if shape[1] == 1 and self.groups == shape[0]:
-            # Images whose channels lie last would be copied to be joined, and what is joined takes
-            # up to four times as long as they do.
-            joins = x.device.type != 'cpu' or x.dim() != 4 or x.is_contiguous()
-            return (
-                joins
-                or modes.is_exporting()
-                or not x.is_contiguous(memory_format=torch.channels_last)
-            )
+            return not self._is_copied_to_join(x, shape)
         # By measurement on an H100, where nothing may be measured.
-        return modes.is_exporting() or (x.device.type != 'cpu' and len(x) > 8)
+        return x.device.type != 'cpu' and len(x) > 8
+
+    @staticmethod
+    def _is_copied_to_join(x: Tensor, shape: Sequence[int]) -> bool:
+        """Whether images on the CPU have their channels last, and more to compute than a call."""
+        if x.device.type != 'cpu' or x.dim() != 4 or modes.is_seen_through(x):
+            return False
+        if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+            return False
+        return math.prod(x.shape[2:]) * math.prod(shape[2:]) > _FEW_PRODUCTS
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class SplitProjection(StandsForStatic):
 class _Images(threading.local):
     """The number of images that a thread computes: several may share a network."""
 
-    number: Any = 1
+    number: Any = None
 
     def __reduce__(self) -> tuple[type, tuple]:
         """Copies and pickles are as new."""
@@ -136,8 +136,9 @@ class WindowProjection(SplitProjection):
     def __init__(self, qkv: nn.Linear) -> None:
         super().__init__(qkv.weight, qkv.bias)
         self._images = _Images()
-        # A compiled graph has no place for a number of every thread.
-        self._images_compiled = 1
+        # Of all threads, for compiled graphs, which have no place for a number of every thread, and
+        # for threads that compute this part alone, as autograd's do that compute it once more.
+        self._images_of_all = 1
 
     def _make_static(self) -> nn.Module:
         channels = self.value.in_features
@@ -146,15 +147,17 @@ class WindowProjection(SplitProjection):
     def count_images(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict) -> None:
         """Notes the number of images; a hook that runs before images are cut into windows."""
         images = (inputs[0] if inputs else named['query']).shape[0]
-        if modes.is_compiling():
-            self._images_compiled = images
-        else:
+        self._images_of_all = images
+        if not modes.is_compiling():
             self._images.number = images
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps Tensor[images * windows, tokens, channels] to the same shape with 3 * channels."""
-        number = self._images_compiled if modes.is_compiling() else self._images.number
-        images = x.reshape(number, -1, x.shape[-1])
+        number = None
+        if not modes.is_compiling():
+            # Taken once: the next count may be that of a compiled graph.
+            number, self._images.number = self._images.number, None
+        images = x.reshape(number or self._images_of_all, -1, x.shape[-1])
         return torch.cat([self.query_key(x), self.value(images).view(x.shape)], -1)
 
 

@@ -58,10 +58,11 @@ def test_a_config_of_classes_has_the_backbone_of_its_library(library, name, tmp_
     expected = importlib.import_module(f'{library}.models').ResNet
     assert type(build_model(config).backbone) in (expected, *expected.__subclasses__())
     arguments = dict(local_rank=0, cfg_options={}, launcher='none', work_dir=None)
-    loaded = load_config(argparse.Namespace(config=str(path), **arguments))
+    parser = argparse.ArgumentParser()
+    loaded = load_config(parser, argparse.Namespace(config=str(path), **arguments))
     assert loaded.default_scope == library
     with pytest.raises(SystemExit):
-        check_weights(argparse.ArgumentParser(), loaded)
+        check_weights(parser, loaded)
     assert 'model.backbone.init_cfg.checkpoint: nowhere.pth does not' in capsys.readouterr().err
 
 

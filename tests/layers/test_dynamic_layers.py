@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from mmcv.cnn import ConvModule, build_conv_layer
@@ -40,6 +41,8 @@ CHANGES = [
     dict(padding='same', dilation=(2, 3)),
     dict(padding='valid'),
     dict(padding_mode='circular'),
+    dict(padding_mode='reflect', padding=(2, 2)),
+    dict(stride=np.int64(2)),
 ]
 
 

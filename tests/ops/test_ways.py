@@ -130,6 +130,13 @@ def test_a_layer_computes_the_same_while_its_ways_are_timed(timed):
     assert [key[0] for key in choosing._chosen] == ['forward']
 
 
+def test_each_image_of_a_batch_is_one_of_a_transformation():
+    """Where channels lie cannot be asked inside."""
+    layer, images = KWConv2d(16, 16, 3, groups=16).eval(), torch.randn(3, 2, 16, 8, 18)[..., ::2]
+    found = torch.func.vmap(layer)(images)
+    torch.testing.assert_close(found, torch.stack([layer(x) for x in images]))
+
+
 LAYERS = {
     '3x3': (16, 8, 3, 1, 1),
     'strided': (16, 8, 3, 2, 1),

@@ -234,6 +234,14 @@ def with_its_own(method):
     return layer
 
 
+def patched_and_back():
+    layer = nn.Conv2d(32, 32, 3)
+    own = layer.forward
+    layer.forward = lambda x: own(x) + 1
+    layer.forward = own
+    return layer
+
+
 def changed(padding_mode):
     """After that PyTorch pads by what was the padding before, unless with zeros."""
     layer = nn.Conv2d(32, 32, 3, padding=1, padding_mode=padding_mode)
@@ -246,10 +254,12 @@ def changed(padding_mode):
     [
         (with_its_own('forward'), False),
         (with_its_own('_conv_forward'), False),
-        (changed('reflect'), False),
+        (patched_and_back(), True),
+        (changed('reflect'), True),
         (changed('zeros'), True),
+        (nn.Conv2d(32, 32, 3, padding=1, padding_mode='reflect'), True),
     ],
-    ids=['forward', '_conv_forward', 'reflect', 'zeros'],
+    ids=['forward', '_conv_forward', 'restored', 'reflect', 'zeros', 'as made'],
 )
 def test_layers_that_were_changed_after_they_were_made(layer, is_dynamic):
     network, x = of_layers(first=layer, second=nn.Conv2d(32, 32, 1)), torch.randn(2, 32, 7, 6)
@@ -386,6 +396,28 @@ def test_images_see_each_other_in_no_order(kind, batch_first):
         network.eval().block(x if batch_first else x.transpose(0, 1)) for x in (both[:1], both)
     )
     torch.testing.assert_close(alone, beside.narrow(dim, 0, 1), atol=1e-5, rtol=1e-5)
+
+
+class SelfAttention(nn.Module):
+    """With projections of its own, for sequences first."""
+
+    batch_first = False
+
+    def __init__(self):
+        super().__init__()
+        self.value, self.proj = nn.Linear(32, 32), nn.Linear(32, 32)
+
+
+def test_an_attention_with_sequences_first_leaves_what_is_far_from_it_dynamic():
+    pooled = of_layers(
+        trunk=of_layers(attn=nn.MultiheadAttention(32, 4, batch_first=True), fc=nn.Linear(32, 32)),
+        stem=of_layers(conv=nn.Conv2d(3, 32, 3), fc=nn.Linear(32, 32)),
+        pool=nn.MultiheadAttention(32, 4),
+        last=nn.Sequential(nn.Linear(32, 32)),
+        own=SelfAttention(),
+    )
+    found = {name for name, why in used_by_others(pooled).items() if 'sequences before' in why}
+    assert found == {'last.0', 'own.value', 'own.proj'}
 
 
 def test_hooks_stay_with_their_layers():

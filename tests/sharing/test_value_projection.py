@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmkw.layers import KWLinear, PlanError
 from mmkw.sharing import SharingPlan, convert, pattern_plan
@@ -128,6 +129,30 @@ def test_windows_of_an_image_share_its_value_kernel():
     torch.testing.assert_close(together, alone)
     named = block.attention(query=tokens, hw_shape=(4, 4))
     torch.testing.assert_close(together, named)
+
+
+@pytest.mark.parametrize('how', ['a part is compiled', 'computed again by another thread'])
+def test_a_part_that_computes_alone_knows_the_number_of_images(how):
+    swin = pytest.importorskip('mmdet.models.backbones.swin', reason='the windows are its')
+    block = Holder(swin.ShiftWindowMSA(8, 2, 2))
+    plan = SharingPlan.make([('attention.w_msa.qkv.value', 'value')], cell_num_ratio=4)
+    network = convert(block, plan, dict(type='LN'))
+    nn.init.normal_(network.attention.w_msa.qkv.value.attention.fc2.weight)
+    tokens = torch.randn(4, 16, 8, requires_grad=True)
+    expected = network.attention(tokens, (4, 4))
+    (gradient,) = torch.autograd.grad(expected.square().sum(), tokens)
+    windows = network.attention.w_msa
+    if how == 'a part is compiled':
+        windows.compile(backend='eager')
+    else:
+        own = windows.forward
+        windows.forward = lambda *x, **more: checkpoint(own, *x, **more, use_reentrant=False)
+    found = network.attention(tokens, (4, 4))
+    torch.testing.assert_close(found, expected)
+    thread = threading.Thread(target=found.square().sum().backward)
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(tokens.grad, gradient)
 
 
 def test_threads_that_share_a_network_do_not_share_its_number_of_images():

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -497,6 +498,67 @@ def test_weights_cannot_be_changed_by_applying_to_all(how):
     with pytest.raises(AttributeError, match=r"KWConv2d has no weight .* '0'"):
         dynamic.wide.apply(change)
     assert all(map(torch.equal, dynamic.state_dict().values(), before.values()))
+    # Who catches the refusal has a network that computes.
+    assert not dynamic.wide._forward_pre_hooks and not dynamic.wide._buffers
+    evaluated(dynamic, *images((6, 6)))
+
+
+def count_calls(module, *_):
+    module.calls += 1
+
+
+def put_a_number(module):
+    if isinstance(module, nn.Conv2d):
+        module.calls = 0
+        module.register_buffer('total', torch.zeros(1), persistent=False)
+        module.add_module('watch', nn.Identity())
+        module.handle = module.register_forward_hook(count_calls)
+        module.stride = (2, 2)
+
+
+def remove_it(module):
+    if hasattr(module, 'handle'):
+        module.handle.remove()
+        del module.handle
+
+
+def forget_hooks(module):
+    module._forward_hooks = OrderedDict()
+
+
+def test_what_is_put_on_layers_by_applying_is_there_the_next_time():
+    """As counters of operations do that look for layers by their class."""
+    for network in twins():
+        network.apply(put_a_number)
+        layers = [network.get_submodule(name) for name in LAYERS]
+        (x,) = images((6, 6))
+        y = network.wide(network.stem(x))
+        assert y.shape[2:] == (2, 2) and network.wide.calls == 1 and len(network.wide.total) == 1
+        assert isinstance(network.wide.watch, nn.Identity)
+        network.apply(remove_it)
+        network.wide(network.stem(x))
+        assert network.wide.calls == 1 and not hasattr(network.wide, 'handle')
+        for layer in layers:
+            layer.register_forward_hook(count_calls)
+        network.apply(forget_hooks)
+        network.wide(network.stem(x))
+        assert network.wide.calls == 1
+
+
+def test_what_is_beside_dynamic_values_is_pruned_once():
+    def change(module):
+        if isinstance(module, nn.Linear):
+            prune.l1_unstructured(module, 'weight', 0.5)
+            pruned.append(module)
+
+    static = nn.Module()
+    static.attn = nn.MultiheadAttention(32, 4)
+    dynamic = convert(copy.deepcopy(static), SharingPlan.make([('attn.value', 'one')]))
+    for network in (static, dynamic):
+        pruned = []
+        network.apply(change)
+        assert pruned.count(network.attn.out_proj) == 1
+        assert getattr(network.attn, 'query_key', None) not in pruned
 
 
 @pytest.mark.parametrize('kind', [nn.Conv2d, nn.Module])

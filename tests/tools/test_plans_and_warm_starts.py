@@ -90,6 +90,7 @@ def test_the_plan_of_the_paper_s_resnet50(root):
         (DEMO, ['--cfg-options', 'model.backbone.start_tau=2'], f'config {DEMO}: .*start_tau must'),
         (DEMO, ['--cfg-options', 'model.backbone.depth=19'], f'config {DEMO}: .*19'),
         (DEMO, ['--cfg-options', 'model.backbone.cell_num_ration=2'], f'config {DEMO}: .*ration'),
+        (DEMO, ['--cfg-options', 'custom_hooks.9.length=2'], '--cfg-options .*custom_hooks.9'),
         (DEMO, ['--shape', '-1', '64'], 'expected 2 arguments|no number of pixels'),
         (DEMO, ['--shape', '2', '2'], '--shape 2 2: ResNet got an image of 2 x 2 pixels'),
         (DEMO, ['--shape', '0', '64'], "'0' is no number of pixels such as 224"),

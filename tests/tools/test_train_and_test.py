@@ -139,6 +139,11 @@ def test_slurm_scripts_pass_their_arguments_on(root, tmp_path):
         ('train.py', ['--amp'], '--amp needs an accelerator'),
         ('train.py', ['--auto-scale-lr'], '--auto-scale-lr needs auto_scale_lr.base_batch_size'),
         ('train.py', ['--cfg-options', 'load_from=no.pth'], 'checkpoint no.pth does not exist'),
+        (
+            'train.py',
+            ['--resume', '--cfg-options', 'load_from=no.pth', 'work_dir=nowhere'],
+            'checkpoint no.pth does not exist',
+        ),
         ('test.py', ['no.pth'], 'checkpoint no.pth does not exist'),
         (
             'train.py',
