@@ -73,7 +73,7 @@ class StandsForStatic(nn.Module):
         Args:
             fn: A function of a module; first applied to the twin. If it changes a parameter of the
                 twin, this module takes over the values, and ``apply`` ends. If it changes none, it
-                is applied to attentions and warehouses in here, and to this module if it put
+                is applied to what is in here and not in the twin, and to this module if it put
                 nothing on the twin. Their parameters keep their values, because a static network
                 does not have them. But where it resets the twin, the attentions are reset, too:
                 nothing that was learnt is left.
@@ -100,13 +100,12 @@ class StandsForStatic(nn.Module):
             kernels.lay_into_warehouses()
             return self
         values = {parameter: parameter.detach().clone() for parameter in self.parameters()}
+        done = set(twin.modules())
         # The next layer must get the same random numbers as in a static network.
         with torch.random.fork_rng(devices=[]):
-            for module in self.modules():
-                if isinstance(module, (LayerAttention, WarehouseManager)):
-                    module.apply(fn)
-            if not has_put:
-                fn(self)
+            for module in reversed(list(self.modules())):
+                if module not in done and not (has_put and module is self):
+                    fn(module)
         with torch.no_grad():
             for parameter, value in values.items():
                 parameter.copy_(value)
