@@ -128,9 +128,9 @@ def test_a_network_of_half_precision_is_held_to_that(make, tmp_path, monkeypatch
         return (parity._replace(difference=0.01) for parity in compared(*arguments))
 
     monkeypatch.setattr(module, '_compared', a_little_apart)
-    export(make().half(), torch.randn(1, 7, 8).half(), tmp_path / 'a.pt2', dynamic=('batch',))
+    export(make().half(), torch.randn(1, 7, 8).half(), tmp_path / 'a.pt2', dynamic=())
     with pytest.raises(ExportError, match=r'more than tolerance=0\.0001'):
-        export(make(), torch.randn(1, 7, 8), tmp_path / 'b.pt2', dynamic=('batch',))
+        export(make(), torch.randn(1, 7, 8), tmp_path / 'b.pt2', dynamic=())
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -144,7 +144,7 @@ def test_none_among_outputs_is_left_out(tmp_path):
             return self.layer(x), None
 
     for make in (lambda: nn.Linear(8, 16), LAYERS['linear'][0]):
-        export(Some(make()), torch.randn(1, 7, 8), tmp_path / 'a.pt2', dynamic=('batch',))
+        export(Some(make()), torch.randn(1, 7, 8), tmp_path / 'a.pt2', dynamic=())
 
 
 @pytest.fixture

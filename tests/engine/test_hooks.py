@@ -126,8 +126,11 @@ def test_resuming_restores_temperature_and_random_numbers(tmp_path, by_epoch):
 @pytest.mark.parametrize('by_epoch', [False, True])
 def test_workers_that_go_on_from_epoch_to_epoch_are_told(tmp_path, persistent, by_epoch):
     loader = dict(num_workers=1, persistent_workers=persistent)
-    hooks = [dict(type='mmkw.IterationSeedHook')]
-    make_runner(tmp_path, hooks, epochs=1, by_epoch=by_epoch, loader=loader).train()
+    runner = make_runner(tmp_path, [], by_epoch=by_epoch, loader=loader)
+    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    if not by_epoch:
+        runner.train_loop.dataloader_iterator = iter(())
+    IterationSeedHook().before_train(runner)
     (log,) = tmp_path.glob('*/*.log')
     assert ('persistent_workers=False' in log.read_text()) == (persistent and by_epoch)
 

@@ -129,8 +129,9 @@ def test_a_config_after_the_overrides_is_named(run_here):
         assert f'--cfg-options {options[-1]}: not a key=value' in out
 
 
-def test_the_least_of_a_method_without_cells_says_no_word_of_them(run_here):
-    config = 'configs/mask_rcnn/mask-rcnn_dyconv4x-r50_fpn_adamw-1x_coco.py'
+def test_the_least_of_a_method_without_cells_says_no_word_of_them(run_here, tmp_path):
+    config = tmp_path / 'a.py'
+    config.write_text(PATTERNS.replace('patterns=patterns', "method='dyconv', cell_num_ratio=4"))
     out = run_here('plan', config, '--budget-params', '1K', fails=True)
     assert 'the least is' in out and 'fewer dynamic layers' in out and 'cell_' not in out
 
