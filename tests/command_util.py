@@ -1,5 +1,6 @@
 """Runs the project's scripts as a user would, and reads what they log."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -67,6 +68,8 @@ def _run_script(root, arguments, environment, *streams):
     """What Python does with its arguments: ``SCRIPT ...`` or ``-m MODULE ...``."""
     for number, stream in enumerate(streams, 1):
         os.dup2(stream.detach(), number)
+    # As in the tests' own process: what was imported is no garbage.
+    gc.freeze()
     os.chdir(root)
     os.environ.clear()
     os.environ.update(environment)

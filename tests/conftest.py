@@ -1,5 +1,6 @@
 """Shared by all tests: determinism and the helpers that several folders need."""
 
+import gc
 import os
 import random
 import signal
@@ -35,6 +36,12 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]
     items.sort(key=lambda item: item.get_closest_marker('slow') is None)
+
+
+def pytest_collection_finish(session):
+    """What was imported stays: looking through it for garbage took a tenth of the tests' time."""
+    gc.collect()
+    gc.freeze()
 
 
 def exhaustively(names, others):
