@@ -44,6 +44,11 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+def pytest_unconfigure(config):
+    """At the end libraries report what was not freed."""
+    gc.unfreeze()
+
+
 def exhaustively(names, others):
     """Parameters of a test, of which some are for ``--exhaustive`` alone.
 
