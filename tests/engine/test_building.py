@@ -4,9 +4,12 @@ import argparse
 import importlib
 
 import pytest
+import torch
 from mmengine.config import Config
+from torch import nn
 
-from mmkw.engine.building import build_model, read_config, type_name
+import mmkw
+from mmkw.engine.building import build_model, load_trained, read_config, type_name
 from mmkw.engine.command_line import check_weights, library_of, load_config
 
 MODELS = {
@@ -75,3 +78,11 @@ def test_the_library_of_types_with_scopes():
         config = Config(dict(model=dict(type=kind), default_scope=scope))
         assert library_of(config) == expected
         assert type_name(config.model) == kind.rpartition('.')[2]
+
+
+@pytest.mark.parametrize('kind', [mmkw.KWConv2d, nn.Conv2d])
+def test_a_file_without_what_is_beside_its_weights_loads(kind, tmp_path):
+    source, target = kind(4, 6, 3), kind(4, 6, 3)
+    torch.save(dict(state_dict=source.state_dict(), meta=None), tmp_path / 'a.pth')
+    load_trained(target, str(tmp_path / 'a.pth'))
+    assert all(map(torch.equal, target.state_dict().values(), source.state_dict().values()))

@@ -420,6 +420,43 @@ def test_an_attention_with_sequences_first_leaves_what_is_far_from_it_dynamic():
     assert found == {'last.0', 'own.value', 'own.proj'}
 
 
+def test_what_is_in_dynamic_layers_is_not_planned():
+    """Where a part of a network is converted before the whole."""
+    part = of_layers(a=nn.Conv2d(64, 64, 3), b=nn.Conv2d(64, 64, 3))
+    network = of_layers(part=part, neck=nn.Conv2d(64, 64, 3))
+    convert(network.part, method='dyconv')
+    inside = {name: type(m) for name, m in network.part.named_modules()}
+    convert(network)
+    assert {name: type(m) for name, m in network.part.named_modules()} == inside
+    assert isinstance(network.neck, StandsForStatic)
+
+
+class ByMode(nn.Module):
+    """As timm's, whose initialiser has a mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(32, 32, 3)
+
+    def init_weights(self, mode='', scale=1.0):
+        nn.init.constant_(self.conv.weight, scale if mode == 'jax' else 0.0)
+
+
+def test_an_initialiser_keeps_its_arguments():
+    static = ByMode()
+    dynamic = convert(ByMode())
+    set_temperature(dynamic, 1)
+    for network in (static, dynamic):
+        network.init_weights('jax', scale=0.5)
+    x = torch.randn(2, 32, 5, 5)
+    torch.testing.assert_close(dynamic.conv(x), static.conv(x) - bias_of(static, dynamic))
+
+
+def bias_of(static, dynamic):
+    """The initialiser leaves the biases, which differ."""
+    return (static.conv.bias - dynamic.conv.bias).view(-1, 1, 1)
+
+
 def test_hooks_stay_with_their_layers():
     """There and back; their handles still remove them."""
     network = of_layers(first=nn.Conv2d(32, 32, 3), second=nn.Conv2d(32, 32, 1))
