@@ -17,8 +17,9 @@ def test_static_and_dynamic_go_on_from_one_network(tree, monkeypatch, capsys, ta
     spec.loader.exec_module(demo)
     learnt, *names = demo.DEMOS[task]
     if learnt.epoch:
-        # The rate begins to fall after 50 iterations.
+        # The rate begins to fall after 50 iterations. So many at the demo's own would go far.
         learnt = replace(learnt, epoch=51)
+        monkeypatch.setattr(demo, 'FASTER', {'optim_wrapper.optimizer.lr': 1e-3})
     monkeypatch.setitem(demo.IMAGES, learnt.data, '--train 8 --val 2 --test 2')
     monkeypatch.setattr(demo, 'ROOT', tree)
     monkeypatch.setattr(demo, 'FIRST', 1)
