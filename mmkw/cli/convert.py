@@ -23,10 +23,10 @@ from ..backbones import rewrite_published
 from ..checkpoints import read_checkpoint
 from ..deploy.networks import difference
 from ..engine.building import build_model, dynamic_networks
-from ..engine.command_line import library_of
+from ..engine.command_line import add_config_options, config_of, library_of
 from ..engine.files.backend import NAME as WHOLE_FILES
 from ..sharing import static_networks
-from .config import add_config_options, config_of, model_of, pixels
+from .config import model_of, pixels
 
 # Of the largest output: what float32 leaves of an exact start after some fifty layers.
 TOLERANCE = 1e-3

@@ -9,8 +9,9 @@ from mmengine.model import revert_sync_batchnorm
 from ..deploy import DenseNetwork, ExportError, export, to_static
 from ..deploy.export import DYNAMIC, FORMS
 from ..engine.building import load_trained
+from ..engine.command_line import add_config_options, config_of
 from ..engine.images import ImageLoader
-from .config import add_config_options, config_of, model_of, pixels
+from .config import model_of, pixels
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,10 +14,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..engine.building import build_model, dynamic_networks
+from ..engine.command_line import add_config_options, config_of
 from ..layers import Attention, LayerAttention, PlanError, WarehousePartition, partition_warehouse
 from ..layers.partition import is_comparator
 from ..sharing import static_networks
-from .config import add_config_options, config_of, model_of, pixels
+from .config import model_of, pixels
 
 # Budgets that are tried, those of the paper and between.
 BUDGETS = (1 / 16, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, *range(1, 17))

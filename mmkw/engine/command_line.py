@@ -1,20 +1,19 @@
-"""The common parts of ``tools/train.py`` and ``tools/test.py``."""
+"""What the command lines of the tools have in common: configs, checks and the runner."""
 
 import argparse
 import os
 import os.path as osp
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.distributed
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ..cli.config import add_config_options, config_of
-from .building import LIBRARIES, dicts_of, is_pretrained, scope_of
+from .building import LIBRARIES, dicts_of, is_pretrained, read_config, scope_of
 
 # Weights to download, by the names under which the configs expect them.
 PUBLISHED_WEIGHTS = {
@@ -47,6 +46,39 @@ PUBLISHED_WEIGHTS['checkpoints/odconv4x_resnet50.pth'] = (
 )
 
 
+class _Overrides(DictAction):
+    """MMEngine's action, but with usage errors."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Sequence[str],
+        option_string: str | None = None,
+    ) -> None:
+        """Adds values such as ``model.backbone.depth=18``."""
+        for value in values:
+            try:
+                super().__call__(parser, namespace, [value], option_string)
+            except (ValueError, AssertionError):
+                parser.error(
+                    f'{option_string} {value}: not a key=value whose brackets are closed; what '
+                    'has no key stands before the option'
+                )
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--cfg-options``."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_Overrides,
+        default={},
+        help='overrides of the config as key=value, such as model.backbone.cell_num_ratio=2; lists '
+        'as key="[a,b]" or key=a,b',
+    )
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that training and testing share."""
     parser.add_argument(
@@ -70,6 +102,37 @@ def check_file(parser: argparse.ArgumentParser, path: str) -> None:
     """Stops with a usage error if a local checkpoint does not exist."""
     if '://' not in path and not osp.isfile(osp.expanduser(path)):
         parser.error(f'checkpoint {path} does not exist')
+
+
+def config_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
+    """Reads the config of a command line with its overrides, or stops with a usage error.
+
+    Its default scope is the library of its model: there are the backbones of this package.
+
+    Args:
+        parser: Reports the error.
+        args: With ``config``, a file or ``PACKAGE::CONFIG``, and ``cfg_options``.
+    """
+    try:
+        config = read_config(args.config)
+    except (OSError, ValueError, SyntaxError) as error:
+        parser.error(f'config {args.config}: {error}')
+    except Exception as error:
+        # A config is code, and its faults are those of code.
+        parser.error(f'config {args.config}: {type(error).__name__}: {error}')
+    try:
+        config.merge_from_dict(args.cfg_options)
+    except Exception as error:
+        parser.error(f'--cfg-options {args.cfg_options}: {type(error).__name__}: {error}')
+    if not isinstance(config.get('model'), dict):
+        found: Any = config.get('model')
+        parser.error(
+            f'config {args.config} has '
+            + ('no model' if found is None else f'the model {found!r}, which is no dict')
+        )
+    if (scope := scope_of(config)) in LIBRARIES:
+        config.default_scope = scope
+    return config
 
 
 def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:

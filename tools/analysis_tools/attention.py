@@ -29,8 +29,8 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
 from torch import Tensor, nn
 
-from mmkw.cli.config import add_config_options, config_of
 from mmkw.engine.building import build_model, load_trained
+from mmkw.engine.command_line import add_config_options, config_of
 from mmkw.engine.images import IMAGE_TYPES, images_in, test_pipeline
 from mmkw.layers import LayerAttention
 from mmkw.layers.dynamic_layers import DynamicLayer

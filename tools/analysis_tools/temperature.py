@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import HOOKS
 
-from mmkw.cli.config import add_config_options, config_of
 from mmkw.engine.building import type_name
+from mmkw.engine.command_line import add_config_options, config_of
 from mmkw.engine.hooks import TemperatureHook
 
 # The curve over epochs is the same for all lengths of an epoch, except for the size of its steps.

@@ -7,8 +7,8 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.runner import Runner
 from torch import nn
 
-from mmkw.cli.config import add_config_options, config_of
 from mmkw.engine.building import build_model, load_trained
+from mmkw.engine.command_line import add_config_options, config_of
 
 
 def model_parser(description: str, work_dir: str) -> argparse.ArgumentParser:
