@@ -429,9 +429,8 @@ class ConvNd(DynamicLayer):
     def _padding_for(self, x: Tensor) -> list[int]:
         if not self._pads_by_size:
             return self._explicit_padding
-        dims = len(self.kernel_size)
-        stride, dilation = repeated(self.stride, dims), repeated(self.dilation, dims)
-        return padding_by_size(x.shape[2:], self.kernel_size, stride, dilation)
+        conv = self._sample_map
+        return padding_by_size(x.shape[2:], self.kernel_size, conv.stride, conv.dilation)
 
 
 class KWConv1d(ConvNd):

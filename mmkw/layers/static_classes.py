@@ -9,7 +9,7 @@ a layer with options beyond those of ``torch.nn``, such as a norm or an activati
 
 from collections.abc import Sequence
 from enum import Enum
-from functools import cache, partial
+from functools import cache
 from numbers import Integral
 from typing import Any
 
@@ -51,7 +51,7 @@ def base_class(layer: nn.Module) -> type[nn.Module] | None:
     weight = layer._parameters.get('weight')
     if base is None or weight is None or is_lazy(weight) or not weight.is_floating_point():
         return None
-    if any(map(partial(_has_its_own, layer), _METHODS)):
+    if any(_has_its_own(layer, method) for method in _METHODS):
         return None
     # A norm, or factors of low rank, that this layer has beside its kernel.
     if layer._modules or layer._buffers or not layer._parameters.keys() <= {'weight', 'bias'}:

@@ -133,7 +133,7 @@ class _Exchange:
         """Notes how the twin is before the function."""
         self._kind, self._parameters = type(self._twin), list(self._twin._parameters)
         self._before = self._attributes()
-        dicts = (*modes.hooks_of(self._twin), self._twin._buffers)
+        dicts = (*modes.hooks_of(self._twin).values(), self._twin._buffers)
         self._contents = [(each, dict(each)) for each in dicts]
 
     def check(self) -> None:
@@ -401,10 +401,8 @@ def leave_static_twins(network: nn.Module, *_: Any) -> None:
         twins.leave()
 
 
-# The parameters of what is in a twin, such as an attention's last layer, are not copies.
-
-
 def _copies(twin: nn.Module) -> list[Tensor]:
+    # Not of what is in the twin, such as an attention's last layer: that is the module's own.
     own = twin.parameters(recurse=False)
     return [p.detach().clone().requires_grad_(p.requires_grad) for p in own]
 

@@ -142,23 +142,21 @@ def hand_hooks_on(module: nn.Module, successor: nn.Module) -> None:
         module: Any module. It shares its hooks with the other from now on, also those to come.
         successor: A module without hooks of its own.
     """
-    for name, hooks in vars(module).items():
-        if name.startswith(('_forward_', '_backward_')):
-            setattr(successor, name, hooks)
+    vars(successor).update(hooks_of(module))
     successor._is_full_backward_hook = module._is_full_backward_hook
 
 
-def hooks_of(module: nn.Module) -> list[dict]:
-    """The hooks on a module's forward and backward pass, by kinds.
+def hooks_of(module: nn.Module) -> dict[str, dict]:
+    """The hooks on a module's forward and backward pass, by the attributes that hold them.
 
     Args:
         module: Any module.
     """
-    return [
-        hooks
+    return {
+        name: hooks
         for name, hooks in vars(module).items()
         if name.startswith(('_forward_', '_backward_'))
-    ]
+    }
 
 
 def pre_hooks_of(module: nn.Module, kind: type) -> list[Any]:
