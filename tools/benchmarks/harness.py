@@ -164,12 +164,13 @@ def machine(clock: Callable[[], float]) -> dict[str, float]:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The processor's name, and the instructions that PyTorch uses: names tell no generation."""
     try:
         names = re.findall(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())
     except OSError:
         names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f'{name}, {torch.backends.cpu.get_cpu_capability()}'
 
 
 def mixing_limit(model: nn.Module, batch: int, train: bool, speed: dict[str, float]) -> float:
