@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import backend, modes
+from ..ops import Operands, backend, modes
 from .partition import MOST_CELLS, LayerShare, PlanError, WarehouseOptions, check_size
 
 MIN_WIDTH = 16
 DENOMINATOR_EPS = 1e-3
+# Of the parts of an attention that nobody has replaced.
+_CLASSES = (nn.Linear, nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm, nn.ReLU)
 
 
 class LayerAttention(nn.Module):
@@ -248,26 +250,29 @@ class Attention(LayerAttention):
                 alpha = torch.lerp(alpha, beta.expand_as(alpha), self.temperature)
             return alpha[..., :-1]
 
-    @property
-    def _is_as_made(self) -> bool:
-        """Whether nobody has replaced, parametrised or hooked the layers."""
-        norm = self.norm1
-        return (
+    def _layers(self) -> tuple[Any, ...] | None:
+        """fc1, norm and fc2; None if somebody has replaced, parametrised or hooked a layer."""
+        # Where torch.nn keeps them: a small layer takes hardly longer than its attributes.
+        modules = self._modules
+        fc1, norm, relu, fc2 = modules['fc1'], modules['norm1'], modules['relu'], modules['fc2']
+        is_as_made = (
             not self.has_nonlocal_basis
-            and all(map(_is_as_made, (self.fc1, norm, self.relu, self.fc2)))
-            and norm.weight is not None
-            and norm.bias is not None
+            and all(map(_is_as_made, (fc1, norm, relu, fc2)))
+            and norm._parameters.get('weight') is not None
+            and norm._parameters.get('bias') is not None
         )
+        return (fc1, norm, fc2) if is_as_made else None
 
     def _fused(self, pooled: Tensor) -> Tensor | None:
         """Computes :meth:`forward` by the GPU kernels, or returns None where they cannot."""
-        kernels, norm = backend.gpu_kernels(), self.norm1
-        if kernels is None or not self._is_as_made:
+        kernels, layers = backend.gpu_kernels(), self._layers()
+        if kernels is None or layers is None:
             return None
+        fc1, norm, fc2 = layers
         if len(pooled) > kernels.MOST_IMAGES or self.num_cells > kernels.MOST_CELLS:
             return None
         parameters = kernels.Parameters(
-            self.fc1.weight, self.fc1.bias, norm.weight, norm.bias, self.fc2.weight, self.fc2.bias
+            fc1.weight, fc1.bias, norm.weight, norm.bias, fc2.weight, fc2.bias
         )
         if not backend.is_fused(pooled, *parameters):
             return None
@@ -302,22 +307,35 @@ class Attention(LayerAttention):
 
         It can where nothing learns. One operator is faster than many small ones.
         """
-        norm, fc1, fc2 = self.norm1, self.fc1, self.fc2
-        if self.temperature > 0 or not self._is_as_made:
+        operands = self.operands()
+        if operands is None or not backend.computes_constants(pooled, *operands.tensors):
             return None
-        statistics: tuple[Tensor | None, Tensor | None] = (None, None)
+        return torch.ops.mmkw.attend(pooled, *operands.tensors, *operands.numbers)
+
+    def operands(self) -> Operands | None:
+        """What the compiled operators compute the attentions of constants from.
+
+        Returns:
+            None where they cannot: with a temperature, with a norm by the batch, or where a layer
+            has been changed.
+        """
+        layers = None if self.temperature > 0 else self._layers()
+        if layers is None:
+            return None
+        fc1, norm, fc2 = layers
+        mean = variance = None
         if isinstance(norm, modes.BATCH_NORM):
-            if norm.training or norm.running_mean is None:
+            mean, variance = norm._buffers['running_mean'], norm._buffers['running_var']
+            if norm.training or mean is None:
                 return None
-            statistics = (norm.running_mean, norm.running_var)
         elif not isinstance(norm, nn.LayerNorm):
             return None
-        hidden = (pooled, fc1.weight, fc1.bias, *statistics, norm.weight, norm.bias)
-        output = (fc2.weight, fc2.bias)
-        if not backend.computes_constants(*hidden, *output):
-            return None
-        constants = (self.num_mixtures, DENOMINATOR_EPS)
-        return torch.ops.mmkw.attend(*hidden, norm.eps, *output, *constants)
+        first, scale, last = fc1._parameters, norm._parameters, fc2._parameters
+        hidden = (first['weight'], first['bias'], mean, variance, scale['weight'], scale['bias'])
+        return Operands(
+            (*hidden, last['weight'], last['bias']),
+            (self.num_mixtures, norm.eps, DENOMINATOR_EPS),
+        )
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Computes the logits: Tensor[batch, mixtures, cells + 1]."""
@@ -457,9 +475,7 @@ def normalised(norm: nn.Module, hidden: Tensor) -> Tensor:
 
 def _is_as_made(module: nn.Module) -> bool:
     """Whether a module is of a plain class, and neither parametrised, hooked nor patched."""
-    classes = (nn.Linear, nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm, nn.ReLU)
-    patched = 'forward' in module.__dict__
-    return type(module) in classes and not patched and not modes.is_hooked(module)
+    return type(module) in _CLASSES and not modes.is_patched(module)
 
 
 def _joins_processes(norm: nn.Module) -> bool:

@@ -104,8 +104,8 @@ class ODConv2d(ConvNd):
     method = 'odconv'
     attention_class = ODAttention
 
-    def _map(self, x: Tensor, pooled: Tensor) -> Tensor:
-        kernels, inputs, outputs, taps = self.attention(pooled)
+    def _map(self, x: Tensor, seen: Tensor) -> Tensor:
+        kernels, inputs, outputs, taps = self._attend(seen)
         bias = self.bias if outputs is None else None
         y = self._mixed(_scaled(x, inputs), kernels, bias, taps)
         if outputs is None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import SampleConv, SampleLinear, apply_mixed, backend, modes
+from ..ops import SampleConv, SampleLinear, apply_at_once, apply_mixed, backend, modes
 from ..ops.kernels import assemble
 from .arguments import check_arguments, signature_of
 from .attention import Attention
@@ -262,9 +262,32 @@ class DynamicLayer(Weightless, StandsForStatic):
         if kernels.loaded or not torch.equal(kernel, self.static_kernel().view_as(kernel)):
             kernels.add(self, kernel)
 
-    def _map(self, x: Tensor, pooled: Tensor) -> Tensor:
-        """Applies to every image the kernel that its attention mixes."""
-        return self._mixed(x, self.attention(pooled), self.bias)
+    def _map(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Applies to every image the kernel that its attention mixes.
+
+        Args:
+            x: The images, padded.
+            seen: What the attention averages over space.
+        """
+        y = self._at_once(x, seen)
+        return self._mixed(x, self._attend(seen), self.bias) if y is None else y
+
+    def _attend(self, seen: Tensor) -> Any:
+        """The attentions of images, from their averages over space."""
+        return self.attention(_average(seen, self._sample_map.channel_dim))
+
+    def _at_once(self, x: Tensor, seen: Tensor) -> Tensor | None:
+        """Computes :meth:`_map` if it is known to be as made; see :func:`apply_at_once`."""
+        # What is observed may have a batch without a length.
+        if modes.is_observed() or not x.is_cpu or len(x) != 1:
+            return None
+        attention = self.attention
+        cells = self._warehouses[0].weights.plain(self._warehouse_index)
+        is_as_made = type(attention) is Attention and not modes.is_patched(attention)
+        operands = attention.operands() if is_as_made else None
+        if operands is None or cells is None or modes.is_sharded(cells):
+            return None
+        return apply_at_once(x, seen, operands, cells, self._grid, self._sample_map, self.bias)
 
     def _mixed(
         self, x: Tensor, attention: Tensor, bias: Tensor | None, taps: Tensor | None = None
@@ -420,11 +443,11 @@ class ConvNd(DynamicLayer):
             raise ValueError(
                 f'{type(self).__name__} expects an input with pixels, got {tuple(x.shape)}.'
             )
-        pooled = _average(x, 2, x.dim())
+        seen = x
         if self._pads_first:
             mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
             x = F.pad(x, self._padding_for(x), mode=mode)
-        return self._map(x, pooled)
+        return self._map(x, seen)
 
     def _padding_for(self, x: Tensor) -> list[int]:
         if not self._pads_by_size:
@@ -514,10 +537,7 @@ class KWLinear(DynamicLayer):
             learning = [x, self.cells, *self.attention.parameters(), self.bias]
             zero = sum(tensor.flatten()[:0].sum() for tensor in learning if tensor is not None)
             return zero + x.new_zeros(*x.shape[:-1], self.out_features)
-        pooled = x
-        if x.dim() > 2:
-            pooled = _average(x, 1, x.dim() - 1)
-        return self._map(x, pooled)
+        return self._map(x, x)
 
 
 def dynamic_class(layer: nn.Module, method: str = KERNELWAREHOUSE) -> type[DynamicLayer] | None:
@@ -539,12 +559,19 @@ def kernel_shape(name: str, static: nn.Module) -> KernelShape:
     return KernelShape(name, out_channels, in_channels, tuple(kernel_size) or (1,))
 
 
-def _average(x: Tensor, first: int, last: int) -> Tensor:
-    """Averages over dimensions [first, last) in at least float32, as half precision loses values.
+def _average(x: Tensor, channel_dim: int) -> Tensor:
+    """Averages over space in at least float32, as half precision loses values.
 
     ``mean`` is not used: its gradient would be a new tensor of the input's size. The gradient of a
     sum needs no memory, unless the sum has another precision.
+
+    Args:
+        x: Images or tokens.
+        channel_dim: 1 or -1; space has all other dimensions but the first.
     """
+    if x.dim() == 2:
+        return x
+    first, last = (2, x.dim()) if channel_dim == 1 else (1, x.dim() - 1)
     precise = torch.promote_types(x.dtype, torch.float32)
     if precise != x.dtype and x.requires_grad and not modes.is_seen_through(x):
         return _Average.apply(x, first, last)

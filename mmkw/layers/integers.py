@@ -50,7 +50,7 @@ def integers_of(weights: CellList, index: int) -> tuple[Tensor, Tensor] | None:
         As :meth:`IntegerCells.right_inverse` gives them; None if cells are stored as they are.
     """
     # Every layer asks in every pass, so plain cells come first: a look into a dict.
-    if str(index) in weights._parameters or not parametrize.is_parametrized(weights, str(index)):
+    if weights.plain(index) is not None or not parametrize.is_parametrized(weights, str(index)):
         return None
     stored = weights.parametrizations[str(index)]
     if not isinstance(stored[-1], IntegerCells):

@@ -27,14 +27,18 @@ class CellList(nn.ParameterList):
             hook(self, ())
         return super().__getitem__(index)
 
+    def plain(self, index: int) -> nn.Parameter | None:
+        """The cells of a warehouse; None if they are pruned, parametrised or quantized."""
+        return self._parameters.get(str(index))
+
     @property
     def is_plain(self) -> bool:
         """Whether all cells are parameters: none are pruned or parametrised."""
-        return all(str(index) in self._parameters for index in range(len(self)))
+        return all(self.plain(index) is not None for index in range(len(self)))
 
     def parameters_of(self, index: int) -> list[nn.Parameter]:
         """The parameters that the cells of a warehouse are computed from, or the plain cells."""
-        plain = self._parameters.get(str(index))
+        plain = self.plain(index)
         if plain is not None:
             return [plain]
         own = re.compile(rf'(parametrizations\.)?{index}(_.*|\..*)?')

@@ -27,6 +27,7 @@ from .kernels import assembled_shape, is_regular
 from .mixing import Mixing
 
 _HALF = (torch.float16, torch.bfloat16)
+_LEARNING = (torch.float32,)
 
 _switched_on = os.environ.get('MMKW_COMPILED', '1') != '0'
 
@@ -65,12 +66,8 @@ def is_compiled(*tensors: Tensor | None) -> bool:
 
 def _could_be_compiled(*tensors: Tensor | None, learning: bool = True) -> bool:
     """Whether tensors lie on the CPU in a precision of the kernels; gradients are of float32."""
-    precisions = (torch.float32,) if learning else READ
-    return all(
-        tensor.dtype in precisions and tensor.device.type == 'cpu'
-        for tensor in tensors
-        if tensor is not None
-    )
+    precisions = _LEARNING if learning else READ
+    return all(t is None or (t.is_cpu and t.dtype in precisions) for t in tensors)
 
 
 def mixing_of(
@@ -213,11 +210,14 @@ def computes_constants(*tensors: Tensor | None) -> bool:
     Args:
         *tensors: Of any shapes.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
-    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    return (
-        not learns
-        and why_not_compiled() is None
-        and _could_be_compiled(*given, learning=False)
-        and not modes.is_seen_through(*given)
-    )
+    # A loop, since small layers take hardly longer than these questions.
+    may_learn = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and not (
+            modes.is_plain(tensor)
+            and tensor.is_cpu
+            and tensor.dtype in READ
+            and not (may_learn and tensor.requires_grad)
+        ):
+            return False
+    return why_not_compiled() is None and not modes.is_observed()

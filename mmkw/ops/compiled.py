@@ -148,8 +148,18 @@ def _register() -> None:
 
     @library.register_fake('mmkw::attend')
     def _(pooled: Tensor, *rest: Any) -> Tensor:
-        fc2_weight, mixtures = rest[-4], rest[-2]
+        *_, fc2_weight, _, mixtures, _, _ = rest
         return pooled.new_empty(len(pooled), mixtures, len(fc2_weight) // mixtures - 1)
+
+    @library.register_fake('mmkw::apply_to_image')
+    def _(x: Tensor, *rest: Any) -> Tensor:
+        cells, grid, bias, *settings = rest[-7:]
+        kernel = cells.new_empty(assembled_shape(cells.shape[1:], grid))
+        if not settings[0]:
+            return torch.nn.functional.linear(x, kernel.squeeze(-1), bias)
+        stride, padding, dilation, groups = settings
+        moved = [0] * len(stride)
+        return torch.convolution(x, kernel, bias, stride, padding, dilation, False, moved, groups)
 
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         attention, cells, ctx.grid = inputs
@@ -190,7 +200,8 @@ def _register() -> None:
 
     @register_flop_formula(ops.attend)
     def _(pooled: Sequence[int], fc1: Sequence[int], *rest: Any, **__: Any) -> int:
-        return 2 * pooled[0] * (math.prod(fc1) + math.prod(rest[-4]))
+        *_, fc2, _, _, _, _ = rest
+        return 2 * pooled[0] * (math.prod(fc1) + math.prod(fc2))
 
 
 if MISSING is None:

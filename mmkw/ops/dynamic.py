@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 
 from . import backend, exported, modes, one_operator
+from .compiled import STORED
 from .gradient import Token
-from .kernels import assembled_shape, mix_cells
+from .kernels import assembled_shape, is_regular, mix_cells
 from .mixing import Mixing
 from .sample_conv import SampleConv, SampleLinear
+
+
+class Operands(NamedTuple):
+    """What ``torch.ops.mmkw.attend`` takes beside the images' averages."""
+
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[float, ...]
 
 
 class _Settings(NamedTuple):
@@ -70,6 +78,47 @@ def apply_mixed(
     with torch.autocast(x.device.type, enabled=False):
         settings = _Settings(grid, sample_map, dtype)
         return _apply(x.to(dtype), attention, cells, bias, taps, settings)
+
+
+def apply_at_once(
+    x: Tensor,
+    seen: Tensor,
+    operands: Operands,
+    cells: Tensor,
+    grid: Sequence[int],
+    sample_map: SampleConv | SampleLinear,
+    bias: Tensor | None,
+) -> Tensor | None:
+    """Averages, attends, mixes and applies for one image, on the CPU and where nothing learns.
+
+    The same as :func:`apply_mixed` with the attention that the operands give. In small layers the
+    choices of that take longer than what they choose from.
+
+    Args:
+        x: Tensor[1, ...], the image or its tokens.
+        seen: What the attention averages over space: ``x`` before it is padded.
+        operands: Of the attention.
+        cells: As in :func:`apply_mixed`.
+        grid: As in :func:`apply_mixed`.
+        sample_map: As in :func:`apply_mixed`.
+        bias: As in :func:`apply_mixed`.
+
+    Returns:
+        None where the compiled kernels cannot, or should not, do all of this.
+    """
+    if not backend.computes_constants(x, seen, cells, bias, *operands.tensors):
+        return None
+    dtype = modes.autocast_dtype(x)
+    if dtype is not None:
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    elif x.dtype != cells.dtype:
+        # PyTorch says what is wrong.
+        return None
+    if x.dtype not in STORED or not is_regular(cells, grid):
+        return None
+    return torch.ops.mmkw.apply_to_image(
+        x, seen, *operands.tensors, *operands.numbers, cells, grid, bias, *sample_map.settings
+    )
 
 
 def _apply(

@@ -19,6 +19,8 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 # state dicts have names without it.
 CHECKPOINTED = '_checkpoint_wrapped_module.'
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The precision to which autocast casts a tensor; None outside autocast."""
@@ -63,28 +65,36 @@ def is_transforming() -> bool:
     )
 
 
+def is_observed() -> bool:
+    """Whether something looks at the operators inside a call."""
+    return (
+        is_compiling()
+        or is_tracing()
+        or is_transforming()
+        # A dispatch mode is active: fake tensors, a tracer, or a counter of operations.
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def is_seen_through(*tensors: Tensor) -> bool:
     """Whether something looks at the operators inside a call, or the tensors have no values.
 
     Args:
         *tensors: The call's operands.
     """
-    return (
-        is_compiling()
-        or is_exporting()
-        or is_transforming()
-        # A dispatch mode is active: fake tensors, a tracer, or a counter of operations.
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(map(_is_no_plain_tensor, tensors))
-    )
+    return is_observed() or not all(map(is_plain, tensors))
 
 
-def _is_no_plain_tensor(tensor: Tensor) -> bool:
-    """Whether a tensor is of a subclass, has no values, or stands for a batch of gradients."""
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has values: no subclass, not on the meta device, no batch of gradients.
+
+    Args:
+        tensor: Any tensor.
+    """
     return (
-        type(tensor) not in (Tensor, nn.Parameter)
-        or tensor.is_meta
-        or torch._C._functorch.is_legacy_batchedtensor(tensor)
+        type(tensor) in _PLAIN
+        and not tensor.is_meta
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
     )
 
 
@@ -97,6 +107,15 @@ def is_hooked(module: nn.Module) -> bool:
     every = nn.modules.module
     hooks = module._forward_hooks or module._forward_pre_hooks
     return bool(hooks or every._global_forward_hooks or every._global_forward_pre_hooks)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a module computes something else than its class: by hooks, or by its own forward.
+
+    Args:
+        module: Any module.
+    """
+    return 'forward' in module.__dict__ or is_hooked(module)
 
 
 def computing_hooks(module: nn.Module) -> list[Callable]:

@@ -158,6 +158,8 @@ class SampleLinear:
     """Applies its own linear map to every sample."""
 
     channel_dim = -1
+    # Of a convolution in no dimension of space.
+    settings = ((), (), (), 1)
 
     def __call__(self, x: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
         """Applies the maps. Autograd can differentiate the result.

@@ -37,6 +37,11 @@ class Geometry:
     dilation: tuple[int, ...]
     groups: int = 1
 
+    @property
+    def settings(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+        """Stride, padding, dilation and groups."""
+        return self.stride, self.padding, self.dilation, self.groups
+
     def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """Convolves by PyTorch."""
         conv = _CONV[x.dim() - 2]

@@ -43,6 +43,21 @@ def attention(**changes):
     return hidden | norm | output | dict(fc2_bias=floats(21), mixtures=3, eps=1e-3) | changes
 
 
+def image(x=None, grid=GRID, cells=None, **changes):
+    x = floats(1, 8, 7, 6) if x is None else x
+    cells = floats(*CELLS) if cells is None else cells
+    attending = attention(fc2_weight=floats(MIXTURES * 7, 16), fc2_bias=floats(MIXTURES * 7))
+    del attending['pooled']
+    settings = dict(stride=[1, 2], padding=[1, 1], dilation=[1, 1], groups=1)
+    operands = dict(attending, mixtures=MIXTURES, cells=cells, grid=grid, bias=floats(8))
+    return dict(x=x, seen=x) | operands | settings | changes
+
+
+def tokens():
+    settings = dict(stride=[], padding=[], dilation=[], bias=floats(9))
+    return image(floats(1, 5, 8), (1, 9, 2), floats(6, 1, 4, 1), **settings)
+
+
 CALLS = {
     'mix_cells': ('mix_cells', mixing),
     'mix_cells for no image': ('mix_cells', lambda: mixing(attention=floats(0, MIXTURES, 6))),
@@ -76,6 +91,20 @@ CALLS = {
         'attend',
         lambda: attention(mean=None, variance=None, fc1_bias=floats(16)),
     ),
+    'apply_to_image': ('apply_to_image', lambda: image()),
+    'apply_to_image with channels last': (
+        'apply_to_image',
+        lambda: image(floats(1, 8, 7, 6).to(memory_format=torch.channels_last)),
+    ),
+    'apply_to_image of half': (
+        'apply_to_image',
+        lambda: {k: v.bfloat16() if hasattr(v, 'dim') else v for k, v in image().items()},
+    ),
+    'apply_to_image by kernels of size one': (
+        'apply_to_image',
+        lambda: image(grid=(1, 1, 9, 2), cells=floats(6, 1, 4, 1, 1), bias=None, padding=[0, 0]),
+    ),
+    'apply_to_image of tokens': ('apply_to_image', lambda: tokens()),
 }
 
 
@@ -111,7 +140,8 @@ def test_gradients_are_what_their_registration_says(call):
     """The same, and that there is a gradient or an error."""
     name, arguments = CALLS[call]
     given = arguments()
-    given['attention' if 'attention' in given else 'pooled'].requires_grad_()
+    learning = next(name for name in ('attention', 'pooled', 'seen') if name in given)
+    given[learning].requires_grad_()
     checks = ['test_schema', 'test_autograd_registration', 'test_faketensor']
     if name == 'mix_cells':
         checks.append('test_aot_dispatch_dynamic')
@@ -121,6 +151,7 @@ def test_gradients_are_what_their_registration_says(call):
 def test_what_has_no_gradient_says_so():
     for name, arguments, learning in (
         ('attend', attention(), 'pooled'),
+        ('apply_to_image', image(), 'seen'),
         ('mix_backward', backward(), 'attention'),
     ):
         arguments[learning].requires_grad_()

@@ -78,8 +78,8 @@ void normalize(float* hidden, int64_t rows, int64_t width, const std::optional<a
 at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
                   const std::optional<at::Tensor>& fc1_bias, const std::optional<at::Tensor>& mean,
                   const std::optional<at::Tensor>& variance, const at::Tensor& norm_weight,
-                  const at::Tensor& norm_bias, double norm_eps, const at::Tensor& fc2_weight,
-                  const at::Tensor& fc2_bias, int64_t mixtures, double eps) {
+                  const at::Tensor& norm_bias, const at::Tensor& fc2_weight,
+                  const at::Tensor& fc2_bias, int64_t mixtures, double norm_eps, double eps) {
   TORCH_CHECK(pooled.dim() == 2 && fc1_weight.dim() == 2 && fc2_weight.dim() == 2,
               "pooled and weights must be matrices, got ", pooled.sizes(), ", ",
               fc1_weight.sizes(), " and ", fc2_weight.sizes());

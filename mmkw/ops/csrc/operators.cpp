@@ -20,8 +20,13 @@ TORCH_LIBRARY(mmkw, library) {
   library.def("add_to_cells(Tensor weights, Tensor rows, Tensor(a!) sum, bool begin) -> ()");
   library.def(
       "attend(Tensor pooled, Tensor fc1_weight, Tensor? fc1_bias, Tensor? mean, Tensor? variance, "
-      "Tensor norm_weight, Tensor norm_bias, float norm_eps, Tensor fc2_weight, Tensor fc2_bias, "
-      "int mixtures, float eps) -> Tensor");
+      "Tensor norm_weight, Tensor norm_bias, Tensor fc2_weight, Tensor fc2_bias, int mixtures, "
+      "float norm_eps, float eps) -> Tensor");
+  library.def(
+      "apply_to_image(Tensor x, Tensor seen, Tensor fc1_weight, Tensor? fc1_bias, Tensor? mean, "
+      "Tensor? variance, Tensor norm_weight, Tensor norm_bias, Tensor fc2_weight, Tensor fc2_bias, "
+      "int mixtures, float norm_eps, float eps, Tensor cells, int[] grid, Tensor? bias, "
+      "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
@@ -30,12 +35,14 @@ TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
   library.impl("mix_backward", &mmkw::mix_backward);
   library.impl("add_to_cells", &mmkw::add_to_cells);
   library.impl("attend", &mmkw::attend);
+  library.impl("apply_to_image", &mmkw::apply_to_image);
 }
 
 // These operators have no gradient: a backward pass through them is an error, not a wrong gradient.
 // mmkw/ops/compiled.py registers the gradient of mix_cells.
 TORCH_LIBRARY_IMPL(mmkw, Autograd, library) {
-  for (const char* name : {"mix_cells_into", "mix_backward", "add_to_cells", "attend"})
+  for (const char* name :
+       {"mix_cells_into", "mix_backward", "add_to_cells", "attend", "apply_to_image"})
     library.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 

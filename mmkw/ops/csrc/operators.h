@@ -22,7 +22,17 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
 at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
                   const std::optional<at::Tensor>& fc1_bias, const std::optional<at::Tensor>& mean,
                   const std::optional<at::Tensor>& variance, const at::Tensor& norm_weight,
-                  const at::Tensor& norm_bias, double norm_eps, const at::Tensor& fc2_weight,
-                  const at::Tensor& fc2_bias, int64_t mixtures, double eps);
+                  const at::Tensor& norm_bias, const at::Tensor& fc2_weight,
+                  const at::Tensor& fc2_bias, int64_t mixtures, double norm_eps, double eps);
+
+at::Tensor apply_to_image(const at::Tensor& x, const at::Tensor& seen, const at::Tensor& fc1_weight,
+                          const std::optional<at::Tensor>& fc1_bias,
+                          const std::optional<at::Tensor>& mean,
+                          const std::optional<at::Tensor>& variance, const at::Tensor& norm_weight,
+                          const at::Tensor& norm_bias, const at::Tensor& fc2_weight,
+                          const at::Tensor& fc2_bias, int64_t mixtures, double norm_eps, double eps,
+                          const at::Tensor& cells, at::IntArrayRef grid,
+                          const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
 
 }  // namespace mmkw

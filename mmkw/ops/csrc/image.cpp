@@ -1,0 +1,97 @@
+// One image, where nothing learns: what mmkw/ops/dynamic.py does for batches, by one call. In small
+// layers the calls take longer than the computation.
+
+#include "operators.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+namespace mmkw {
+namespace {
+
+// Memory for a kernel, which the thread uses again. Fresh memory of megabytes takes as long as
+// mixing.
+at::Tensor memory_of_thread(at::IntArrayRef shape, const at::Tensor& like) {
+  // It outlives an inference mode.
+  const c10::InferenceMode normal(false);
+  thread_local at::Tensor memory;
+  const int64_t size = c10::multiply_integers(shape);
+  if (!memory.defined() || memory.scalar_type() != like.scalar_type() || memory.numel() < size)
+    memory = at::empty({size}, at::TensorOptions(like.scalar_type()));
+  return memory.narrow(0, 0, size).view(shape);
+}
+
+// (1, out, in, *kernel_size), of cells (n, cell_out, cell_in, *cell_kernel).
+std::vector<int64_t> assembled_shape(const at::Tensor& cells, at::IntArrayRef grid) {
+  const int64_t dims = static_cast<int64_t>(grid.size()) - 2;
+  TORCH_CHECK(dims > 0 && cells.dim() == dims + 3, "a grid ", grid, " for cells ", cells.sizes());
+  std::vector<int64_t> shape{1, grid[dims] * cells.size(1), grid[dims + 1] * cells.size(2)};
+  for (int64_t dim = 0; dim < dims; dim++) shape.push_back(grid[dim] * cells.size(3 + dim));
+  return shape;
+}
+
+// The average over space in float32: all dimensions but the first and that of the channels.
+at::Tensor average(const at::Tensor& seen, bool is_tokens) {
+  std::vector<int64_t> space;
+  for (int64_t dim = is_tokens ? 1 : 2; dim < seen.dim() - (is_tokens ? 1 : 0); dim++)
+    space.push_back(dim);
+  return space.empty() ? seen.to(at::kFloat) : at::mean(seen, space, false, at::kFloat);
+}
+
+// A convolution by kernels of size one is a product of matrices, whether channels lie last or not.
+at::Tensor convolve_pixels(at::Tensor x, const at::Tensor& kernel,
+                           const std::optional<at::Tensor>& bias, at::IntArrayRef stride) {
+  const bool is_channels_last = !x.is_contiguous() && x.movedim(1, -1).is_contiguous();
+  for (size_t dim = 0; dim < stride.size(); dim++)
+    if (stride[dim] > 1) x = x.slice(2 + dim, 0, x.size(2 + dim), stride[dim]);
+  const at::Tensor weights = kernel.flatten(1);
+  std::vector<int64_t> shape = x.sizes().vec();
+  if (is_channels_last) {
+    shape.erase(shape.begin() + 1);
+    shape.push_back(kernel.size(0));
+    const at::Tensor y = at::mm(x.movedim(1, -1).reshape({-1, x.size(1)}), weights.t());
+    if (bias) y.add_(*bias);
+    return y.view(shape).movedim(-1, 1);
+  }
+  shape[1] = kernel.size(0);
+  const at::Tensor y = at::mm(weights, x.reshape({x.size(1), -1}));
+  if (bias) y.add_(bias->unsqueeze(1));
+  return y.view(shape);
+}
+
+}  // namespace
+
+// Attends to x as it is seen (before it is padded), mixes its kernel, and applies it: a convolution
+// of x (1, channels, *size), or without a stride a linear map of x (1, ..., channels).
+at::Tensor apply_to_image(const at::Tensor& x, const at::Tensor& seen, const at::Tensor& fc1_weight,
+                          const std::optional<at::Tensor>& fc1_bias,
+                          const std::optional<at::Tensor>& mean,
+                          const std::optional<at::Tensor>& variance, const at::Tensor& norm_weight,
+                          const at::Tensor& norm_bias, const at::Tensor& fc2_weight,
+                          const at::Tensor& fc2_bias, int64_t mixtures, double norm_eps, double eps,
+                          const at::Tensor& cells, at::IntArrayRef grid,
+                          const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  TORCH_CHECK(x.size(0) == 1 && seen.size(0) == 1, "one image, got ", x.sizes(), " and ",
+              seen.sizes());
+  const bool is_tokens = stride.empty();
+  const at::Tensor attention =
+      attend(average(seen, is_tokens), fc1_weight, fc1_bias, mean, variance, norm_weight, norm_bias,
+             fc2_weight, fc2_bias, mixtures, norm_eps, eps);
+  // In the precision of the image, which autocast has chosen.
+  const at::Tensor kernels = memory_of_thread(assembled_shape(cells, grid), x);
+  mix_cells_into(attention, cells, grid, kernels);
+  const at::Tensor kernel = kernels[0];
+  if (is_tokens) return at::linear(x, kernel.flatten(1), bias);
+  const bool is_pointwise = kernel[0][0].numel() == 1 && groups == 1 &&
+                            std::all_of(padding.begin(), padding.end(), [](int64_t p) { return !p; });
+  if (is_pointwise) return convolve_pixels(x, kernel, bias, stride);
+  const std::vector<int64_t> no_output_padding(stride.size(), 0);
+  return at::convolution(x, kernel, bias, stride, padding, dilation, false, no_output_padding,
+                         groups);
+}
+
+}  // namespace mmkw

@@ -1,0 +1,245 @@
+"""One image on the CPU where nothing learns is computed by one operator, as batches are."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from mmkw import quantize_cells
+from mmkw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, set_temperature
+from mmkw.layers import dynamic_layers as module
+from mmkw.ops import backend
+
+pytestmark = pytest.mark.skipif(
+    backend.why_not_compiled() is not None, reason='no compiled kernels'
+)
+
+LAST = torch.channels_last
+LAYERS = {
+    '1d': (KWConv1d, (8, 16, 3), dict(stride=2, padding=1), (8, 9)),
+    '3x3': (KWConv2d, (8, 16, 3), dict(padding=1, stride=(1, 2)), (8, 9, 8)),
+    '1x1': (KWConv2d, (8, 16, 1), dict(), (8, 9, 8)),
+    '1x1 of every other pixel': (KWConv2d, (8, 16, 1), dict(stride=2, bias=False), (8, 9, 8)),
+    '1x1, padded': (KWConv2d, (8, 16, 1), dict(padding=1), (8, 9, 8)),
+    '1x1 in groups': (KWConv2d, (8, 16, 1), dict(groups=2), (8, 9, 8)),
+    'dilated': (KWConv2d, (8, 16, 3), dict(dilation=2, cell_num_ratio=4), (8, 9, 8)),
+    'depthwise': (KWConv2d, (8, 8, 3), dict(groups=8, padding=1), (8, 9, 8)),
+    'around the edges': (KWConv2d, (8, 16, 3), dict(padding=1, padding_mode='circular'), (8, 9, 8)),
+    'more behind': (KWConv2d, (8, 16, 2), dict(padding='same'), (8, 9, 8)),
+    'whole kernels as cells': (KWConv2d, (8, 16, 3), dict(spatial_partition=False), (8, 9, 8)),
+    '3d': (KWConv3d, (8, 16, 2), dict(padding=1), (8, 4, 5, 3)),
+    'tokens': (KWLinear, (8, 16), dict(), (5, 7, 8)),
+    'vector': (KWLinear, (8, 16), dict(bias=False), (8,)),
+}
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Collects whether the operator has computed, call by call."""
+    found, real = [], module.apply_at_once
+
+    def spy(*args):
+        y = real(*args)
+        found.append(y is not None)
+        return y
+
+    monkeypatch.setattr(module, 'apply_at_once', spy)
+    return found
+
+
+def made(name, norm='BN1d'):
+    kind, args, kwargs, shape = LAYERS[name]
+    layer = kind(*args, **kwargs, attention_norm_cfg=dict(type=norm)).eval()
+    for parameter in layer.attention.parameters():
+        parameter.data.uniform_(-1, 1)
+    if norm == 'BN1d':
+        layer.attention.norm1.running_mean.normal_()
+        layer.attention.norm1.running_var.uniform_(0.5, 2)
+    return layer, torch.randn(1, *shape) + 1
+
+
+def by_the_whole_way(layer, x):
+    """As one image of a batch, each of which has a kernel of its own."""
+    return layer(torch.cat([x, torch.zeros_like(x)]))[:1]
+
+
+@pytest.mark.parametrize('norm', ['BN1d', 'LN'])
+@pytest.mark.parametrize('name', LAYERS)
+def test_it_is_computed_as_in_a_batch(name, norm, at_once):
+    layer, x = made(name, norm)
+    with torch.no_grad():
+        y = layer(x)
+        assert at_once == [True]
+        torch.testing.assert_close(y, by_the_whole_way(layer, x))
+        # What the next call computes is elsewhere.
+        kept = y.clone()
+        other = layer(x + 1)
+        assert torch.equal(y, kept) and not torch.equal(y, other)
+        # Activations change the result in place.
+        torch.testing.assert_close(nn.ReLU(inplace=True)(y), kept.relu())
+    with torch.inference_mode():
+        assert torch.equal(layer(x), kept)
+    # And what learns has its gradients.
+    assert layer(x).requires_grad
+    assert at_once == [True] * 3 + [False]
+
+
+@pytest.mark.parametrize('name', ['3x3', '1x1', '1x1 of every other pixel', 'depthwise', '3d'])
+def test_channels_lie_as_a_static_layer_lays_them(name, at_once):
+    layer, x = made(name)
+    last = torch.channels_last_3d if name == '3d' else LAST
+    twin, x = layer.static_twin(), x.to(memory_format=last)
+    twin.weight.data = torch.randn(twin.weight.shape)
+    with torch.no_grad():
+        y = layer(x)
+        assert at_once == [True]
+        if name != '3d':
+            assert y.is_contiguous(memory_format=last) and twin(x).is_contiguous(memory_format=last)
+        torch.testing.assert_close(y, by_the_whole_way(layer, x.contiguous()))
+
+
+@pytest.mark.parametrize('name', LAYERS)
+@pytest.mark.parametrize('autocast', [False, True])
+def test_in_half_precision(name, autocast, at_once):
+    """It comes as near to the result in single precision as a batch does."""
+    layer, x = made(name)
+    with torch.no_grad():
+        right = by_the_whole_way(layer, x)
+        if not autocast:
+            layer, x = layer.bfloat16(), x.bfloat16()
+        with torch.autocast('cpu', enabled=autocast):
+            y, other = layer(x), by_the_whole_way(layer, x)
+    assert y.dtype == other.dtype == torch.bfloat16
+    assert at_once == [True]
+    assert (y - right).norm() < 1.2 * (other - right).norm() < 0.1 * right.norm()
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def heat(layer):
+    set_temperature(layer, 0.5)
+
+
+def train(layer):
+    layer.train()
+
+
+def hook(layer):
+    layer.attention.register_forward_hook(lambda *args: args[-1] / 2)
+
+
+def hook_inside(layer):
+    layer.attention.fc1.register_forward_hook(lambda *args: args[-1] / 2)
+
+
+def hook_before(layer):
+    layer.attention.register_forward_pre_hook(lambda _, inputs: (inputs[0] / 2,))
+
+
+def replace_a_part(layer):
+    part = layer.attention.fc2
+    layer.attention.fc2 = Doubled(part.in_features, part.out_features)
+
+
+def replace_the_attention(layer):
+    layer.attention = nn.Sequential(layer.attention, nn.Hardtanh(-0.1, 0.1))
+
+
+def derive_the_attention(layer):
+    class Halved(type(layer.attention)):
+        def forward(self, pooled):
+            return super().forward(pooled) / 2
+
+    layer.attention.__class__ = Halved
+
+
+def patch(layer):
+    attend = layer.attention.forward
+    layer.attention.forward = lambda pooled: attend(pooled) / 2
+
+
+def prune_cells(layer):
+    prune.l1_unstructured(layer.warehouse_manager.weights, '0', amount=0.5)
+
+
+def parametrize_a_part(layer):
+    nn.utils.parametrizations.weight_norm(layer.attention.fc1)
+    layer.attention.fc1.parametrizations.weight.original0.data.mul_(2)
+
+
+def quantize(layer):
+    quantize_cells(layer)
+
+
+def to_double(layer):
+    layer.double()
+
+
+CHANGES = [heat, train, hook, hook_inside, hook_before, replace_a_part, replace_the_attention]
+CHANGES += [derive_the_attention, patch, prune_cells, parametrize_a_part, quantize, to_double]
+
+
+@pytest.mark.parametrize('change', CHANGES, ids=lambda change: change.__name__)
+def test_what_is_changed_counts(change, at_once, monkeypatch):
+    layer, x = made('3x3', 'BN1d')
+    with torch.no_grad():
+        before = layer(x)
+        change(layer)
+        x = x.to(next(layer.attention.parameters()).dtype)
+        changed = copy.deepcopy(layer) if change is train else layer
+        y = changed(x)
+        assert not any(at_once[1:])
+        monkeypatch.setattr(module, 'apply_at_once', lambda *args: None)
+        monkeypatch.setattr(backend, '_switched_on', False)
+        torch.testing.assert_close(y, layer(x), atol=1e-5, rtol=1e-4)
+        if change not in (train, quantize, to_double):
+            assert not torch.allclose(y, before, atol=1e-3)
+
+
+def test_values_and_settings_changed_later_count(at_once):
+    layer, x = made('3x3')
+    with torch.no_grad():
+        layer(x)
+        layer.cells.mul_(2)
+        layer.attention.fc2.weight = nn.Parameter(layer.attention.fc2.weight * 3)
+        layer.attention.norm1.running_mean = layer.attention.norm1.running_mean + 1
+        layer.bias.fill_(5)
+        layer.stride, layer.dilation = 1, (2, 1)
+        torch.testing.assert_close(layer(x), by_the_whole_way(layer, x))
+    assert at_once == [True, True]
+
+
+def test_cast_images_are_refused_as_by_a_static_layer():
+    layer, x = made('3x3')
+    static = nn.Conv2d(8, 16, 3)
+    for module_ in (static, layer):
+        with torch.no_grad(), pytest.raises(RuntimeError, match='should be the same'):
+            module_(x.bfloat16())
+
+
+def test_threads_have_memory_of_their_own(at_once):
+    layer, x = made('3x3')
+    images = [x + shift for shift in range(4)]
+    with torch.no_grad():
+        right = [layer(image) for image in images]
+    faults = []
+
+    def work(image, expected):
+        with torch.no_grad():
+            for _ in range(50):
+                if not torch.equal(layer(image), expected):
+                    faults.append(image)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(images, right)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    assert len(at_once) == 204 and all(at_once)
