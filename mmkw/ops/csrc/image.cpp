@@ -24,15 +24,6 @@ at::Tensor memory_of_thread(at::IntArrayRef shape, const at::Tensor& like) {
   return memory.narrow(0, 0, size).view(shape);
 }
 
-// (1, out, in, *kernel_size), of cells (n, cell_out, cell_in, *cell_kernel).
-std::vector<int64_t> assembled_shape(const at::Tensor& cells, at::IntArrayRef grid) {
-  const int64_t dims = static_cast<int64_t>(grid.size()) - 2;
-  TORCH_CHECK(dims > 0 && cells.dim() == dims + 3, "a grid ", grid, " for cells ", cells.sizes());
-  std::vector<int64_t> shape{1, grid[dims] * cells.size(1), grid[dims + 1] * cells.size(2)};
-  for (int64_t dim = 0; dim < dims; dim++) shape.push_back(grid[dim] * cells.size(3 + dim));
-  return shape;
-}
-
 // The average over space in float32: all dimensions but the first and that of the channels.
 at::Tensor average(const at::Tensor& seen, bool is_tokens) {
   std::vector<int64_t> space;
@@ -82,7 +73,7 @@ at::Tensor apply_to_image(const at::Tensor& x, const at::Tensor& seen, const at:
       attend(average(seen, is_tokens), fc1_weight, fc1_bias, mean, variance, norm_weight, norm_bias,
              fc2_weight, fc2_bias, mixtures, norm_eps, eps);
   // In the precision of the image, which autocast has chosen.
-  const at::Tensor kernels = memory_of_thread(assembled_shape(cells, grid), x);
+  const at::Tensor kernels = memory_of_thread(kernel_shape(1, cells, grid), x);
   mix_cells_into(attention, cells, grid, kernels);
   const at::Tensor kernel = kernels[0];
   if (is_tokens) return at::linear(x, kernel.flatten(1), bias);

@@ -277,14 +277,6 @@ void with_cells(const at::Tensor& cells, const Work& work) {
     with_values(cells, work);
 }
 
-// (batch, out, in, *kernel_size)
-std::vector<int64_t> kernel_shape(int64_t batch, const at::Tensor& cells, at::IntArrayRef grid) {
-  const size_t dims = grid.size() - 2;
-  std::vector<int64_t> shape{batch, grid[dims] * cells.size(1), grid[dims + 1] * cells.size(2)};
-  for (size_t dim = 0; dim < dims; dim++) shape.push_back(grid[dim] * cells.size(3 + dim));
-  return shape;
-}
-
 // The inputs of mixing: the warehouse, and the weights of its cells in every mixture.
 struct Mixing {
   Places p;
@@ -380,6 +372,15 @@ struct Mixing {
 
 }  // namespace
 
+// (batch, out, in, *kernel_size), of cells (n, cell_out, cell_in, *cell_kernel).
+std::vector<int64_t> kernel_shape(int64_t batch, const at::Tensor& cells, at::IntArrayRef grid) {
+  places(grid, cells.sizes());
+  const size_t dims = grid.size() - 2;
+  std::vector<int64_t> shape{batch, grid[dims] * cells.size(1), grid[dims + 1] * cells.size(2)};
+  for (size_t dim = 0; dim < dims; dim++) shape.push_back(grid[dim] * cells.size(3 + dim));
+  return shape;
+}
+
 // --- the operators -----------------------------------------------------------------------------
 
 // Fills kernels (batch, out, in, ...) from attention (batch, mixtures, n) and cells (n, cell_out,
@@ -426,7 +427,6 @@ void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::In
 
 // The same, but returns kernels in new memory, in the precision of the cells.
 at::Tensor mix_cells(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid) {
-  places(grid, cells.sizes());
   TORCH_CHECK(attention.dim() == 3, "attention of ", attention.sizes());
   const at::Tensor kernels = at::empty(kernel_shape(attention.size(0), cells, grid), cells.options());
   mix_cells_into(attention, cells, grid, kernels);

@@ -5,8 +5,11 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <vector>
 
 namespace mmkw {
+
+std::vector<int64_t> kernel_shape(int64_t batch, const at::Tensor& cells, at::IntArrayRef grid);
 
 at::Tensor mix_cells(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid);
 
