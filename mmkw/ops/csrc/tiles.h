@@ -16,6 +16,8 @@
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 constexpr int64_t WIDTH = LANES * VECTORS;
+// Of rows, in values; and how far ahead they are asked for. Twice as far is too far.
+constexpr int64_t FAR_APART = 4096, AHEAD_BYTES = 512;
 
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -57,12 +59,17 @@ TARGET void narrow(int64_t n, const float* x, BFloat16* y) {
 template <int M, typename Value>
 INLINE void gemm_tile(int64_t k, const float* a, const Value* b, int64_t ldb, float beta, float* c,
                       int64_t ldc) {
+  // Rows that are far apart come from memory. The processor follows so many runs at a time too late.
+  const int64_t ahead = ldb > FAR_APART ? AHEAD_BYTES / sizeof(Value) : 0;
   Vec sum[M][VECTORS];
   for (int i = 0; i < M; i++)
     for (int v = 0; v < VECTORS; v++) sum[i][v] = beta == 0 ? Vec{} : load(c + i * ldc + v * LANES);
   for (int64_t p = 0; p < k; p++) {
     Vec row[VECTORS];
-    for (int v = 0; v < VECTORS; v++) row[v] = load(b + v * LANES);
+    for (int v = 0; v < VECTORS; v++) {
+      row[v] = load(b + v * LANES);
+      __builtin_prefetch(b + v * LANES + ahead);
+    }
     for (int i = 0; i < M; i++) {
       const float value = a[i];
       for (int v = 0; v < VECTORS; v++) sum[i][v] += value * row[v];
