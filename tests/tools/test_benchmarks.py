@@ -76,12 +76,19 @@ def test_the_command_for_gpus_checks_and_measures(root, tmp_path, monkeypatch):
         (KWLinear(6, 4), (3, 5, 6)),
     ],
 )
-def test_the_published_form_computes_the_same(published_form, layer, shape):
+def test_the_published_form_computes_the_same(published_form, layer, shape, monkeypatch):
+    """And nothing else does then: of one image where nothing learns, too."""
+    module, calls = sys.modules[published_form.__module__], []
+    real = module.published_operator
+    spy = lambda *args: calls.append(len(args[0])) or real(*args)  # noqa: E731
+    monkeypatch.setattr(module, 'published_operator', spy)
     layer.eval()
-    x = torch.randn(shape)
-    with published_form():
-        expected = layer(x)
-    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
+    for x, learns in ((torch.randn(shape), True), (torch.randn(1, *shape[1:]), False)):
+        with torch.set_grad_enabled(learns):
+            with published_form():
+                expected = layer(x)
+            torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
+    assert calls == [shape[0], 1]
 
 
 @pytest.mark.slow

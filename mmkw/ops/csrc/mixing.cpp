@@ -170,6 +170,8 @@ constexpr int64_t BLOCK_VALUES = 96 << 10;
 // Extra values between the rows of a block: one cache line, so that rows are not a power of two
 // apart.
 constexpr int64_t PADDING = 16;
+// Bytes of a cache line, and of the widest vector.
+constexpr int64_t LINE = 64;
 
 // A copy of some columns of a matrix.
 struct Block {
@@ -208,7 +210,7 @@ int64_t num_shares(int64_t size, int64_t columns, int64_t sum_values) {
 }
 
 // Runs work(span, memory, share) for blocks of all `size` columns, on all threads. `values` is the
-// number of values of memory for a call. The blocks of a share run one after the other on one
+// number of values of memory for a call, which begins with a cache line. The blocks of a share run one after the other on one
 // thread. So the sum of a share does not depend on the thread.
 template <typename Work>
 void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work,
@@ -219,10 +221,13 @@ void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work,
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     // Kept from call to call, because fresh memory would take longer than the work itself.
     thread_local std::vector<float> memory;
-    if (memory.size() < static_cast<size_t>(values)) memory.resize(values);
+    const size_t needed = values + LINE / sizeof(float);
+    if (memory.size() < needed) memory.resize(needed);
+    const uintptr_t begin = num_parts(reinterpret_cast<uintptr_t>(memory.data()), LINE) * LINE;
     for (int64_t share = next++; share < shares; share = next++)
       for (int64_t b = count * share / shares; b < count * (share + 1) / shares; b++)
-        work(Span{b * columns, std::min(columns, size - b * columns)}, memory.data(), share);
+        work(Span{b * columns, std::min(columns, size - b * columns)},
+             reinterpret_cast<float*>(begin), share);
   });
 }
 
@@ -237,11 +242,11 @@ void clear_rest(const Block& block, int64_t rows, int64_t count) {
 // Copies some columns of a matrix (rows, size).
 template <typename Value>
 void copy_columns(const Block& block, const Value* matrix, int64_t rows, int64_t size, Span span) {
-  constexpr int64_t AHEAD = 3, LINE = 64 / sizeof(Value);
+  constexpr int64_t AHEAD = 3, STEP = LINE / sizeof(Value);
   for (int64_t row = 0; row < rows; row++) {
     const Value* from = matrix + row * size + span.begin;
     if (row + AHEAD < rows)
-      for (int64_t c = 0; c < span.count; c += LINE)
+      for (int64_t c = 0; c < span.count; c += STEP)
         __builtin_prefetch(from + AHEAD * size + c, 0, 2);
     copy_run(from, span.count, block.values + row * block.stride);
   }
