@@ -29,7 +29,8 @@ def test_versions_and_what_computes(root):
     assert lines['mmkw'].startswith(mmkw.__version__)
     for name in requirements.SUPPORTED:
         assert lines[name] == (requirements.version_of(name) or 'not installed')
-    assert lines['torch'] == torch.__version__
+    # Wheels of PyPI do not name the CUDA that they were built for.
+    assert lines['torch'].split('+')[0] == torch.__version__.split('+')[0]
     if MISSING is None:
         level = torch.backends.cpu.get_cpu_capability()
         level = level if level in ('AVX512', 'AVX2') else 'DEFAULT'

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import Operands, backend, modes
+from ..ops import backend, modes
+from ..ops.dynamic import Operands
 from .partition import MOST_CELLS, LayerShare, PlanError, WarehouseOptions, check_size
 
 MIN_WIDTH = 16

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import SampleConv, SampleLinear, apply_at_once, apply_mixed, backend, modes
+from ..ops import SampleConv, SampleLinear, apply_mixed, backend, modes
+from ..ops.dynamic import apply_at_once
 from ..ops.kernels import assemble
 from .arguments import check_arguments, signature_of
 from .attention import Attention

@@ -14,15 +14,13 @@ from ..requirements import check_versions
 check_versions(['torch'])
 
 from .backend import use_compiled, why_not_compiled  # noqa: E402
-from .dynamic import Operands, apply_at_once, apply_mixed  # noqa: E402
+from .dynamic import apply_mixed  # noqa: E402
 from .kernels import mix_cells  # noqa: E402
 from .sample_conv import SampleConv, SampleLinear  # noqa: E402
 
 __all__ = [
-    'Operands',
     'SampleConv',
     'SampleLinear',
-    'apply_at_once',
     'apply_mixed',
     'mix_cells',
     'use_compiled',
