@@ -22,7 +22,8 @@ typedef int Indices __attribute__((vector_size(16)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Indices{__VA_ARGS__})
 #endif
 
-// Compilers convert integers of eight bits one by one, unless they are told how.
+// Compilers convert integers of eight bits one by one, and those of sixteen bits in two halves, unless
+// they are told how. bfloat16 is the upper half of float32.
 #if defined(__x86_64__) && defined(__GNUC__)
 namespace avx512 {
 #define CPU_LEVEL "AVX512"
@@ -31,6 +32,10 @@ namespace avx512 {
 #define LOAD_BYTES(from)   \
   _mm512_cvtepi32_ps(      \
       _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(from))))
+#define LOAD_HALVES(from)      \
+  _mm512_slli_epi32(           \
+      _mm512_cvtepu16_epi32(   \
+          _mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(from))), 16)
 #define ROWS 12
 #define VECTORS 2
 #define NT_ROWS 4
@@ -44,6 +49,9 @@ namespace avx2 {
 #define LOAD_BYTES(from)   \
   _mm256_cvtepi32_ps(      \
       _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i_u*>(from))))
+#define LOAD_HALVES(from)      \
+  _mm256_slli_epi32(           \
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(from))), 16)
 #define ROWS 6
 #define VECTORS 2
 #define NT_ROWS 3
@@ -57,6 +65,8 @@ namespace any_processor {
 #define LANES 4
 #define LOAD_BYTES(from) \
   Four { float(from[0]), float(from[1]), float(from[2]), float(from[3]) }
+#define LOAD_HALVES(from) \
+  (__builtin_convertvector(*reinterpret_cast<const HalfVec*>(from), Bits) << 16)
 #define ROWS 6
 #define VECTORS 2
 #define NT_ROWS 3

@@ -5,6 +5,7 @@
 //   TARGET               the attribute that lets the compiler use the generation's instructions,
 //   LANES                floats in a vector register,
 //   LOAD_BYTES           so many integers of eight bits as floats,
+//   LOAD_HALVES          the bits of so many numbers of bfloat16 as floats,
 //   ROWS, VECTORS        the size of a tile of gemm,
 //   NT_ROWS, NT_COLUMNS  the size of a tile of gemm_nt.
 // A tile has as many sums as fit into the registers beside the operands.
@@ -24,11 +25,7 @@ typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_ali
 
 INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 
-// bfloat16 is the upper half of float32.
-INLINE Vec load(const BFloat16* from) {
-  const HalfVec half = *reinterpret_cast<const HalfVec*>(from);
-  return reinterpret_cast<Vec>(__builtin_convertvector(half, Bits) << 16);
-}
+INLINE Vec load(const BFloat16* from) { return reinterpret_cast<Vec>(LOAD_HALVES(from)); }
 
 INLINE Vec load(const int8_t* from) { return reinterpret_cast<Vec>(LOAD_BYTES(from)); }
 
@@ -169,6 +166,7 @@ constexpr Blocks blocks{CPU_LEVEL,       LANES,           ROWS,           WIDTH,
 #undef TARGET
 #undef LANES
 #undef LOAD_BYTES
+#undef LOAD_HALVES
 #undef ROWS
 #undef VECTORS
 #undef NT_ROWS
