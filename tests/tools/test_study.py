@@ -7,8 +7,9 @@ from functools import partial
 
 import pytest
 import torch
+from mmengine.registry import OPTIM_WRAPPERS
 
-from mmkw import is_converted
+from mmkw import KWConv2d, is_converted
 from mmkw.engine.building import build_model
 
 # What may not be the same in two runs.
@@ -223,3 +224,19 @@ def test_pictures_show_what_ended(study, table, run_of, tmp_path):
     for some in (runs[:1], runs):
         study.draw(table, some, tmp_path / 'a.png')
         assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_bfloat16_is_of_the_passes_alone(root, monkeypatch):
+    """Weights and their steps are of float32, of both networks."""
+    monkeypatch.syspath_prepend(root / 'tools')
+    importlib.import_module('benchmarks.cpu_autocast')
+    for network in (torch.nn.Conv2d(8, 8, 3), KWConv2d(8, 8, 3)):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        wrapper = OPTIM_WRAPPERS.build(dict(type='CPUAutocastOptimWrapper', optimizer=optimizer))
+        before = network.bias.detach().clone()
+        with wrapper.optim_context(network):
+            y = network(torch.randn(2, 8, 6, 6))
+        assert y.dtype == torch.bfloat16
+        wrapper.update_params(y.float().square().mean())
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
+        assert not torch.equal(network.bias, before)
