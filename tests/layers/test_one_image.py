@@ -190,6 +190,7 @@ def test_what_is_changed_counts(change, at_once, monkeypatch):
     layer, x = made('3x3', 'BN1d')
     with torch.no_grad():
         before = layer(x)
+        assert at_once == [True]
         change(layer)
         x = x.to(next(layer.attention.parameters()).dtype)
         changed = copy.deepcopy(layer) if change is train else layer

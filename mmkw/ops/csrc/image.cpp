@@ -77,7 +77,7 @@ at::Tensor apply_to_image(const at::Tensor& x, const at::Tensor& seen, const at:
   mix_cells_into(attention, cells, grid, kernels);
   const at::Tensor kernel = kernels[0];
   if (is_tokens) return at::linear(x, kernel.flatten(1), bias);
-  const bool is_pointwise = kernel[0][0].numel() == 1 && groups == 1 &&
+  const bool is_pointwise = c10::multiply_integers(kernel.sizes().slice(2)) == 1 && groups == 1 &&
                             std::all_of(padding.begin(), padding.end(), [](int64_t p) { return !p; });
   if (is_pointwise) return convolve_pixels(x, kernel, bias, stride);
   const std::vector<int64_t> no_output_padding(stride.size(), 0);

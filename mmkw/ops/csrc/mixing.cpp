@@ -210,8 +210,8 @@ int64_t num_shares(int64_t size, int64_t columns, int64_t sum_values) {
 }
 
 // Runs work(span, memory, share) for blocks of all `size` columns, on all threads. `values` is the
-// number of values of memory for a call, which begins with a cache line. The blocks of a share run one after the other on one
-// thread. So the sum of a share does not depend on the thread.
+// number of values of memory for a call, which begins with a cache line. The blocks of a share run
+// one after the other on one thread. So the sum of a share does not depend on the thread.
 template <typename Work>
 void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work,
                 int64_t sum_values = 0) {
