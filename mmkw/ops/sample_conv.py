@@ -15,6 +15,11 @@ from .ways import Geometry, Groups, Images, Products, Tiles, Way, with_bias
 
 # Of a channel of an image. Depthwise convolutions of fewer are joined wherever their channels lie.
 _FEW_PRODUCTS = 1024
+# PyTorch gives no single image of so few values to its library for convolutions (float32), unless
+# the convolution has groups or a larger kernel.
+_SMALL_IMAGE, _SMALL_KERNEL_SIZE = 20480, 3
+# Values of a kernel, or of the gradients of all kernels, below which joining then pays.
+_FEW_WEIGHTS = 1 << 18
 _WAYS: dict[str, type[Way]] = dict(images=Images, groups=Groups, tiles=Tiles)
 
 
@@ -25,8 +30,10 @@ class SampleConv(Geometry):
     For kernels of size one without padding, a batched product of matrices computes the result.
     Others are convolved one image after the other, by one convolution with the groups of all
     images, or on a GPU by a kernel of our own. There the fastest is found by measurement, for every
-    kind of shape; see :mod:`.choosing`. On the CPU only depthwise convolutions are joined, of
-    images that are small or whose channels lie first: others would take up to five times as long.
+    kind of shape; see :mod:`.choosing`. On the CPU depthwise convolutions are joined, if images are
+    small or their channels lie first, and others with small kernels where PyTorch would take a
+    slower way for one small image than for several. Joining more would take up to five times as
+    long.
 
     Args:
         stride: Stride, one value per spatial dimension.
@@ -95,7 +102,7 @@ class SampleConv(Geometry):
         """Computes one of the methods of a way."""
         if self.is_pointwise(kernels):
             return getattr(Products, what)(self, *operands)
-        way = 'groups' if self._is_joined(x, kernels.shape[1:]) else 'images'
+        way = 'groups' if self._is_joined(what, x, kernels.shape[1:]) else 'images'
         if choosing.may_choose(x) and not modes.is_seen_through(x, kernels):
             recorded = torch.is_grad_enabled() and any(
                 isinstance(operand, Tensor) and operand.requires_grad for operand in operands
@@ -135,13 +142,30 @@ class SampleConv(Geometry):
     def _fits_tiles(self, x: Tensor) -> bool:
         return x.dim() == 4 and self.groups == 1 and backend.computes_by_tiles(x)
 
-    def _is_joined(self, x: Tensor, shape: Sequence[int]) -> bool:
+    def _is_joined(self, what: str, x: Tensor, shape: torch.Size) -> bool:
         if modes.is_exporting():
             return True
         if shape[1] == 1 and self.groups == shape[0]:
             return not self._is_copied_to_join(x, shape)
+        if x.device.type == 'cpu':
+            weights = shape.numel() * (len(x) if what == 'kernels' else 1)
+            return weights < _FEW_WEIGHTS and self._is_slow_alone(x, shape)
         # By measurement on an H100, where nothing may be measured.
-        return x.device.type != 'cpu' and len(x) > 8
+        return len(x) > 8
+
+    def _is_slow_alone(self, x: Tensor, shape: torch.Size) -> bool:
+        """Whether PyTorch convolves one of several images by a way that is slower than for all."""
+        return (
+            len(x) > 1
+            and x.dim() == 4
+            and self.groups == 1
+            and x.dtype == torch.float32
+            and x.shape[1:].numel() <= _SMALL_IMAGE
+            and min(shape[2:]) <= _SMALL_KERNEL_SIZE
+            and bool(torch.backends.mkldnn.enabled)
+            and not modes.is_seen_through(x)
+            and x.is_contiguous()
+        )
 
     @staticmethod
     def _is_copied_to_join(x: Tensor, shape: Sequence[int]) -> bool:

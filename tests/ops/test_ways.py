@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmkw.layers import KWConv2d, set_temperature
 from mmkw.ops import SampleConv, backend, choosing
@@ -165,3 +166,68 @@ def test_channels_lie_as_those_of_a_static_layer(kind, channels_last, batch):
         assert ours.is_contiguous(memory_format=memory_format)
         assert static.is_contiguous(memory_format=memory_format)
         assert not ours._is_view()
+
+
+# Layer, size of the images, and how many convolutions compute forward and backward for four images.
+SMALL = {
+    'small images': ((16, 8, 3, 1, 1), (12, 10), 1, 2),
+    'strided and dilated': ((16, 24, 3, 2, 2, 2), (9, 17), 1, 2),
+    'large images': ((16, 8, 3, 1, 1), (33, 40), 4, 8),
+    'small images, wide kernels': ((64, 128, 3, 1, 1), (6, 5), 1, 5),
+    'small images, wider kernels': ((128, 256, 3, 1, 1), (6, 5), 4, 8),
+    'small images, large kernels': ((8, 8, 5, 1, 2), (12, 10), 4, 8),
+    'groups': ((16, 8, 3, 1, 1, 1, 2), (12, 10), 4, 8),
+}
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.enabled, reason='this PyTorch is without oneDNN')
+@pytest.mark.parametrize('kind', SMALL)
+def test_small_images_are_convolved_at_once(kind):
+    """PyTorch would take its slow way for one of them, though not for the static layer's batch."""
+    args, size, forward, backward = SMALL[kind]
+    layer = KWConv2d(*args)
+    set_temperature(layer, 0.3)
+    images = torch.randn(4, args[0], *size)
+
+    def compute(layer, images):
+        x = images.clone().requires_grad_()
+        y = layer(x)
+        return [y, *torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()])]
+
+    with torch.profiler.profile() as profile:
+        found = compute(layer, images)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls['aten::convolution'] == forward
+    assert calls['aten::convolution_backward'] == backward
+    if forward == 1:
+        with torch.profiler.profile() as profile:
+            compute(layer.static_twin(), images)
+        slow = '_slow_conv2d_forward', 'aten::_slow_conv2d_forward'
+        assert not {event.key for event in profile.key_averages()}.union(calls) & set(slow)
+    expected = compute(layer.double(), images.double())
+    for ours, exact in zip(found, expected):
+        torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('batch', [2, 5])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_small_images_are_convolved_with_their_own_kernels(batch, memory_format):
+    conv = SampleConv((2, 1), (1, 0), (1, 2))
+    x = torch.randn(batch, 8, 9, 11).contiguous(memory_format=memory_format)
+    kernels, bias = torch.randn(batch, 12, 8, 3, 3), torch.randn(12)
+    y = conv(x, kernels, bias)
+    assert y.is_contiguous(memory_format=memory_format)
+    grad = torch.randn_like(y)
+    found_x = conv.backward_x(grad, x, kernels)
+    found = conv.backward_kernels(grad, x, kernels.shape[1:], Scratch())
+    assert len(found) == batch
+    for i in range(batch):
+        image, kernel = (t.clone().requires_grad_() for t in (x[i : i + 1], kernels[i]))
+        one = F.conv2d(image, kernel, bias, (2, 1), (1, 0), (1, 2))
+        expected = torch.autograd.grad(one, [image, kernel], grad[i : i + 1])
+        for ours, reference in zip(
+            (y[i], found_x[i], found[i]), (one[0], expected[0][0], expected[1])
+        ):
+            torch.testing.assert_close(
+                ours, reference.detach().view(ours.shape), atol=1e-4, rtol=1e-4
+            )
