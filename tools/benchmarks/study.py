@@ -450,6 +450,7 @@ TABLES = {
             'static, 4e-3': Arm(None, FASTER),
             'KW 1x, one to one, 2e-3, LN': by_recipe(1, {**FAST, **KEPT}),
             'KW 1x, one to one, 4e-3, LN': by_recipe(1, {**FASTER, **KEPT}),
+            'KW 4x, one to one, 4e-3, LN': by_recipe(4, {**FASTER, **KEPT}),
             'KW 1x, 1 to 0 in one epoch, 4e-3': Arm(1, {**FASTER, **annealed(1)}),
         },
         task='conditions, half as wide',
