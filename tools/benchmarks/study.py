@@ -326,6 +326,7 @@ CONDITIONS = choice(
         'KW 1x, 2e-3, LN': by_recipe(1, FAST),
         'KW 1x, 4e-3, LN': by_recipe(1, FASTER),
         'KW 1x, 8e-3, LN': by_recipe(1, FASTEST),
+        'KW 4x, 2e-3, LN': by_recipe(4, FAST),
         'KW 4x, 4e-3, LN': by_recipe(4, FASTER),
         'KW 1x, 4e-3, LN, five epochs': by_recipe(1, FASTER, epochs=5),
     },
