@@ -107,6 +107,8 @@ def _goes_on(name: str, parent: nn.Module) -> bool:
 
 # The layers of PyTorch's transformers, which by default take Tensor[sequence, batch, channels].
 _OF_SEQUENCES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+# Methods that give modules Tensor[decoder layers, images, queries, channels], and these modules.
+_OF_STACKS = {'DETRHead.forward': ('reg_ffn',), 'MaskFormerHead.forward': ('mask_embed',)}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Attributes of every module, which hold what belongs to PyTorch.
 _OF_TORCH = frozenset(vars(nn.Module()))
@@ -119,8 +121,9 @@ def used_by_others(network: nn.Module) -> dict[str, str]:
     with that of its ``qkv``: a dynamic layer has no weight, but one kernel per image. Others share
     their weight with another module, as a decoder and an embedding do. And some are held in a list
     or dict beside the modules, as in Detectron2's FPN, which calls them from there. Transformers of
-    PyTorch and others may have the images second, beside an attention that has them so; a linear
-    layer would take the second for what it averages.
+    PyTorch and others may have the images second, beside an attention that has them so, and so have
+    heads that get the results of all layers of a decoder at once; a linear layer would take the
+    images for what it averages.
 
     Args:
         network: A static network.
@@ -131,8 +134,13 @@ def used_by_others(network: nn.Module) -> dict[str, str]:
     found, owner_of, keeper_of = {}, dict[nn.Parameter, str](), _of_sequences(network)
     for name, module in network.named_modules():
         kind, place = type(module), f'{name}.'.lstrip('.')
-        for child in _weights_read(kind) & set(module._modules):  # type: ignore[arg-type]
-            found[place + child] = f'{kind.__name__} computes with its weight'
+        inside = dict(module.named_modules())
+        for read in _weights_read(kind) & set(inside):  # type: ignore[arg-type]
+            found[place + read] = f'{kind.__name__} computes with its weight'
+        stacks = _OF_STACKS.get(getattr(kind.forward, '__qualname__', ''), ())
+        for part in inside:
+            if part.split('.')[0] in stacks:
+                found[place + part] = f'{kind.__name__} gives it the layers of a decoder first'
         if isinstance(module, _OF_SEQUENCES) and not module.self_attn.batch_first:
             for child in module._modules:
                 found[place + child] = f'{kind.__name__} gives it sequences before images'
@@ -186,7 +194,10 @@ def _modules_in(value: Any, depth: int = 2) -> Iterator[nn.Module]:
 
 @cache
 def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
-    """The names ``x`` of every ``self.x.weight`` in ``forward`` and in the methods it calls."""
+    """The names ``x`` of every ``self.x.weight`` in ``forward`` and in the methods it calls.
+
+    A name may have several parts, as of ``self.x.y.weight``.
+    """
     todo, seen, found = {'forward'}, set(), set()
     while todo:
         method = todo.pop()
@@ -197,9 +208,18 @@ def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
             owner = node.value
             if _is_self(owner) and inspect.isfunction(getattr(kind, node.attr, None)):
                 todo |= {node.attr} - seen
-            elif node.attr == 'weight' and isinstance(owner, ast.Attribute):
-                found |= {owner.attr} if _is_self(owner.value) else set()
+            elif node.attr == 'weight':
+                found |= {_name_in_self(owner)} - {''}
     return frozenset(found)
+
+
+def _name_in_self(node: ast.AST) -> str:
+    """``x.y`` of ``self.x.y``; empty for anything else."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.insert(0, node.attr)
+        node = node.value
+    return '.'.join(parts) if _is_self(node) else ''
 
 
 def _is_self(node: ast.AST) -> bool:

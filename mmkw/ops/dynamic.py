@@ -199,7 +199,8 @@ def _apply_in_parts(
             kept.append(kernels)
         for part, some in _scaled(mixing.mixed(weights, kernels), taps, block, kernels is None):
             results.append(sample_map(images[part], some.to(dtype), bias))
-    return _joined(results)
+    # No view, though its channels may lie last: activations may change it in place.
+    return _joined(results).data
 
 
 def _scaled(
@@ -237,8 +238,6 @@ class _ApplyMixed(torch.autograd.Function):
         kept: list[Tensor | None] = []
         mixing = mixing_of(cells)
         result = _apply_in_parts(x, attention, bias, taps, settings, mixing, kept)
-        # No view, though its channels may lie last: activations may change it in place.
-        result = result.data
         ctx.save_for_backward(x, attention, cells, bias, taps, *kept)
         ctx.token, ctx.settings, ctx.mixing_of = token, settings, mixing_of
         return result

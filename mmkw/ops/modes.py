@@ -25,8 +25,8 @@ _PLAIN = (Tensor, nn.Parameter)
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The precision to which autocast casts a tensor; None outside autocast."""
     device = x.device.type
-    if device == 'meta' or x.dtype == torch.float64:
-        # Autocast leaves double precision as it is.
+    if device == 'meta' or x.dtype == torch.float64 or not x.is_floating_point():
+        # Autocast leaves double precision as it is, and what are no real numbers.
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 

@@ -188,6 +188,9 @@ class Products(Way):
         """Whether the channels of a pixel lie together. They are taken as they lie."""
         if modes.is_exporting() or conv.groups > 1:
             return False
+        # Results of PyTorch's convolutions do not lie so in one dimension, nor of one volume.
+        if x.dim() == 3 or (x.dim() == 5 and len(x) == 1):
+            return False
         return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
     @staticmethod

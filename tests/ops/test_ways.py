@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmkw.layers import KWConv2d, set_temperature
+from mmkw.layers import KWConv1d, KWConv2d, KWConv3d, set_temperature
 from mmkw.ops import SampleConv, backend, choosing
 from mmkw.ops.memory import Scratch
 from mmkw.ops.sample_conv import _WAYS
@@ -166,6 +166,44 @@ def test_channels_lie_as_those_of_a_static_layer(kind, channels_last, batch):
         assert ours.is_contiguous(memory_format=memory_format)
         assert static.is_contiguous(memory_format=memory_format)
         assert not ours._is_view()
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('kind', LAYERS)
+def test_constant_results_can_be_changed_in_place(kind, batch):
+    """As by what learns after a frozen network, whose results no view may be."""
+    dynamic = KWConv2d(*LAYERS[kind]).eval()
+    images = torch.randn(batch, 16, 12, 10).contiguous(memory_format=torch.channels_last)
+    for layer in (dynamic, dynamic.static_twin()):
+        with torch.no_grad():
+            y = layer(images)
+        y.mul_(torch.nn.Parameter(torch.ones(1))).sum().backward()
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('dims', [1, 3])
+def test_channels_of_tokens_and_volumes_lie_as_those_of_a_static_layer(dims, batch):
+    """In results of kernels of size one: those of tokens lie first."""
+    dynamic = (KWConv1d if dims == 1 else KWConv3d)(16, 8, 1).eval()
+    x = torch.randn(batch, *[4] * dims, 16).movedim(-1, 1)
+    with torch.no_grad():
+        ours, static = dynamic(x), dynamic.static_twin()(x)
+    assert ours.is_contiguous() == static.is_contiguous() == (dims == 1 or batch == 1)
+    kernels = torch.randn(batch, 8, 16, *[1] * dims)
+    conv = SampleConv(*[(1,) * dims, (0,) * dims, (1,) * dims])
+    expected = torch.cat([conv.one(x[i : i + 1], kernels[i]) for i in range(batch)])
+    torch.testing.assert_close(conv(x, kernels), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int64, torch.complex64])
+def test_autocast_casts_real_numbers_alone(dtype, batch):
+    dynamic = KWConv2d(16, 8, 3).eval()
+    images = torch.ones(batch, 16, 6, 6).to(dtype)
+    for layer in (dynamic, dynamic.static_twin()):
+        autocast = torch.autocast('cpu', torch.bfloat16)
+        with torch.no_grad(), autocast, pytest.raises(RuntimeError):
+            layer(images)
 
 
 # Layer, size of the images, and how many convolutions compute forward and backward for four images.

@@ -2,11 +2,14 @@
 
 import copy
 import logging
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 from mmcv.cnn.bricks.transformer import BaseTransformerLayer
 from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from twin_networks import BACKBONES, HEADS, build, outputs
 
@@ -95,6 +98,79 @@ def test_weights_that_others_read(kind):
         pattern_plan(network, [dict(match=r'.*qkv')])
     with pytest.raises(PlanError, match=f'cannot be dynamic: {reader} computes with its weight'):
         convert(network, SharingPlan.make([('layers.0.attn.qkv', 'one')]))
+
+
+DETR = dict(
+    type='mmdet.DETRHead',
+    num_classes=5,
+    embed_dims=32,
+    loss_cls=dict(type='mmdet.CrossEntropyLoss', use_sigmoid=False, class_weight=1.0),
+)
+
+
+def test_layers_of_a_decoder_are_no_images():
+    """Their results come at once, as Tensor[layers, images, queries, channels]."""
+    head = MODELS.build(copy.deepcopy(DETR))
+    assert set(used_by_others(head)) >= {'reg_ffn.layers.0.0', 'reg_ffn.layers.1'}
+    with pytest.raises(PlanError, match='no layer that could be dynamic'):
+        list(family_rule(head))
+    with pytest.raises(
+        PlanError, match=r'reg_ffn.*DETRHead gives it the layers of a decoder first'
+    ):
+        pattern_plan(head, [dict(match=r'reg_ffn\..*')])
+
+
+def test_heads_that_compute_otherwise_keep_their_layers():
+    """One that inherits the method has the same layers, one with another method has not."""
+    kinds = [MODELS.get(f'mmdet.{name}') for name in ('DETRHead', 'ConditionalDETRHead')]
+    inheriting, own = type('Inheriting', (kinds[0],), {}), kinds[1]
+    options = {key: value for key, value in DETR.items() if key != 'type'}
+    assert 'reg_ffn.layers.1' in used_by_others(inheriting(**copy.deepcopy(options)))
+    focal = dict(type='mmdet.FocalLoss', use_sigmoid=True)
+    assert not used_by_others(own(**{**copy.deepcopy(options), 'loss_cls': focal}))
+
+
+@pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
+def test_masks_of_a_decoder_are_no_images(scope):
+    from mmengine.config import Config
+
+    place = Path(import_module(scope).__file__).parent / '.mim' / 'configs'
+    path = 'maskformer/maskformer_r50_ms-16xb1-75e_coco.py'
+    if scope == 'mmseg':
+        path = 'maskformer/maskformer_r50-d32_8xb2-160k_ade20k-512x512.py'
+    model = Config.fromfile(place / path).model
+    head = model.panoptic_head if scope == 'mmdet' else model.decode_head
+    with DefaultScope.overwrite_default_scope(scope):
+        network = MODELS.build(head)
+    assert {'mask_embed.0', 'mask_embed.2'} <= set(used_by_others(network))
+    assert not any(name.startswith('mask_embed') for name, _ in family_rule(network))
+
+
+def test_weights_that_a_method_reads_within_a_part():
+    """As TOOD's decomposition does, of the convolution in its ``ConvModule``."""
+    config = dict(
+        type='mmdet.TOODHead',
+        num_classes=4,
+        in_channels=32,
+        feat_channels=32,
+        stacked_convs=2,
+        num_dcn=0,
+        anchor_type='anchor_free',
+        anchor_generator=dict(
+            type='mmdet.AnchorGenerator',
+            ratios=[1.0],
+            octave_base_scale=8,
+            scales_per_octave=1,
+            strides=[8, 16],
+        ),
+        initial_loss_cls=dict(type='mmdet.FocalLoss'),
+    )
+    images = [torch.rand(2, 32, size, size) for size in (8, 4)]
+    for network in (config, dict(type='mmkw.KWModule', module=config)):
+        head = MODELS.build(copy.deepcopy(network)).eval()
+        assert [x.shape for x in head(images)[0]] == [(2, 4, 8, 8), (2, 4, 4, 4)]
+    names = {f'{part}_decomp.reduction_conv.conv' for part in ('cls', 'reg')}
+    assert names <= set(used_by_others(MODELS.build(copy.deepcopy(config))))
 
 
 def test_readers_are_found_where_forward_calls_them():

@@ -35,7 +35,8 @@ at::Tensor average(const at::Tensor& seen, bool is_tokens) {
 // A convolution by kernels of size one is a product of matrices, whether channels lie last or not.
 at::Tensor convolve_pixels(at::Tensor x, const at::Tensor& kernel,
                            const std::optional<at::Tensor>& bias, at::IntArrayRef stride) {
-  const bool is_channels_last = !x.is_contiguous() && x.movedim(1, -1).is_contiguous();
+  const bool is_channels_last =
+      x.dim() == 4 && !x.is_contiguous() && x.movedim(1, -1).is_contiguous();
   for (size_t dim = 0; dim < stride.size(); dim++)
     if (stride[dim] > 1) x = x.slice(2 + dim, 0, x.size(2 + dim), stride[dim]);
   const at::Tensor weights = kernel.flatten(1);
