@@ -94,8 +94,8 @@ def KWMobileNetV2(
             layers, relative to the number of those cells. In (0, 1]; 1 means no basis.
         spatial_partition: Whether cells have size 1 in space, as by default. Otherwise they have
             the kernel's size.
-        attention_norm_cfg: Norm of the attentions: ``BN1d``, ``SyncBN`` or ``LN``. By default
-            SyncBN or BatchNorm if the network has it, else LayerNorm.
+        attention_norm_cfg: Norm of the attentions: ``BN1d``, ``SyncBN``, ``LN`` or ``GN``. By
+            default SyncBN or BatchNorm if the network has it, else LayerNorm.
         start_tau: The temperature at which a static checkpoint starts the network: 0, or 1 with a
             :class:`~mmkw.engine.hooks.TemperatureHook`.
         freeze_warehouses: Whether a warehouse is frozen while all its layers are frozen. If not,

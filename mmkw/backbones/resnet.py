@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..registry import MODELS
-from ..sharing import resnet_rule
+from ..sharing import family_rule, resnet_rule
 from .building import Option, make_dynamic
 from .classifiers import name_in_classifiers
 from .residual import add_drop_path, checkpoint_blocks
@@ -71,8 +71,9 @@ def KWResNet(
     """Builds the ResNet of a library with the paper's four warehouses, one per stage.
 
     The result is an object of the ``ResNet`` class of mmdet, mmseg or mmpretrain, depending on the
-    config. With ``groups`` it is the library's ``ResNeXt``. All arguments keep their meaning, and
-    all modules keep their names. ``frozen_stages`` freezes a warehouse only if all its layers are
+    config. With ``groups`` it is the library's ``ResNeXt``, with the warehouses of
+    :func:`~mmkw.sharing.family_rule`. All arguments keep their meaning, and all modules keep their
+    names. ``frozen_stages`` freezes a warehouse only if all its layers are
     frozen. ``norm_eval`` also applies to the norms of the attentions.
 
     Args:
@@ -95,8 +96,8 @@ def KWResNet(
             layers, relative to the number of those cells. In (0, 1]; 1 means no basis.
         spatial_partition: Whether cells have size 1 in space, as by default. Otherwise they have
             the kernel's size.
-        attention_norm_cfg: Norm of the attentions: ``BN1d``, ``SyncBN`` or ``LN``. By default
-            SyncBN or BatchNorm if the network has it, else LayerNorm.
+        attention_norm_cfg: Norm of the attentions: ``BN1d``, ``SyncBN``, ``LN`` or ``GN``. By
+            default SyncBN or BatchNorm if the network has it, else LayerNorm.
         start_tau: The temperature at which a static checkpoint starts the network: 0, or 1 with a
             :class:`~mmkw.engine.hooks.TemperatureHook`.
         freeze_warehouses: Whether a warehouse is frozen while all its layers are frozen. If not,
@@ -122,7 +123,9 @@ def KWResNet(
     """
     arguments = dict(locals())
     network = ResNet(depth, **static)
-    return make_dynamic(network, resnet_rule(network, method), arguments)
+    # Grouped kernels have few input channels: beside the others, their cells would be too small.
+    rule = family_rule if 'groups' in static else resnet_rule
+    return make_dynamic(network, rule(network, method), arguments)
 
 
 @MODELS.register_module()

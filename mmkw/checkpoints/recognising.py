@@ -73,6 +73,7 @@ def check_checkpoint(
     unused = beyond_backbone(state_dict, prefix, warehouses, own)
     for key in unused:
         del state_dict[key]
+    _check_stem(network, state_dict, prefix)
     stored = stored_warehouses(state_dict, prefix)
     kernels = {} if stored else static_kernels(network, state_dict, prefix)
     if stored:
@@ -129,6 +130,25 @@ def _check_integers(network: nn.Module, state_dict: dict[str, Tensor], prefix: s
             raise DamagedCheckpointError(f'{stored}0 is not of integers.')
         if magnitudes is not None and own and (fault := fault_of(magnitudes, own[1])):
             raise DamagedCheckpointError(f'{stored}1 {fault}.')
+
+
+def _check_stem(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Refuses the file of a ResNet with another stem: only the stem would stay random."""
+    stems = {
+        'conv1': "type='mmkw.KWResNet', without deep_stem",
+        'stem.0': "type='mmkw.KWResNetV1c' (or V1d), or deep_stem=True",
+    }
+    own = modules_of(network)
+    for stage in [name for name in own if name.split('.')[-1] == 'layer1']:
+        place = stage.removesuffix('layer1')
+        stored = [stem for stem in stems if f'{prefix}{place}{stem}.weight' in state_dict]
+        built = [stem for stem in stems if f'{place}{stem}' in own]
+        if stored and built and stored != built:
+            raise CheckpointMismatchError(
+                f'The checkpoint has another stem than this {type(network).__name__}: '
+                f'{prefix}{place}{stored[0]}.weight, not {prefix}{place}{built[0]}.weight. '
+                f'Write {stems[stored[0]]}, or take the file of a network with this stem.'
+            )
 
 
 def _no_warehouse(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> str:

@@ -83,7 +83,7 @@ class ODConv2d(ConvNd):
 
     Args:
         *args: The arguments of ``torch.nn.Conv2d``, in the same order.
-        attention_norm_cfg: Norm of the attention: ``BN1d``, ``SyncBN`` or ``LN``.
+        attention_norm_cfg: Norm of the attention: ``BN1d``, ``SyncBN``, ``LN`` or ``GN``.
         device: As in ``torch.nn.Conv2d``.
         **kwargs: More arguments of ``torch.nn.Conv2d``, and ``cell_num_ratio``, the kernels, by
             default 1, and ``reduction``, the hidden units of the attention relative to the input

@@ -54,7 +54,7 @@ class DynamicLayer(Weightless, StandsForStatic):
 
     Args:
         *args: The arguments of the static layer in ``torch.nn``, in the same order.
-        attention_norm_cfg: Norm of the attention: ``BN1d``, ``SyncBN`` or ``LN``.
+        attention_norm_cfg: Norm of the attention: ``BN1d``, ``SyncBN``, ``LN`` or ``GN``.
         device: As in the static layer.
         **kwargs: More arguments of the static layer, and the warehouse options ``cell_num_ratio``,
             ``cell_inplane_ratio``, ``cell_outplane_ratio``, ``reduction``, ``nonlocal_basis_ratio``

@@ -23,8 +23,8 @@ WITH_ORACLE = {
     'ResNeXt': (
         'mmdet',
         KWResNet,
-        dict(depth=50, groups=4, base_width=4),
-        dict(groups=4, group_width=4),
+        dict(depth=50, groups=4, base_width=16),
+        dict(groups=4, group_width=16),
     ),
 }
 

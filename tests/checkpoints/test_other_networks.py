@@ -193,3 +193,32 @@ def test_every_network_starts_from_its_static_file(kind):
         for name, module in dynamic.named_modules(remove_duplicate=False)
         if hasattr(module, 'cells') and not name.endswith('.value')
     }
+
+
+@pytest.mark.skipif('mmseg' not in LIBRARIES, reason='ResNetV1c is its')
+@pytest.mark.parametrize('file', ['static', 'dynamic'])
+@pytest.mark.parametrize(
+    'kind, other', [('ResNet', 'KWResNetV1c'), ('ResNetV1c', 'KWResNet'), ('ResNetV1d', 'KWResNet')]
+)
+def test_a_resnet_with_another_stem_is_refused(kind, other, file):
+    """All its blocks would fit, and the stem would stay random."""
+    tiny = dict(depth=18, base_channels=16, stem_channels=16)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        own, network = (MODELS.build(dict(type=f'mmkw.{k}', **tiny)) for k in (f'KW{kind}', other))
+        static = MODELS.build(dict(type=kind, **tiny))
+    state = (static if file == 'static' else own).state_dict()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    remedy = 'mmkw.KWResNetV1c' if 'V1' in kind else "'mmkw.KWResNet', without"
+    with pytest.raises(CheckpointMismatchError, match=remedy):
+        load_state_dict(
+            nn.ModuleDict(dict(backbone=network)), {f'backbone.{k}': v for k, v in state.items()}
+        )
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    load_state_dict(own, state)
+    if file == 'static':
+        x = torch.randn(1, 3, 64, 64)
+        own.eval(), static.eval()
+        with torch.no_grad():
+            for ours, theirs in zip(own(x), static(x), strict=True):
+                torch.testing.assert_close(ours, theirs, **GAUGE)

@@ -5,6 +5,7 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
+from mmkw import KWModule, KWResNet
 from mmkw.sharing import family_rule, mobilenet_v2_rule, resnet_rule, split_groups
 from mmkw.sharing.families import MAX_OVERHEAD, attention_overhead, plannable_layers
 
@@ -33,11 +34,22 @@ def test_the_paper_s_plans_are_not_split(depth):
     assert [layer for layer, _ in family_rule(network)] == [layer for layer, _ in joint]
 
 
-def test_no_warehouse_of_a_resnext_is_useless():
-    network = build('mmdet', type='ResNeXt', depth=50, groups=32, base_width=4)
-    layers = plannable_layers(network)
-    for members in warehouses(family_rule(network)).values():
+@pytest.mark.parametrize('dynamic', [KWModule, KWResNet])
+def test_no_warehouse_of_a_resnext_is_useless(dynamic):
+    resnext = dict(depth=50, groups=32, base_width=4)
+    static = build('mmdet', type='ResNeXt', **resnext)
+    layers = plannable_layers(static)
+    for members in warehouses(family_rule(static)).values():
         assert attention_overhead(members, layers) <= MAX_OVERHEAD or len(members) == 1
+    argument = dict(module=dict(type='mmdet.ResNeXt')) if dynamic is KWModule else {}
+    with DefaultScope.overwrite_default_scope('mmdet'), torch.device('meta'):
+        network = dynamic(**argument, **resnext)
+    found = [
+        (p.name, s.kernel.layer) for p in network.warehouse_manager.partitions for s in p.layers
+    ]
+    assert sorted(found) == sorted((home, name) for name, home in family_rule(static))
+    parameters = [sum(p.numel() for p in net.parameters()) for net in (network, static)]
+    assert parameters[0] < 1.6 * parameters[1]
 
 
 def test_res2net_s_split_convolutions_are_planned():
