@@ -9,8 +9,10 @@ from mmkw.engine.building import type_name
 from mmkw.engine.command_line import (
     add_common_arguments,
     build_runner,
+    check_data,
     check_file,
     check_scopes,
+    checkpoint_faults,
     leave_processes,
     library_of,
     load_config,
@@ -112,7 +114,9 @@ def main() -> None:
         if library_of(config) == 'mmseg' and 'tta_model' not in config:
             parser.error(f'--tta needs tta_model and tta_pipeline, which {args.config} lacks')
         augment_at_test_time(config)
-    build_runner(config).test()
+    check_data(parser, config, 'test_dataloader', 'test_evaluator')
+    with checkpoint_faults(parser):
+        build_runner(config).test()
     leave_processes()
 
 

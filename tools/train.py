@@ -8,9 +8,11 @@ from mmengine.device import get_device
 from mmkw.engine.command_line import (
     add_common_arguments,
     build_runner,
+    check_data,
     check_file,
     check_scopes,
     check_weights,
+    checkpoint_faults,
     leave_processes,
     load_config,
 )
@@ -64,7 +66,9 @@ def main() -> None:
     begins = not (saved / 'last_checkpoint').exists() and not any(saved.glob('*.pth'))
     if config.get('start_from') and begins:
         check_file(parser, config.start_from)
-    build_runner(config).train()
+    check_data(parser, config, 'train_dataloader', 'val_dataloader', 'val_evaluator')
+    with checkpoint_faults(parser):
+        build_runner(config).train()
     leave_processes()
 
 

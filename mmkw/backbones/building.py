@@ -1,6 +1,7 @@
 """Builds the networks of this package from a static network, a plan and options."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,22 @@ from ..sharing.rules import absent_kernels
 
 # An option of warehouses: one value, one per warehouse, or None for that of the method.
 Option = float | Sequence[float] | None
+
+
+@contextmanager
+def static_arguments(arguments: dict[str, Any]) -> Iterator[None]:
+    """Names the options of mmkw where a static network refuses an argument, such as a misspelt one.
+
+    Args:
+        arguments: Arguments of the constructor by name, and those of the static network as a dict.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if 'unexpected keyword argument' not in str(error):
+            raise
+        own = ', '.join(name for name, value in arguments.items() if not isinstance(value, dict))
+        raise TypeError(f"{error}. mmkw's own options here are {own}.") from error
 
 
 def make_dynamic(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..registry import MODELS
 from ..sharing import convnext_rule
-from .building import Option, make_dynamic
+from .building import Option, make_dynamic, static_arguments
 from .classifiers import name_in_classifiers
 from .residual import checkpoint_blocks, drop_path_rates
 from .static import refuse_small_images
@@ -262,7 +262,8 @@ def KWConvNeXt(
         >>> backbone = mmkw.KWConvNeXt('tiny', drop_path_rate=0.4, out_indices=(1, 2, 3))
     """
     arguments = dict(locals())
-    network = ConvNeXt(arch, **static)
+    with static_arguments(arguments):
+        network = ConvNeXt(arch, **static)
     return make_dynamic(network, convnext_rule(network), arguments)
 
 

@@ -11,7 +11,7 @@ from ..checkpoints import CheckpointMismatchError, stored_warehouses
 from ..registry import MODELS
 from ..sharing import mobilenet_v2_rule
 from ..sharing.rules import POINTWISE
-from .building import Option, make_dynamic
+from .building import Option, make_dynamic, static_arguments
 from .classifiers import name_in_classifiers
 from .residual import checkpoint_blocks
 from .static import refuse_small_images, static_network
@@ -117,7 +117,8 @@ def KWMobileNetV2(
         >>> backbone = mmkw.KWMobileNetV2(pointwise='separate', cell_num_ratio=4)
     """
     arguments = dict(locals())
-    network = MobileNetV2(widen_factor, **static)
+    with static_arguments(arguments):
+        network = MobileNetV2(widen_factor, **static)
     # This network freezes its stages only in train(). They must be frozen before the conversion.
     network.train()
     kinds = {len({home for _, home in mobilenet_v2_rule(network, p)}): p for p in POINTWISE}

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..registry import MODELS
 from ..sharing import family_rule, resnet_rule
-from .building import Option, make_dynamic
+from .building import Option, make_dynamic, static_arguments
 from .classifiers import name_in_classifiers
 from .residual import add_drop_path, checkpoint_blocks
 from .static import refuse_small_images, static_network
@@ -122,7 +122,8 @@ def KWResNet(
         >>> other = mmkw.KWResNet(18, method='odconv', cell_num_ratio=4)
     """
     arguments = dict(locals())
-    network = ResNet(depth, **static)
+    with static_arguments(arguments):
+        network = ResNet(depth, **static)
     # Grouped kernels have few input channels: beside the others, their cells would be too small.
     rule = family_rule if 'groups' in static else resnet_rule
     return make_dynamic(network, rule(network, method), arguments)

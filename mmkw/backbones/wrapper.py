@@ -9,7 +9,7 @@ from torch import nn
 from ..layers import split_options
 from ..registry import MODELS
 from ..sharing import family_rule, pattern_plan
-from .building import Option, make_dynamic
+from .building import Option, make_dynamic, static_arguments
 from .residual import take_over_checkpoints
 
 
@@ -91,7 +91,8 @@ def KWModule(
             "module must be the config of a module, such as dict(type='ResNet', depth=50), got "
             f'{module!r}.'
         )
-    network = MMENGINE_MODELS.build({**more, **module})
+    with static_arguments(arguments):
+        network = MMENGINE_MODELS.build({**more, **module})
     take_over_checkpoints(network)
     if patterns is None:
         return make_dynamic(network, family_rule(network, method), arguments)

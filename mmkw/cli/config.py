@@ -6,6 +6,7 @@ from mmengine.config import Config
 from torch import nn
 
 from ..engine.building import build_model
+from ..engine.command_line import check_scopes
 
 
 def pixels(text: str) -> int:
@@ -30,6 +31,7 @@ def model_of(
         config: Of :func:`~mmkw.engine.command_line.config_of`.
         on_meta: As in :func:`~mmkw.engine.building.build_model`.
     """
+    check_scopes(parser, config)
     try:
         return build_model(config, on_meta)
     except (ValueError, TypeError, KeyError) as error:

@@ -22,10 +22,9 @@ from torch.utils._pytree import tree_leaves
 from ..backbones import rewrite_published
 from ..checkpoints import read_checkpoint
 from ..deploy.networks import difference
-from ..engine.building import build_model, dynamic_networks
+from ..engine.building import build_static, dynamic_networks
 from ..engine.command_line import add_config_options, config_of, library_of
 from ..engine.files.backend import NAME as WHOLE_FILES
-from ..sharing import static_networks
 from .config import model_of, pixels
 
 # Of the largest output: what float32 leaves of an exact start after some fifty layers.
@@ -124,17 +123,24 @@ def main(argv: Sequence[str]) -> None:
         '--shape',
         nargs=2,
         type=pixels,
-        default=(224, 224),
-        help='height and width of the image on which both networks are compared',
+        help='with --config: height and width of the image on which both networks are compared; '
+        'by default 224 224',
     )
     parser.add_argument(
         '--library',
         choices=['mmdet', 'mmseg', 'mmpretrain'],
-        default='mmdet',
-        help='without --config: for the MobileNetV2 of mmdet or mmseg (other backbones have the '
-        'same names in both) or for a classifier of mmpretrain',
+        help='without --config: for the MobileNetV2 of mmdet (the default) or mmseg (other '
+        'backbones have the same names in both) or for a classifier of mmpretrain',
     )
     args = parser.parse_args(argv)
+    if args.config is None and (args.cfg_options or args.shape):
+        unused = '--cfg-options' if args.cfg_options else '--shape'
+        parser.error(f'{unused} is for --config CONFIG, which is not given')
+    if args.config is not None and args.library:
+        parser.error(
+            f'--library {args.library} is for a published checkpoint; the library of --config '
+            f'{args.config} is known. Leave one out'
+        )
     if osp.exists(args.dst):
         parser.error(f'dst {args.dst} exists; remove it or give another name')
     if not osp.isdir(osp.dirname(args.dst) or '.'):
@@ -174,7 +180,7 @@ def rewritten(
             f'src {args.src} is no KernelWarehouse checkpoint. If it is of a static network, name '
             'the KernelWarehouse network that it is for: --config CONFIG'
         )
-    state, unused = rewrite_published(checkpoint, args.library)
+    state, unused = rewrite_published(checkpoint, args.library or 'mmdet')
     meta = {}
     told = checkpoint.get('meta')
     if classes := told.get('CLASSES') if isinstance(told, dict) else None:
@@ -202,8 +208,7 @@ def warm_started(
             f'src {args.src} is a KernelWarehouse checkpoint, not a static one; leave out --config'
         )
     model = model_of(parser, args, config)
-    with static_networks():
-        static = build_model(config)
+    static = build_static(config)
     whole = library_of(config) == 'mmpretrain'  # A classifier takes an ImageNet file whole.
     if not whole and not any(key.startswith('backbone.') for key in state):
         model, static = model.backbone, static.backbone
@@ -216,7 +221,7 @@ def warm_started(
     load_state_dict(model, dict(state))
     load_state_dict(static, dict(state))
     torch.manual_seed(0)
-    image = torch.randn(1, 3, *args.shape)
+    image = torch.randn(1, 3, *(args.shape or (224, 224)))
     # Some networks' eval() returns nothing.
     model.eval(), static.eval()
     differences = largest_difference(model, static, networks, image)

@@ -6,18 +6,19 @@ totals against the static network. ``--budget-params 30M`` looks for budgets tha
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..engine.building import build_model, dynamic_networks
+from ..engine.building import build_static, dynamic_networks
 from ..engine.command_line import add_config_options, config_of
 from ..layers import Attention, LayerAttention, PlanError, WarehousePartition, partition_warehouse
+from ..layers.dynamic_layers import DynamicLayer
 from ..layers.partition import is_comparator
-from ..sharing import static_networks
 from .config import model_of, pixels
 
 # Budgets that are tried, those of the paper and between.
@@ -52,22 +53,49 @@ def small_channels(sizes: list[int]) -> str:
     return ', '.join(found)
 
 
-def plan_lines(name: str, network: nn.Module) -> Iterator[str]:
-    """A table of the warehouses of a network.
+def plan_lines(networks: dict[str, nn.Module]) -> Iterator[str]:
+    """Tables of the warehouses of networks, and one of the layers with a warehouse of their own.
 
     Args:
-        name: Of the network in its model.
-        network: A converted network.
+        networks: Of :func:`~mmkw.engine.building.dynamic_networks`.
     """
+    single = []
+    for name, network in networks.items():
+        if isinstance(network, DynamicLayer):
+            (partition,) = network.warehouse_manager.partitions
+            single.append((replace(partition, name=name), attentions_of(partition, network)))
+            continue
+        yield f'{name} ({type(network).__name__})'
+        partitions = network.warehouse_manager.partitions
+        yield from table((p, attentions_of(p, network)) for p in partitions)
+        for partition in partitions:
+            yield f'{partition.name}: {", ".join(str(share.kernel) for share in partition.layers)}'
+        yield ''
+    if single:
+        yield 'Layers with a warehouse of their own, by conv_cfg'
+        yield from table(single)
+
+
+def attentions_of(partition: WarehousePartition, network: nn.Module) -> dict[str, Any]:
+    """The attentions of a warehouse by layer, without layers that the network lacks."""
     layers = dict(network.named_modules())
-    kind = type(network).__name__
-    yield f'{name} ({kind})'
+    names = [share.kernel.layer for share in partition.layers]
+    if isinstance(network, DynamicLayer):
+        layers = {names[0]: network}
+    return {name: layers[name].attention for name in names if name in layers}
+
+
+def table(warehouses: Iterable[tuple[WarehousePartition, dict[str, Any]]]) -> Iterator[str]:
+    """A table of warehouses.
+
+    Args:
+        warehouses: Each with the attentions of its layers.
+    """
     yield ''
     yield '| ' + ' | '.join(COLUMNS) + ' |'
     yield '|---' * len(COLUMNS) + '|'
-    for partition in network.warehouse_manager.partitions:
+    for partition, attentions in warehouses:
         shares = partition.layers
-        attentions = [layers[s.kernel.layer].attention for s in shares if s.kernel.layer in layers]
         small = [
             f'{side} {channels}'
             for side, channels in (
@@ -81,11 +109,8 @@ def plan_lines(name: str, network: nn.Module) -> Iterator[str]:
             f'| {"x".join(map(str, partition.cell_shape))} | {partition.num_cells} '
             f'| {sum(s.num_mixtures for s in shares)} '
             f'| {partition.num_cells * math.prod(partition.cell_shape):,} '
-            f'| {sum(map(parameters, attentions)):,} | {"; ".join(small)} |'
+            f'| {sum(map(parameters, attentions.values())):,} | {"; ".join(small)} |'
         )
-    yield ''
-    for partition in network.warehouse_manager.partitions:
-        yield f'{partition.name}: {", ".join(str(share.kernel) for share in partition.layers)}'
     yield ''
 
 
@@ -104,10 +129,10 @@ def cost(partition: WarehousePartition, network: nn.Module, budget: float) -> in
     except PlanError:
         return None
     total = cut.num_cells * math.prod(cut.cell_shape)
-    layers = dict(network.named_modules())
+    attentions = attentions_of(cut, network)
     for share in cut.layers:
-        if share.kernel.layer in layers:
-            old = layers[share.kernel.layer].attention
+        if share.kernel.layer in attentions:
+            old = attentions[share.kernel.layer]
             # Only the attention of KernelWarehouse has another number of parameters by its norm.
             has_bias = isinstance(old, Attention) and old.fc1.bias is not None
             norm = dict(type='LN' if has_bias else 'BN1d')
@@ -196,16 +221,14 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     config = config_of(parser, args)
     model = model_of(parser, args, config, on_meta=True)
-    with static_networks():
-        static = build_model(config, on_meta=True)
+    static = build_static(config, on_meta=True)
     networks = dynamic_networks(model)
     if not networks:
         parser.error(
             f'{args.config} builds no network with warehouses; use a backbone such as '
-            "'mmkw.KWResNet' or 'mmkw.KWModule'"
+            "'mmkw.KWResNet' or 'mmkw.KWModule', or conv_cfg=dict(type='mmkw.KWConv2d')"
         )
-    for name, network in networks.items():
-        print('\n'.join(plan_lines(name, network)))
+    print('\n'.join(plan_lines(networks)))
     cells = sum(parameters(network.warehouse_manager) for network in networks.values())
     attentions = sum(parameters(m) for m in model.modules() if isinstance(m, LayerAttention))
     dynamic = sum(map(parameters, networks.values()))
@@ -214,7 +237,7 @@ def main(argv: Sequence[str]) -> None:
     print('| | static | dynamic | ratio |\n|---|---|---|---|')
     rows = [
         ('parameters of the model', parameters(static), parameters(model)),
-        ('parameters of the networks above', plain, dynamic),
+        ('parameters of the parts above', plain, dynamic),
     ]
     if hasattr(model, 'backbone'):
         try:

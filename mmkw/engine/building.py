@@ -13,7 +13,8 @@ from torch import nn
 
 from ..checkpoints import read_checkpoint
 from ..layers import LayerAttention, set_temperature
-from ..sharing import is_converted
+from ..layers.dynamic_layers import has_own_warehouse
+from ..sharing import is_converted, static_networks
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 
@@ -142,13 +143,32 @@ def load_trained(model: nn.Module, path: str, part: str = '') -> None:
         set_temperature(model, tau)
 
 
+def build_static(config: Config, on_meta: bool = False) -> nn.Module:
+    """Builds the static model of a config with dynamic networks or layers.
+
+    Args:
+        config: As in :func:`build_model`.
+        on_meta: As in :func:`build_model`.
+    """
+    with static_networks():
+        model = build_model(config, on_meta)
+    for name, layer in dynamic_networks(model).items():
+        model.set_submodule(name, layer.static_twin())
+    return model
+
+
 def dynamic_networks(model: nn.Module) -> dict[str, nn.Module]:
     """The parts of a model that have warehouses, by name.
 
     Args:
-        model: Any model with networks converted by :func:`~mmkw.sharing.convert`.
+        model: Any model with networks converted by :func:`~mmkw.sharing.convert`, or with layers
+            made by ``conv_cfg``, which have a warehouse of their own.
     """
-    return {name: module for name, module in model.named_modules() if is_converted(module)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_converted(module) or has_own_warehouse(module)
+    }
 
 
 def dicts_of(place: str, cfg: Any) -> Iterator[tuple[str, dict]]:

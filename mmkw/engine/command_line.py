@@ -5,6 +5,7 @@ import os
 import os.path as osp
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed
@@ -13,6 +14,11 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from ..checkpoints import (
+    CheckpointMismatchError,
+    DamagedCheckpointError,
+    UnsafeCheckpointError,
+)
 from .building import LIBRARIES, dicts_of, is_pretrained, read_config, scope_of
 
 # Weights to download, by the names under which the configs expect them.
@@ -146,7 +152,50 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
     config.launcher = args.launcher
     name = osp.splitext(osp.basename(args.config))[0]
     config.work_dir = args.work_dir or config.get('work_dir') or osp.join('work_dirs', name)
+    if osp.exists(config.work_dir) and not osp.isdir(config.work_dir):
+        parser.error(f'--work-dir {config.work_dir} is a file; name a folder')
     return config
+
+
+def check_data(parser: argparse.ArgumentParser, config: Config, *parts: str) -> None:
+    """Stops with a usage error if local annotations, or without these a data folder, are missing.
+
+    Args:
+        parser: Reports the error.
+        config: Of :func:`load_config`.
+        parts: Names of data loaders and evaluators in the config; those it lacks do not count.
+    """
+    for part in parts:
+        for place, cfg in dicts_of(part, config.get(part)):
+            option, path = _data_of(cfg)
+            if path and '://' not in path and not osp.exists(osp.expanduser(path)):
+                parser.error(
+                    f'{place}.{option}: {path} does not exist. For another place use '
+                    f'--cfg-options {place}.{option}=PATH'
+                )
+
+
+def _data_of(cfg: dict) -> tuple[str, str]:
+    """The option and the path at which a data set or an evaluator begins to read."""
+    root, annotations = cfg.get('data_root'), cfg.get('ann_file')
+    # Another backend than the local disk has other paths.
+    if not isinstance(cfg.get('type'), (str, type)) or cfg.get('backend_args'):
+        return '', ''
+    root = osp.expanduser(root) if isinstance(root, str) else ''
+    if not isinstance(annotations, str) or not annotations:
+        return 'data_root', root
+    if root and not osp.isabs(annotations) and not osp.isdir(root):
+        return 'data_root', root
+    return 'ann_file', osp.join(root, annotations)
+
+
+@contextmanager
+def checkpoint_faults(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Makes a usage error of a checkpoint that is damaged, unsafe, or of another network."""
+    try:
+        yield
+    except (CheckpointMismatchError, DamagedCheckpointError, UnsafeCheckpointError) as error:
+        parser.error(str(error))
 
 
 def build_runner(config: Config) -> Runner:

@@ -554,6 +554,17 @@ def dynamic_class(layer: nn.Module, method: str = KERNELWAREHOUSE) -> type[Dynam
     return _DYNAMIC.get((method, base_class(layer)))
 
 
+def has_own_warehouse(module: nn.Module) -> bool:
+    """Whether a module is a dynamic layer that shares its warehouse with no other.
+
+    Args:
+        module: Any module.
+    """
+    return isinstance(module, DynamicLayer) and module.place[0] is module._modules.get(
+        'warehouse_manager'
+    )
+
+
 def kernel_shape(name: str, static: nn.Module) -> KernelShape:
     """Reads the shape of a static layer's kernel. A linear layer is a convolution of size one."""
     out_channels, in_channels, *kernel_size = static.weight.shape

@@ -62,7 +62,7 @@ def test_the_plan_of_the_paper_s_resnet50(root):
         '| stage4 | 8 | 1 | 512x512x1x1 | 47 | 47 | 12,320,768 | 734,800 | out 512; in 512 |' in out
     )
     assert 'layer4.0.conv2 (512, 512, 3x3), layer4.0.conv3 (2048, 512, 1x1)' in out
-    assert '| parameters of the networks above | 23,508,032 | 26,003,310 | 1.106 |' in out
+    assert '| parameters of the parts above | 23,508,032 | 26,003,310 | 1.106 |' in out
     assert 'Of these 23,425,024 are cells and 2,495,278 attentions.' in out
     # What it says comes out when the config is built so.
     head, budgets = out.split('For 60,000,000 parameters, ')[1].split(
@@ -89,7 +89,16 @@ def test_the_plan_of_the_paper_s_resnet50(root):
         (DEMO, ['--budget-params', 'inf'], "'inf' is no number of parameters such as 30M"),
         (DEMO, ['--cfg-options', 'model.backbone.start_tau=2'], f'config {DEMO}: .*start_tau must'),
         (DEMO, ['--cfg-options', 'model.backbone.depth=19'], f'config {DEMO}: .*19'),
-        (DEMO, ['--cfg-options', 'model.backbone.cell_num_ration=2'], f'config {DEMO}: .*ration'),
+        (
+            DEMO,
+            ['--cfg-options', 'model.backbone.cell_num_ration=2'],
+            f'config {DEMO}: .*ration.*own options here are .*cell_num_ratio, ',
+        ),
+        (
+            DEMO,
+            ['--cfg-options', 'model.backbone.type=KWResNet'],
+            "model.backbone.type is 'KWResNet', a type of mmkw: write 'mmkw.KWResNet'",
+        ),
         (DEMO, ['--cfg-options', 'custom_hooks.9.length=2'], '--cfg-options .*custom_hooks.9'),
         (DEMO, ['--shape', '-1', '64'], 'expected 2 arguments|no number of pixels'),
         (DEMO, ['--shape', '2', '2'], '--shape 2 2: ResNet got an image of 2 x 2 pixels'),
@@ -148,7 +157,7 @@ def test_budgets_of_patterns_are_told_by_warehouse(run_here, tmp_path):
     ]
     again = run_here('plan', config, '--cfg-options', *options)
     total = out.split('For 300,000 parameters, ')[1].split()[0]
-    assert f' {total} | ' in next(line for line in again.splitlines() if 'networks above' in line)
+    assert f' {total} | ' in next(line for line in again.splitlines() if 'parts above' in line)
 
 
 def test_a_model_around_a_detector_has_a_plan(run_here, tmp_path):
@@ -220,6 +229,43 @@ def test_a_neck_and_a_head_are_compared_too(run_here, root, tmp_path):
     found = {line.split(':')[0]: line.split()[-1] for line in out.splitlines() if 'largest' in line}
     assert set(found) == {'neck', 'bbox_head'}
     assert all(float(value) < 1e-4 for value in found.values())
+
+
+def test_layers_by_conv_cfg_are_planned_and_converted(run_here, root, static, tmp_path):
+    config = tmp_path / 'a.py'
+    layer = dict(type='mmkw.KWConv2d', cell_num_ratio=4)
+    config.write_text(f"_base_ = '{root}/{DEMO}'\nmodel = dict(neck=dict(conv_cfg={layer}))\n")
+    out = run_here('plan', config, '--budget-params', '10M')
+    rows = [line.split(' | ') for line in out.splitlines() if line.startswith('| neck.')]
+    neck = building.build_model(Config.fromfile(config), on_meta=True).neck
+    own = {f'neck.{name}': m for name, m in neck.named_modules() if hasattr(m, 'warehouse_manager')}
+    assert [row[0].removeprefix('| ') for row in rows] == list(own)
+    for row, part in zip(rows, own.values()):
+        cells, attention = part.cells.numel(), sum(p.numel() for p in part.attention.parameters())
+        assert row[1:3] == ['1', '4'] and row[6:8] == [f'{cells:,}', f'{attention:,}']
+    static_model = building.build_static(Config.fromfile(config), on_meta=True)
+    stored = torch.load(static)['state_dict']
+    parameters = sum(stored[name].numel() for name, _ in static_model.named_parameters())
+    assert f'| parameters of the model | {parameters:,} | ' in out
+    assert f'{next(iter(own))}: cell_num_ratio=' in out
+    out = run_here('convert', static, tmp_path / 'kw.pth', '--config', config, '--shape', 64, 64)
+    found = {line.split(':')[0]: line.split()[-1] for line in out.splitlines() if 'largest' in line}
+    assert set(found) == {'backbone', *own}
+    assert all(float(value) < 1e-4 for value in found.values()), found
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (['--shape', '64', '64'], '--shape is for --config CONFIG, which is not given'),
+        (['--cfg-options', 'a=1'], '--cfg-options is for --config CONFIG, which is not given'),
+        (['--config', DEMO, '--library', 'mmseg'], '--library mmseg is for a published checkpoint'),
+    ],
+)
+def test_options_that_would_not_count_are_refused(run_here, static, tmp_path, options, message):
+    target = tmp_path / 'kw.pth'
+    assert message in run_here('convert', static, target, *options, fails=True)
+    assert not target.exists()
 
 
 def test_a_static_checkpoint_of_another_depth_is_refused(run_here, tmp_path):

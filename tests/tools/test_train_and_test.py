@@ -181,6 +181,38 @@ def test_mistakes_end_with_a_usage_error(root, script, arguments, message):
     assert result.returncode == 2 and message in output
 
 
+@pytest.mark.parametrize('part', ['data', 'damaged', 'budget', 'folder'])
+@pytest.mark.parametrize('script', ['train.py', 'test.py'])
+def test_what_cannot_be_read_ends_with_a_usage_error(
+    root, mini_coco, trained, tmp_path, script, part
+):
+    """Without a trace of the libraries, and before anything is trained."""
+    file, work = trained / 'epoch_1.pth', tmp_path / 'work'
+    options = tiny(mini_coco)
+    message = 'With cell_num_ratio=1 it would fit.'
+    if part == 'data':
+        loader = 'train' if script == 'train.py' else 'test'
+        place = f'{loader}_dataloader.dataset.data_root'
+        options.append(f'{place}={tmp_path}/no/')
+        message = f'{place}: {tmp_path}/no/ does not exist. For another place use --cfg-options'
+    elif part == 'damaged':
+        file = tmp_path / 'damaged.pth'
+        file.write_bytes((trained / 'epoch_1.pth').read_bytes()[:5000])
+        message = str(file)
+    elif part == 'budget':
+        options.append('model.backbone.cell_num_ratio=2')
+    else:
+        work.touch()
+        message = f'--work-dir {work} is a file'
+    command = [sys.executable, f'tools/{script}', DEMO, '--work-dir', work]
+    command += ['--resume' if script == 'train.py' else '--launcher=none', file][
+        script != 'train.py' :
+    ]
+    result, output = run(root, *command, '--cfg-options', *options)
+    assert result.returncode == 2 and 'Traceback' not in output, output
+    assert message in output and not list(work.glob('*/vis_data/*.json'))
+
+
 @pytest.mark.parametrize('config', ['no.py', 'foo::x.py', 'configs/_base_/backbones/kw1x-r50.py'])
 def test_a_config_that_is_none_ends_with_a_usage_error(root, config):
     command = (
@@ -202,7 +234,8 @@ def test_missing_imagenet_weights_are_named_before_anything_starts(root, tmp_pat
     assert message in output
     # The way out that the message gives: the next thing that is missing is COCO.
     result, output = run(root, *command, '--cfg-options', 'model.backbone.init_cfg=None')
-    assert "No such file or directory: 'data/coco/annotations" in output
+    assert result.returncode == 2 and not (tmp_path / 'work').exists()
+    assert 'train_dataloader.dataset.data_root: data/coco/ does not exist. For' in output
 
 
 def test_a_config_without_default_scope_names_its_library_by_types(root, tmp_path):

@@ -43,13 +43,14 @@ BACKBONES = """
 ## Another backbone
 
 Most detectors and segmentors are here once, with a 1x ResNet50. To have another backbone, name
-another file of `configs/_base_/backbones` in the config's `_base_`:
+another file of `configs/_base_/backbones` in `_base_`. In a config of your own:
 
 ```python
 _base_ = [
     'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
-    '../_base_/backbones/kw4x-r50.py',  # was kw1x-r50.py
+    'mmkw::_base_/backbones/kw4x-r50.py',  # in configs/ it is '../_base_/backbones/...'
 ]
+model = dict(backbone=_base_.backbone)
 ```
 
 For the ResNet50 of any budget (`kw1d2x-r50.py`, `kw1x-r50.py`, `kw4x-r50.py`, the static `r50.py`)
