@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import exported
-from .networks import difference, evaluating, tensors_of
+from .networks import DenseNetwork, difference, evaluating, tensors_of
 from .runtimes import need, onnx_session
 from .static import to_static
 from .windows import counted_in_program, windowed
@@ -225,9 +225,11 @@ def _check_computes(model: nn.Module, example: Tensor) -> None:
     try:
         model(example)
     except Exception as error:
+        whole = isinstance(model, DenseNetwork)
+        remedy = ' Its backbone may: export model.backbone, or give --backbone.' if whole else ''
         raise ExportError(
             f'{type(model).__name__} does not compute from images of {tuple(example.shape)} alone: '
-            f'{_told(error)}. Its backbone may: export model.backbone, or give --backbone.'
+            f'{_told(error).rstrip(".")}.{remedy}'
         ) from error
 
 

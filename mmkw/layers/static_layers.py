@@ -134,11 +134,11 @@ def used_by_others(network: nn.Module) -> dict[str, str]:
     found, owner_of, keeper_of = {}, dict[nn.Parameter, str](), _of_sequences(network)
     for name, module in network.named_modules():
         kind, place = type(module), f'{name}.'.lstrip('.')
-        inside = dict(module.named_modules())
-        for read in _weights_read(kind) & set(inside):  # type: ignore[arg-type]
-            found[place + read] = f'{kind.__name__} computes with its weight'
+        reads = _weights_read(kind)  # type: ignore[arg-type]
         stacks = _OF_STACKS.get(getattr(kind.forward, '__qualname__', ''), ())
-        for part in inside:
+        for part, _ in module.named_modules() if reads or stacks else ():
+            if part in reads:
+                found[place + part] = f'{kind.__name__} computes with its weight'
             if part.split('.')[0] in stacks:
                 found[place + part] = f'{kind.__name__} gives it the layers of a decoder first'
         if isinstance(module, _OF_SEQUENCES) and not module.self_attn.batch_first:

@@ -13,13 +13,18 @@ from ..layers import PlanError, StandsForStatic, WarehouseOptions, dynamic_class
 from ..layers.attention import attention_width
 from ..layers.partition import KERNELWAREHOUSE, is_comparator, partition_warehouse
 from ..layers.static_layers import predictions, used_by_others
-from .rules import absent_kernels, convnext_rule, mobilenet_v2_rule, refuse_nothing, resnet_rule
+from .rules import (
+    MIN_CHANNELS,
+    absent_kernels,
+    convnext_rule,
+    mobilenet_v2_rule,
+    refuse_nothing,
+    resnet_rule,
+)
 from .value_projection import fused_projections
 
 LOGGER = logging.getLogger('mmkw')
 
-# Layers with fewer channels take the image as their input, or make predictions.
-MIN_CHANNELS = 16
 # The general rule leaves a layer static if its attention has more parameters than this part of its
 # kernel. The layer is counted as if it had its own warehouse.
 MAX_OWN_OVERHEAD = 0.25

@@ -12,6 +12,9 @@ from torch import nn
 from ..layers import KernelShape, PlanError, dynamic_class, kernel_shape
 from ..layers.partition import KERNELWAREHOUSE, is_comparator
 
+# The general rule leaves layers with fewer channels static: they take the image as their input, or
+# make predictions.
+MIN_CHANNELS = 16
 # Res2Net has several 3x3 convolutions ``convs`` instead of conv2.
 _RESNET_LAYER = re.compile(r'layer(\d+)\.(\d+)\.(conv\d+|convs\.\d+|downsample\.\d+)')
 
@@ -146,12 +149,18 @@ def refuse_nothing(network: nn.Module, pairs: list[tuple[str, str]]) -> list[tup
     if pairs:
         return pairs
     some = itertools.islice(layers_with_kernels(network).items(), 4)
-    found = ', '.join(f'{name} is a {type(layer).__name__}' for name, layer in some)
+    found = ', '.join(f'{name} is a {_kind(layer)}' for name, layer in some)
     raise PlanError(
         f'{type(network).__name__} has no layer that could be dynamic: '
-        f'{found or "it has no kernel"}. Only plain convolutions and linear layers of enough '
-        'channels can: without conv_cfg, dcn or other kinds.'
+        f'{found or "it has no kernel"}. Only plain convolutions and linear layers can, without '
+        f'conv_cfg, dcn or other kinds; where no rule of the paper holds, those of at least '
+        f'{MIN_CHANNELS} channels. Name others by patterns.'
     )
+
+
+def _kind(layer: nn.Module) -> str:
+    """The class of a layer with the channels of its kernel."""
+    return f'{type(layer).__name__} of {"x".join(map(str, layer.weight.shape[:2]))} channels'
 
 
 # The names of the original release and of mmpretrain, of timm, and of torchvision, each with the

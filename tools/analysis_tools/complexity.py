@@ -8,8 +8,9 @@ from mmengine.config import Config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmkw.cli.config import pixels
 from mmkw.engine.building import build_model
-from mmkw.engine.command_line import library_of
+from mmkw.engine.command_line import config_of, library_of
 
 
 class Complexity(NamedTuple):
@@ -72,11 +73,12 @@ def _shape_of(config: Config) -> tuple[int, int]:
 def main() -> None:
     """Reads the command line and prints one line a config."""
     parser = argparse.ArgumentParser(description='Count parameters and FLOPs')
-    parser.add_argument('configs', nargs='+', help='config files')
-    parser.add_argument('--shape', nargs=2, type=int, help='height and width of the image')
+    parser.add_argument('configs', nargs='+', help='config files, or PACKAGE::CONFIG')
+    parser.add_argument('--shape', nargs=2, type=pixels, help='height and width of the image')
     args = parser.parse_args()
     for path in args.configs:
-        total, backbone, flops, (height, width) = count(Config.fromfile(path), args.shape)
+        config = config_of(parser, argparse.Namespace(config=path, cfg_options={}))
+        total, backbone, flops, (height, width) = count(config, args.shape)
         print(
             f'{path}: {total:,} parameters; backbone {backbone:,} parameters, '
             f'{flops / 1e9:.2f} GFLOPs at {height} x {width}'

@@ -3,6 +3,7 @@
 ``model.py STATIC_CONFIG CONFIG... --shapes 2x800x1216 --mode train``
 """
 
+import argparse
 import copy
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from mmengine.structures import PixelData
 from torch import nn
 
 from mmkw.engine.building import build_model
+from mmkw.engine.command_line import config_of
 
 
 def build(config: Config) -> nn.Module:
@@ -56,9 +58,14 @@ def make_batch(config: Config, model: nn.Module, shape: tuple[int, int, int]) ->
 def main() -> None:
     """Reads the command line, measures and reports."""
     options = parser(__doc__)
-    options.add_argument('configs', nargs='+', help='config files, the reference first')
+    options.add_argument(
+        'configs', nargs='+', help='config files or PACKAGE::CONFIG, the reference first'
+    )
     args = options.parse_args()
-    configs = {Path(path).stem: Config.fromfile(path) for path in args.configs}
+    configs = {
+        Path(path).stem: config_of(options, argparse.Namespace(config=path, cfg_options={}))
+        for path in args.configs
+    }
     reference = next(iter(configs.values()))
 
     def cases_of(shape: str, only: str | None) -> list[Case]:
