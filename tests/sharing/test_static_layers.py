@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from twin_networks import BACKBONES, HEADS, build, outputs
 
-from mmkw.layers import KWLinear, PlanError, StandsForStatic, set_temperature
+from mmkw.layers import KWLinear, LayerAttention, PlanError, StandsForStatic, set_temperature
 from mmkw.layers.static_layers import predictions, used_by_others
 from mmkw.sharing import SharingPlan, convert, family_rule, pattern_plan, to_static
 
@@ -100,6 +100,7 @@ def test_weights_that_others_read(kind):
         convert(network, SharingPlan.make([('layers.0.attn.qkv', 'one')]))
 
 
+CHANNELS = ((256, 4), (512, 8), (1024, 16), (2048, 32))
 DETR = dict(
     type='mmdet.DETRHead',
     num_classes=5,
@@ -140,10 +141,28 @@ def test_masks_of_a_decoder_are_no_images(scope):
         path = 'maskformer/maskformer_r50-d32_8xb2-160k_ade20k-512x512.py'
     model = Config.fromfile(place / path).model
     head = model.panoptic_head if scope == 'mmdet' else model.decode_head
+    # Of less size, that the test is fast.
+    head.num_queries, head.transformer_decoder.num_layers = 10, 1
+    kind = dict(mmdet='DetDataSample', mmseg='SegDataSample')[scope]
+    sample = getattr(import_module(f'{scope}.structures'), kind)
+    shape = dict(img_shape=(64, 64), batch_input_shape=(64, 64), pad_shape=(64, 64))
+    x = [torch.randn(2, channels, 64 // s, 64 // s) for channels, s in CHANNELS]
     with DefaultScope.overwrite_default_scope(scope):
-        network = MODELS.build(head)
-    assert {'mask_embed.0', 'mask_embed.2'} <= set(used_by_others(network))
-    assert not any(name.startswith('mask_embed') for name, _ in family_rule(network))
+        static = MODELS.build(copy.deepcopy(head))
+        dynamic = MODELS.build(dict(type='mmkw.KWModule', module=head))
+    assert {'mask_embed.0', 'mask_embed.2'} <= set(used_by_others(static))
+    assert not isinstance(dynamic.mask_embed[0], KWLinear)
+    for attention in (m for m in dynamic.modules() if isinstance(m, LayerAttention)):
+        for parameter in attention.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    for network in (static, dynamic):
+        network.eval()
+        with torch.no_grad():
+            both = network(x, [sample(metainfo=shape)] * 2)
+            for i in range(2):
+                alone = network([y[i : i + 1] for y in x], [sample(metainfo=shape)])
+                for one, two in zip(alone, both, strict=True):
+                    torch.testing.assert_close(two[:, i : i + 1], one, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_that_a_method_reads_within_a_part():
