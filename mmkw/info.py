@@ -14,7 +14,7 @@ def report() -> str:
         Lines, each with a name and its description.
 
     Example:
-        ``print(mmkw.info.report())``, or ``mmkw info`` in a shell.
+        ``import mmkw.info; print(mmkw.info.report())``, or ``mmkw info`` in a shell.
     """
     lines = [
         ('mmkw', f'{__version__}, in {Path(__file__).parent}'),

@@ -47,8 +47,8 @@ def apply_mixed(
 
     The result equals ``sample_map(x, mix_cells(attention, cells, grid), bias)``, with the kernels
     times ``taps``. It can be differentiated as often as this expression. The expression itself
-    computes if a transformation looks inside (``torch.func``, forward-mode differentiation,
-    ``torch.export``, ``torch.compile``).
+    computes if a transformation looks inside (``torch.func``, forward-mode differentiation).
+    ``torch.export`` and ``torch.compile`` have forms of their own, of the same result.
 
     Args:
         x: Tensor[batch, ...], the images or tokens. Under autocast the images and the kernels are
