@@ -223,8 +223,8 @@ def KWConvNeXt(
         arch: As in :class:`ConvNeXt`.
         method: ``kernelwarehouse``, or for comparison ``dyconv``, ``condconv`` or ``odconv``: then
             the layers are :class:`~mmkw.DYConv2d`, :class:`~mmkw.CondConv2d` or
-            :class:`~mmkw.ODConv2d`, each with its own kernels, and take ``cell_num_ratio`` and
-            ``reduction`` alone, but ``condconv`` no ``reduction``.
+            :class:`~mmkw.ODConv2d`, each with its own kernels. Of the warehouse options they take
+            ``cell_num_ratio`` and ``reduction`` alone, but ``condconv`` no ``reduction``.
         cell_num_ratio: The budget ``b``: cells per mixture. Above 0, by default 1. Of the other
             methods the number of kernels, by default 4, 8 and 1. This and the next five options
             are one value, or one per warehouse.
