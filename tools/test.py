@@ -103,7 +103,7 @@ def main() -> None:
 
     config = load_config(parser, args)
     check_scopes(parser, config)
-    config.load_from = args.checkpoint
+    config.load_from, config.resume = args.checkpoint, False
     if args.out:
         dump_predictions(parser, config, args.out)
     if args.show or args.show_dir:

@@ -215,6 +215,13 @@ class Values:
             raise _damaged(place, 'is a Namespace without contents')
         return self.build(call.state, place)
 
+    def _config(self, call: Call, arguments: tuple, place: tuple[Any, ...]) -> dict:
+        """A dict of a config (``ConfigDict``), as a plain one."""
+        value = self.build(arguments[0], place) if arguments else {}
+        if type(value) is not dict:
+            raise _damaged(place, 'is a ConfigDict of no dict')
+        return {**value, **dict(self._items(call.items, place))}
+
     def _set(self, call: Call, arguments: tuple, place: tuple[Any, ...]) -> set:
         elements = arguments[0] if arguments else []
         if type(elements) not in (list, tuple):
@@ -457,6 +464,7 @@ _CALLS: dict[str, Callable[[Values, Call, tuple, tuple[Any, ...]], Any]] = {
     'collections.OrderedDict': Values._ordered_dict,
     'collections.Counter': Values._counter,
     'argparse.Namespace': Values._namespace,
+    'mmengine.config.config.ConfigDict': Values._config,
     'builtins.set': Values._set,
     'builtins.bytes': Values._bytes,
     'builtins.bytearray': Values._bytearray,

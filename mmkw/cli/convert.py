@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ..backbones import rewrite_published
 from ..checkpoints import read_checkpoint
 from ..deploy.networks import difference
-from ..engine.building import build_static, dynamic_networks
+from ..engine.building import build_static, dynamic_networks, state_of
 from ..engine.command_line import add_config_options, config_of, library_of
 from ..engine.files.backend import NAME as WHOLE_FILES
 from .config import model_of, pixels
@@ -247,9 +247,3 @@ def warm_started(
     if start_tau:
         meta['temperature'] = start_tau
     return model.state_dict(), meta, f', for a start at temperature {start_tau:g}.'
-
-
-def state_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The state dict in a checkpoint, without the prefix of models on several devices."""
-    state = checkpoint.get('state_dict', checkpoint)
-    return {key.removeprefix('module.'): value for key, value in state.items()}

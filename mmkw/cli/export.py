@@ -47,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         help='with --form static: images, or folders, to average kernels over',
     )
     parser.add_argument(
-        '--keep', default=(), help="for --form static: what stays dynamic, such as 'top 30 %%'"
+        '--keep',
+        nargs='+',
+        default=(),
+        help="for --form static: what stays dynamic, such as 'top 30 %%', or names of layers",
     )
     add_config_options(parser)
     args = parser.parse_args(argv)
@@ -65,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         form = args.form
         if form == 'static':
-            model, report = to_static(model, ImageLoader(config, args.images), args.keep)
+            words = ' '.join(args.keep)
+            keep = words if words.startswith('top ') else args.keep
+            model, report = to_static(model, ImageLoader(config, args.images), keep)
             print(f'{report}\n')
             form = 'scan'
         network = model.backbone if args.backbone else DenseNetwork(model)

@@ -178,8 +178,9 @@ def solve(costs: list[dict[float, int]], target: int) -> list[float] | None:
 def flops(model: nn.Module, shape: tuple[int, int]) -> int:
     """Multiply-adds of a model's backbone for one image."""
     image = torch.empty(1, 3, *shape, device='meta')
+    model.eval()  # Of some models it returns nothing.
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval().backbone(image)
+        model.backbone(image)
     # The counter counts a multiply-add as two.
     return counter.get_total_flops() // 2
 
@@ -284,5 +285,5 @@ def print_budgets(
         value = own[0] if len(set(own)) == 1 else own
         print(f'{name}: cell_num_ratio={value}')
         if value is own:
-            each = ', '.join(f'{part.name} {budget:g}' for part, budget in zip(partitions, own))
+            each = ', '.join(f'{part.name} {budget}' for part, budget in zip(partitions, own))
             print(f'With patterns, each in its own: {each}')

@@ -194,7 +194,11 @@ class _Half(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         outputs = self.network(images.half())
-        return torch.utils._pytree.tree_map(lambda output: output.float(), outputs)
+        return torch.utils._pytree.tree_map_only(Tensor, _single, outputs)
+
+
+def _single(output: Tensor) -> Tensor:
+    return output.float() if output.is_floating_point() else output
 
 
 def _program(

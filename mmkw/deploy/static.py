@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers import ODConv2d
 from ..layers.dynamic_layers import DynamicLayer
-from ..layers.twins import has_values
+from ..layers.twins import exchange, has_values
 from ..layers.warehouse import WarehouseManager
 from ..ops import mix_cells, modes
 from ..sharing import SharingPlan, convert, is_converted
@@ -258,9 +258,9 @@ def _with_kernels(
     alone = {layer: nn.Identity() for layer in keeping - shared}
     averaged = {network.get_submodule(name): kernel for name, kernel in kernels.items()}
     static = {layer: _static_layer(layer, kernel) for layer, kernel in averaged.items()}
-    _exchange(network, {**static, **alone})
+    exchange(network, {**static, **alone})
     leave_warehouses(network)
-    _exchange(network, {stand_in: layer for layer, stand_in in alone.items()})
+    exchange(network, {stand_in: layer for layer, stand_in in alone.items()})
     for part in parts:
         part.convert_again(keeping)
     return network
@@ -270,14 +270,6 @@ def _static_layer(layer: Any, kernel: Tensor) -> nn.Module:
     static = layer.static_twin()
     static.weight.copy_(kernel.view_as(static.weight))
     return static
-
-
-def _exchange(network: nn.Module, others: Mapping[nn.Module, nn.Module]) -> None:
-    """Puts other modules in the places of some modules."""
-    for parent in list(network.modules()):
-        for name, child in parent._modules.items():
-            if child in others:
-                parent._modules[name] = others[child]
 
 
 class _Part:

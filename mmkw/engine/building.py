@@ -14,6 +14,7 @@ from torch import nn
 from ..checkpoints import read_checkpoint
 from ..layers import LayerAttention, set_temperature
 from ..layers.dynamic_layers import has_own_warehouse
+from ..layers.twins import exchange
 from ..sharing import is_converted, static_networks
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
@@ -122,7 +123,7 @@ def load_trained(model: nn.Module, path: str, part: str = '') -> None:
         ValueError: If tensors of the part are not in the file.
     """
     stored = read_checkpoint(path, map_location='cpu')
-    missing, unexpected = model.load_state_dict(stored.get('state_dict', stored), strict=False)
+    missing, unexpected = model.load_state_dict(state_of(stored), strict=False)
     place = f'{part}.' if part else ''
     lacking = [name for name in missing if name.startswith(place)]
     if lacking:
@@ -152,8 +153,8 @@ def build_static(config: Config, on_meta: bool = False) -> nn.Module:
     """
     with static_networks():
         model = build_model(config, on_meta)
-    for name, layer in dynamic_networks(model).items():
-        model.set_submodule(name, layer.static_twin())
+    layers = dynamic_networks(model).values()
+    exchange(model, {layer: layer.static_twin() for layer in layers})
     return model
 
 
@@ -169,6 +170,16 @@ def dynamic_networks(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if is_converted(module) or has_own_warehouse(module)
     }
+
+
+def state_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The state dict in a checkpoint, without the prefix of models on several devices.
+
+    Args:
+        checkpoint: A state dict, or a dict with one.
+    """
+    state = checkpoint.get('state_dict', checkpoint)
+    return {key.removeprefix('module.'): value for key, value in state.items()}
 
 
 def dicts_of(place: str, cfg: Any) -> Iterator[tuple[str, dict]]:

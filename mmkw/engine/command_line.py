@@ -19,7 +19,7 @@ from ..checkpoints import (
     DamagedCheckpointError,
     UnsafeCheckpointError,
 )
-from .building import LIBRARIES, dicts_of, is_pretrained, read_config, scope_of
+from .building import LIBRARIES, dicts_of, is_pretrained, read_config, scope_of, type_name
 
 # Weights to download, by the names under which the configs expect them.
 PUBLISHED_WEIGHTS = {
@@ -50,6 +50,10 @@ PUBLISHED_WEIGHTS = {
 PUBLISHED_WEIGHTS['checkpoints/odconv4x_resnet50.pth'] = (
     'ODConv 4x ResNet50, ImageNet top-1 78.50, github.com/OSVAI/ODConv'
 )
+
+
+# Data sets of MMPretrain that are downloaded where they are missing.
+_DOWNLOADING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 
 
 class _Overrides(DictAction):
@@ -180,6 +184,8 @@ def _data_of(cfg: dict) -> tuple[str, str]:
     root, annotations = cfg.get('data_root'), cfg.get('ann_file')
     # Another backend than the local disk has other paths.
     if not isinstance(cfg.get('type'), (str, type)) or cfg.get('backend_args'):
+        return '', ''
+    if cfg.get('download', type_name(cfg) in _DOWNLOADING):
         return '', ''
     root = osp.expanduser(root) if isinstance(root, str) else ''
     if not isinstance(annotations, str) or not annotations:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mmengine.optim import DefaultOptimWrapperConstructor
 
 # The keys of an optimizer's group that are not settings.
-_NO_SETTINGS = ('params', 'param_names')
+_NO_SETTINGS = ('params', 'param_names', 'param_name')
 _MANAGER = 'warehouse_manager'
 
 

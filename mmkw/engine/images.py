@@ -23,10 +23,20 @@ def test_pipeline(config: Config) -> Compose:
 
     Args:
         config: With a ``test_dataloader``.
+
+    Raises:
+        ValueError: If the config has none, or its pipeline reads no files.
     """
+    if not isinstance(config.get('test_dataloader'), dict):
+        raise ValueError('The config has no test_dataloader, whose pipeline reads images: add one.')
     dataset = config.test_dataloader.dataset
     while 'pipeline' not in dataset:
         dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
+    if not any(str(step['type']).endswith('FromFile') for step in dataset.pipeline):
+        raise ValueError(
+            'The test pipeline of the config reads no files: put dict(type="LoadImageFromFile") '
+            'first.'
+        )
     return Compose([step for step in dataset.pipeline if 'Annotations' not in str(step['type'])])
 
 

@@ -7,7 +7,7 @@ come back and take over what has changed in their twins. So an initialiser for k
 an attention.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,19 @@ from .warm_start import warm_start
 
 # At this temperature a warm start sets the cells and does not change the attentions.
 _TAU = 1.0
+
+
+def exchange(network: nn.Module, others: Mapping[nn.Module, nn.Module]) -> None:
+    """Puts other modules in the places of some modules, in all places of each.
+
+    Args:
+        network: Any network; changed in place.
+        others: The other modules, by those they replace.
+    """
+    for parent in list(network.modules()):
+        for name, child in parent._modules.items():
+            if child in others:
+                parent._modules[name] = others[child]
 
 
 class StandsForStatic(nn.Module):

@@ -55,7 +55,12 @@ class Noise(Dataset):
         return dict(inputs=torch.randn(3, 6, 6) + index)
 
 
-def make_runner(folder, dynamic, kept=-1, epochs=EPOCHS, start_from=None, **hook):
+SCHEDULER = dict(type='LinearLR', start_factor=0.1, end=8, by_epoch=False)
+
+
+def make_runner(
+    folder, dynamic, kept=-1, epochs=EPOCHS, start_from=None, scheduler=SCHEDULER, **hook
+):
     torch.manual_seed(0)
     return Runner(
         Model(dynamic),
@@ -69,7 +74,7 @@ def make_runner(folder, dynamic, kept=-1, epochs=EPOCHS, start_from=None, **hook
         ),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01)),
-        param_scheduler=dict(type='LinearLR', start_factor=0.1, end=8, by_epoch=False),
+        param_scheduler=scheduler,
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
             checkpoint=dict(dict(type='CheckpointHook', interval=1, max_keep_ckpts=kept), **hook),

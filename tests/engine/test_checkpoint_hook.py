@@ -10,7 +10,8 @@ from pathlib import Path
 import interruptions
 import pytest
 import torch
-from interruptions import make_runner, result
+from interruptions import Noise, make_runner, result
+from mmengine.config import ConfigDict
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -130,19 +131,21 @@ def test_a_whole_pointer_is_followed_wherever_it_points(tmp_path, trained, dynam
 
 
 @BOTH
+@pytest.mark.parametrize('resume', [True, False])
 def test_where_nothing_was_saved_yet_it_starts_from_the_weights_it_began_with(
-    tmp_path, trained, dynamic
+    tmp_path, trained, dynamic, resume
 ):
     path = trained[dynamic][0] / 'epoch_3.pth'
     weights = read_checkpoint(path)['state_dict']
     for folder, epochs in ((tmp_path / 'run', 1), (tmp_path / 'run', 2)):
         runner = make_runner(folder, dynamic, epochs=epochs, start_from=str(path))
+        runner._resume = resume
         started = []
         runner.register_hook(Started(started), priority='LOWEST')
         runner.train()
         # The second time there is a checkpoint, which goes before.
         begun_anew = all(torch.equal(started[0][name], weights[name]) for name in weights)
-        assert begun_anew == (epochs == 1) and runner.epoch == epochs
+        assert begun_anew == (epochs == 1 or not resume) and runner.epoch == epochs
 
 
 class Started(Hook):
@@ -234,6 +237,56 @@ def test_the_best_checkpoint_is_replaced_also_in_a_moved_folder(tmp_path, dynami
     runner.train()
     hook_of(runner)._save_best_checkpoint(runner, dict(acc=2.0))
     assert [path.name for path in (tmp_path / 'new').glob('best_*')] == ['best_acc_epoch_2.pth']
+
+
+@BOTH
+def test_the_best_score_may_be_a_tensor_and_the_path_relative(tmp_path, dynamic, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = dict(save_best='acc', rule='greater')
+    runner = make_runner('run', dynamic, epochs=1, **options)
+    runner.train()
+    hook_of(runner)._save_best_checkpoint(runner, dict(acc=torch.tensor(1.0)))
+    runner.save_checkpoint('run', 'epoch_1.pth')
+    for score, best in ((0.5, 1), (2.0, 2)):
+        runner = make_runner('run', dynamic, epochs=2, **options)
+        runner._load_from = 'run/epoch_1.pth'
+        runner.train()
+        hook_of(runner)._save_best_checkpoint(runner, dict(acc=torch.tensor(score)))
+        found = [path.name for path in (tmp_path / 'run').glob('best_*')]
+        assert found == [f'best_acc_epoch_{best}.pth']
+
+
+@BOTH
+def test_a_scheduler_with_a_function_resumes(tmp_path, dynamic):
+    """Its checkpoints are data all the same."""
+    steps = dict(type='OneCycleLR', eta_max=0.1, total_steps=9, end=9, by_epoch=False)
+    make_runner(tmp_path / 'whole', dynamic, epochs=3, scheduler=steps).train()
+    for epochs in (2, 3):
+        make_runner(tmp_path / 'parts', dynamic, epochs=epochs, scheduler=steps).train()
+    assert all(map(torch.equal, result(tmp_path / 'parts', 3), result(tmp_path / 'whole', 3)))
+
+
+@BOTH
+def test_the_classes_of_a_config_are_data(tmp_path, dynamic, monkeypatch):
+    known = ConfigDict(classes=('a',), skeleton=dict(a=[dict(b=1)]))
+    monkeypatch.setattr(Noise, 'metainfo', known, raising=False)
+    make_runner(tmp_path, dynamic, epochs=1).train()
+    meta = read_checkpoint(tmp_path / 'epoch_1.pth')['meta']
+    assert meta['dataset_meta'] == dict(classes=('a',), skeleton=dict(a=[dict(b=1)]))
+    # As MMEngine's own hook leaves them.
+    torch.save(dict(meta=dict(dataset_meta=known), state_dict={}), tmp_path / 'theirs.pth')
+    theirs = read_checkpoint(tmp_path / 'theirs.pth')['meta']['dataset_meta']
+    assert theirs == meta['dataset_meta'] and type(theirs['skeleton']) is dict
+
+
+@pytest.mark.parametrize('template', ['e{:03d}.pth', '{}.pth', 'a{0}b.pth'])
+def test_names_of_another_template(tmp_path, template):
+    make_runner(tmp_path, False, kept=1, epochs=2, filename_tmpl=template).train()
+    (tmp_path / 'last_checkpoint').unlink()
+    make_runner(tmp_path, False, kept=1, epochs=3, filename_tmpl=template).train()
+    assert [path.name for path in tmp_path.glob('*.pth')] == [template.format(3)]
+    log = ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert 'resumed epoch: 2' in log
 
 
 FIELDS = {

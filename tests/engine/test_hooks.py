@@ -24,9 +24,11 @@ class Model(BaseModel):
         self.conv = KWConv2d(3, 4, 3)
         self.seen = []
         self.draws = []
+        self.images = []
 
     def forward(self, inputs, mode):
         if mode == 'loss':
+            self.images.append([float(image[0, 0, 0]) for image in inputs])
             self.seen.append(self.conv.attention.temperature)
             self.draws.append((torch.rand(()).item(), np.random.rand(), random.random()))
             return dict(loss=self.conv(torch.stack(inputs)).square().mean())
@@ -102,21 +104,27 @@ def test_temperature_between_other_ends(tmp_path):
     assert runner.model.seen[-1] == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize('workers', [0, 1])
 @pytest.mark.parametrize('by_epoch', [True, False])
-def test_resuming_restores_temperature_and_random_numbers(tmp_path, by_epoch):
+def test_resuming_restores_temperature_and_random_numbers(tmp_path, by_epoch, workers):
+    loader = dict(num_workers=workers)
     temperature = dict(length=3 if by_epoch else 9, by_epoch=by_epoch)
     hooks = [
         dict(type='mmkw.TemperatureHook', **temperature),
         dict(type='mmkw.IterationSeedHook'),
     ]
-    whole = make_runner(tmp_path / 'whole', hooks, by_epoch=by_epoch)
+    options = dict(by_epoch=by_epoch, loader=loader)
+    whole = make_runner(tmp_path / 'whole', hooks, **options)
     whole.train()
-    make_runner(tmp_path / 'parts', hooks, epochs=2, by_epoch=by_epoch).train()
-    rest = make_runner(tmp_path / 'parts', hooks, by_epoch=by_epoch, resume=True)
+    make_runner(tmp_path / 'parts', hooks, epochs=2, **options).train()
+    rest = make_runner(tmp_path / 'parts', hooks, resume=True, **options)
     rest.train()
     assert len(rest.model.seen) == 6
     assert rest.model.seen == whole.model.seen[6:]
     assert rest.model.draws == whole.model.draws[6:]
+    assert rest.model.images == whole.model.images[6:]
+    # No image comes twice, also not in another epoch.
+    assert len({value for batch in whole.model.images for value in batch}) == 24
     assert logged_temperatures(tmp_path / 'parts') == pytest.approx(whole.model.seen, abs=1e-4)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, rest.model.state_dict()[name]), name

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
 
 # Fields that hold the text of a config. A config is Python code. Runner.resume would run the first
@@ -134,6 +135,8 @@ def _take_best(info: dict[str, Any], folder: str | None) -> None:
     for key in [key for key in info if key.startswith(('best_ckpt', 'best_score'))]:
         value = info[key]
         if key.startswith('best_score'):
+            if isinstance(value, torch.Tensor) and value.numel() == 1:
+                value = info[key] = value.item()
             number = isinstance(value, (int, float)) or type(value).__module__ == 'numpy'
             if not number or value != value:
                 del info[key]

@@ -6,10 +6,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import isroutine
+from string import Formatter
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
+from mmengine.config import ConfigDict
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import checkpoint_hook
@@ -57,7 +60,10 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
         """
         # MMEngine shares this default dict among runners, and writes resumed seeds into it.
         runner._randomness_cfg = dict(runner._randomness_cfg)
-        if not runner._resume or runner._load_from is not None:
+        if runner._load_from is not None:
+            return
+        if not runner._resume:
+            runner._load_from = runner.cfg.get('start_from')
             return
         found: list[Any] = [None, None]
         if is_main_process():
@@ -99,13 +105,18 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
         self._backend = _RemovingLater(backend)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Also lists the checkpoint that is removed after this save.
+        """Also lists the checkpoint that is removed after this save; leaves out what is code.
 
-        If the run is interrupted before the removal, the resumed run removes it.
+        If the run is interrupted before the removal, the resumed run removes it. Some schedulers
+        have a function in their state, and have it anew where they are made; it would make the
+        checkpoint one that is not read.
         """
         info = checkpoint.get('message_hub', {}).get('runtime_info', {})
         if self._outdated and 'keep_ckpt_ids' in info:
             info['keep_ckpt_ids'] = [*self._outdated, *info['keep_ckpt_ids']]
+        for name in ('meta', 'param_schedulers'):
+            if name in checkpoint:
+                checkpoint[name] = _as_data(checkpoint[name])
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
         kept: Sequence[int] = getattr(self, 'keep_ckpt_ids', ())
@@ -149,12 +160,16 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
 
     def _is_own(self, path: str) -> bool:
         """Whether this hook could have written a file of this name in this place."""
-        before, _, after = self.filename_tmpl.partition('{}')
-        pattern = rf'(best_.+_)?{re.escape(before)}\d+{re.escape(after)}'
         name = osp.basename(path)
-        return bool(re.fullmatch(pattern, name)) and path == self.file_backend.join_path(
-            self.out_dir, name
-        )
+        return bool(
+            re.fullmatch(f'(best_.+_)?{self._numbers()}', name)
+        ) and path == self.file_backend.join_path(self.out_dir, name)
+
+    def _numbers(self) -> str:
+        """A pattern of the names of checkpoints, with the group ``number``."""
+        (text, field, _, _), *more = Formatter().parse(self.filename_tmpl)
+        number = '' if field is None else r'(?P<number>\d+)'
+        return re.escape(text) + number + ''.join(re.escape(part[0]) for part in more)
 
     def _newest(self, runner: Any) -> str | None:
         """The checkpoint to resume from; None if there is no checkpoint."""
@@ -193,16 +208,25 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
 
     def _numbered(self, folder: str, named: str) -> list[str]:
         """The checkpoints of a folder, the last one first, and none later than ``named``."""
-        before, _, after = self.filename_tmpl.partition('{}')
-        pattern = re.compile(f'{re.escape(before)}(\\d+){re.escape(after)}')
+        pattern = re.compile(self._numbers())
         numbers = {
-            int(match[1]): name
+            int(match['number']): name
             for name in (os.listdir(folder) if osp.isdir(folder) else [])
             if (match := pattern.fullmatch(name))
         }
         match = pattern.fullmatch(osp.basename(named))
-        limit = int(match[1]) if match else max(numbers, default=0)
+        limit = int(match['number']) if match else max(numbers, default=0)
         return [osp.join(folder, numbers[n]) for n in sorted(numbers, reverse=True) if n <= limit]
+
+
+def _as_data(value: Any) -> Any:
+    """The same without functions, and with plain dicts for those of configs."""
+    if isinstance(value, dict):
+        plain = {name: _as_data(part) for name, part in value.items() if not isroutine(part)}
+        return plain if type(value) in (dict, ConfigDict) else value
+    if type(value) in (list, tuple):
+        return type(value)(map(_as_data, value))
+    return value
 
 
 class _Elsewhere:

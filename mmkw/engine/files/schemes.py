@@ -59,7 +59,9 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
         filename: Path of the file.
         map_location: As in ``torch.load``.
     """
-    return _read(filename, map_location, filename, osp.dirname(osp.expanduser(filename)))
+    return _read(
+        filename, map_location, filename, osp.dirname(osp.abspath(osp.expanduser(filename)))
+    )
 
 
 @_scheme('http://', 'https://')

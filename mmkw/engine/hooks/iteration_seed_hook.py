@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,16 @@ class IterationSeedHook(Hook):
             )
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Seeds the random numbers that are drawn before the first iteration of an epoch."""
+        """Seeds the random numbers that are drawn before the first iteration of an epoch.
+
+        The data loader's workers begin anew in every epoch. MMEngine gives them the same seed each
+        time, here they get one of the epoch.
+        """
         _seed_everything(runner.seed, get_rank(), runner.iter, 0)
+        loader = runner.train_loop.dataloader
+        start = getattr(loader, 'worker_init_fn', None)
+        if isinstance(start, partial) and 'seed' in start.keywords:
+            loader.worker_init_fn = partial(start, seed=int(np.random.randint(2**31)))
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: DATA_BATCH = None
