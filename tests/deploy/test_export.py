@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_util import run
@@ -118,6 +119,29 @@ def test_half_precision_is_the_file_s_alone(make, tmp_path):
     assert {value.dtype for value in stored if value.is_floating_point()} == {torch.float16}
 
 
+class Several(nn.Module):
+    """With outputs that are no floating-point numbers."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y, None, y.argmax(-1)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('make', [lambda: nn.Linear(8, 16), LAYERS['linear'][0]])
+def test_half_precision_leaves_other_outputs(make, tmp_path):
+    file, x = tmp_path / 'a.pt2', torch.randn(1, 7, 8)
+    network = Several(make()).eval()
+    export(network, x, file, dynamic=('batch',), half=True, tolerance=1)
+    found, nothing, best = torch.export.load(file).module()(x)
+    assert nothing is None and best.dtype == torch.int64 and found.dtype == torch.float32
+    torch.testing.assert_close(found, network(x)[0], atol=0.01, rtol=0.01)
+
+
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('make', [lambda: nn.Linear(8, 16), LAYERS['linear'][0]])
 def test_a_network_of_half_precision_is_held_to_that(make, tmp_path, monkeypatch):
@@ -193,6 +217,43 @@ def test_the_command(root, detector, tmp_path):
     torch.save(dict(state_dict=detector.state_dict()), checkpoint)
     result, output = run(root, *command, tmp_path / 'a.txt', *options)
     assert result.returncode == 2 and 'path must end in .onnx or .pt2' in output
+
+
+LOAD = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64))]
+PACK = [dict(type='PackDetInputs', meta_keys=('ori_shape', 'img_shape', 'scale_factor'))]
+
+
+def test_the_command_keeps_layers_by_name(detector, tmp_path, capsys):
+    """Of a checkpoint with the names of several devices; a config must say how images are read."""
+    import cv2
+    from mmengine.config import Config
+
+    config, file, out, image = (str(tmp_path / f'a.{end}') for end in ('py', 'pth', 'pt2', 'png'))
+    cv2.imwrite(image, np.random.default_rng(0).integers(0, 255, (64, 64, 3)))
+    state = {f'module.{name}': value for name, value in detector.state_dict().items()}
+    torch.save(dict(state_dict=state), file)
+    model = dict(
+        thin_retinanet('mmkw.KWResNet'), data_preprocessor=dict(type='DetDataPreprocessor')
+    )
+    command = ['export', config, file, out, '--backbone', '--shape', '64', '64', '--form', 'static']
+    command += ['--images', image, '--keep', 'backbone.layer1.0.conv2', 'backbone.layer1.1.conv1']
+    for pipeline, message in (
+        (None, 'no test_dataloader'),
+        (PACK, 'reads no files'),
+        ([*LOAD, *PACK], None),
+    ):
+        loader = {} if pipeline is None else dict(dataset=dict(type='a', pipeline=pipeline))
+        content = dict(default_scope='mmdet', model=model)
+        Config(dict(content, test_dataloader=loader) if loader else content).dump(config)
+        if message:
+            with pytest.raises(SystemExit):
+                cli.main(command)
+            assert message in capsys.readouterr().err
+    cli.main(command)
+    report = capsys.readouterr().out
+    assert f'Written: {out}' in report
+    rows = [line.split(' | ') for line in report.splitlines() if line.endswith('| dynamic |')]
+    assert [row[0].removeprefix('| ') for row in rows] == command[-2:]
 
 
 @pytest.mark.parametrize('kind', ['mmkw.KWResNet', 'mmkw.ResNet'])

@@ -1,13 +1,14 @@
 """Rates and decays of an optimizer, for a static network and for its dynamic twin."""
 
 import logging
+import re
 from functools import cache
 
 import pytest
 import torch
 from mmengine.logging import MMLogger
 from mmengine.optim import DefaultOptimWrapperConstructor, build_optim_wrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 from twin_networks import BACKBONES, HEADS, LIBRARIES, build
 
@@ -250,6 +251,27 @@ def test_mmsegs_decay_by_layers(kind, layers, capsys):
     assert of_cells and len({rate for rates in of_cells.values() for rate, _ in rates}) > 2
     assert all(given[cells] == max(rates) for cells, rates in of_cells.items())
     assert printed[True] == printed[False]
+
+
+def test_mmpretrains_decay_by_layers_names_no_parameter_twice(caplog):
+    """Its groups hold the parameter's name, which is no setting that layers could differ by."""
+    pytest.importorskip('mmpretrain.engine', reason='the constructor is its')
+    swin = dict(embed_dims=16, depths=[1, 1, 2, 1], num_heads=[1, 1, 1, 1])
+    module = dict(type='mmpretrain.SwinTransformer', arch=swin, img_size=64, window_size=2)
+    name = 'mmpretrain.LearningRateDecayOptimWrapperConstructor'
+    logger = MMLogger.get_current_instance()
+    for dynamic in (False, True):
+        backbone = dict(type='mmkw.KWModule', module=module) if dynamic else module
+        model = MODELS.build(dict(type='mmpretrain.ImageClassifier', backbone=backbone))
+        logger.addHandler(caplog.handler)
+        settings_of(model, dict(layer_decay_rate=0.5), name)
+        logger.removeHandler(caplog.handler)
+    told = [r.message for r in caplog.records if 'other settings' in r.message]
+    # Of blocks at several depths only: those of the third stage.
+    stage = [p.name.startswith('stages_2') for p in model.backbone.warehouse_manager.partitions]
+    numbers = {int(re.search(r'weights\.(\d+):', line)[1]) for line in told}
+    assert numbers == {index for index, deeper in enumerate(stage) if deeper}
+    assert not any('param_name' in line for line in told)
 
 
 def test_frozen_layers_say_nothing(chain):

@@ -11,6 +11,7 @@ from configs_util import build_model
 from mmengine.config import Config
 
 from mmkw import cli
+from mmkw.cli import plan
 from mmkw.engine import building
 from mmkw.sharing import static_networks
 
@@ -151,6 +152,7 @@ def test_budgets_of_patterns_are_told_by_warehouse(run_here, tmp_path):
     out = run_here('plan', config, '--budget-params', '300K')
     (line,) = (line for line in out.splitlines() if line.startswith('With patterns, each in its'))
     budgets = dict(part.split() for part in line.partition('own: ')[2].split(', '))
+    assert all(float(budget) in plan.BUDGETS for budget in budgets.values())
     assert set(budgets) == {'a', 'b'} and len(set(budgets.values())) == 2
     options = [
         f'model.backbone.patterns.{i}.cell_num_ratio={v}' for i, v in enumerate(budgets.values())
@@ -252,6 +254,18 @@ def test_layers_by_conv_cfg_are_planned_and_converted(run_here, root, static, tm
     found = {line.split(':')[0]: line.split()[-1] for line in out.splitlines() if 'largest' in line}
     assert set(found) == {'backbone', *own}
     assert all(float(value) < 1e-4 for value in found.values()), found
+
+
+def test_a_layer_at_several_places_is_static_at_all_of_them(run_here, tmp_path):
+    """RTMDet's head has the same convolutions on every level."""
+    config, base = tmp_path / 'a.py', 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'
+    config.write_text(
+        f"_base_ = '{base}'\n"
+        "model = dict(bbox_head=dict(conv_cfg=dict(type='mmkw.KWConv2d', cell_num_ratio=2)))\n"
+    )
+    static = building.build_model(building.read_config(base), on_meta=True)
+    parameters = sum(p.numel() for p in static.parameters())
+    assert f'| parameters of the model | {parameters:,} | ' in run_here('plan', config)
 
 
 @pytest.mark.parametrize(

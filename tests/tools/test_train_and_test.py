@@ -6,11 +6,14 @@ import pickle
 import runpy
 import socket
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from command_util import run, scalars
 from mmengine.config import Config
+
+from mmkw.engine.command_line import check_data
 
 pytest.importorskip('mmdet', reason="runs MMDetection's configs")
 DEMO = 'configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py'
@@ -70,8 +73,11 @@ def test_test(root, mini_coco, trained, tmp_path):
     out, pictures = tmp_path / 'results.pkl', tmp_path / 'pictures'
     command = [sys.executable, 'tools/test.py', DEMO, trained / 'epoch_1.pth']
     options = ['--work-dir', tmp_path, '--out', out, '--show-dir', pictures]
-    result, output = run(root, *command, *options, '--cfg-options', *tiny(mini_coco))
-    assert result.returncode == 0, output
+    # A config that resumes its training is tested without the data of the training.
+    options += ['--cfg-options', *tiny(mini_coco)]
+    options += ['resume=True', f'train_dataloader.dataset.data_root={tmp_path}/no/']
+    result, output = run(root, *command, *options)
+    assert result.returncode == 0 and 'resumed' not in output, output
     assert 'coco/bbox_mAP' in output and 'coco/segm_mAP' in output
     assert len(pickle.loads(out.read_bytes())) == 2
     assert len(list(pictures.glob('*.png'))) == 2
@@ -83,6 +89,34 @@ def test_test(root, mini_coco, trained, tmp_path):
     result, output = run(root, *command, *options, *tiny(mini_coco))
     assert result.returncode == 0, output
     assert 'coco/bbox_mAP' in output
+
+
+FOUND = {
+    'downloads itself': dict(type='CIFAR10', data_root='no/'),
+    'another backend': dict(type='CocoDataset', data_root='no/', backend_args=dict(backend='s3')),
+    'address': dict(type='CocoDataset', data_root='s3://no/', ann_file='a.json'),
+    'absolute': dict(type='CocoDataset', data_root='no/', ann_file=__file__),
+    'relative': dict(type='CocoDataset', data_root='tests/', ann_file='tools/test_demo.py'),
+    'nothing': dict(type='CocoDataset'),
+}
+MISSING = {
+    'data_root: no/': dict(type='CIFAR10', data_root='no/', download=False),
+    'ann_file: tests/a.json': dict(type='CocoDataset', data_root='tests/', ann_file='a.json'),
+    'ann_file: /no/a.json': dict(type='CocoDataset', data_root='tests/', ann_file='/no/a.json'),
+    'data_root: nowhere': dict(type='CocoDataset', data_root='nowhere', ann_file='a.json'),
+}
+
+
+@pytest.mark.parametrize('kind', [*FOUND, *MISSING])
+def test_data_that_is_missing(root, kind, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    dataset = {**FOUND, **MISSING}[kind]
+    loader = dict(dataset=dict(type='ConcatDataset', datasets=[dict(type='CocoDataset'), dataset]))
+    config = Config(dict(train_dataloader=loader, val_evaluator=None))
+    with pytest.raises(SystemExit) if kind in MISSING else nullcontext():
+        check_data(argparse.ArgumentParser(), config, 'train_dataloader', 'val_evaluator', 'none')
+    place = 'train_dataloader.dataset.datasets.1'
+    assert kind in FOUND or f'{place}.{kind} does not exist' in capsys.readouterr().err
 
 
 def free_port():
