@@ -230,7 +230,8 @@ def _check_keep(keep: str | Collection[str], layers: Collection[str]) -> None:
         )
     elif unknown := set(keep) - set(layers):
         raise ValueError(
-            f'keep names {sorted(unknown)}, which are no dynamic layers; they are {list(layers)}.'
+            f'keep names {sorted(unknown)}, which are no dynamic layers; they are {list(layers)}. '
+            "Or give such as 'top 30 %'."
         )
 
 
