@@ -8,6 +8,7 @@ from mmengine.model import revert_sync_batchnorm
 
 from ..deploy import DenseNetwork, ExportError, export, to_static
 from ..deploy.export import DYNAMIC, FORMS
+from ..deploy.static import TOP
 from ..engine.building import load_trained
 from ..engine.command_line import add_config_options, config_of
 from ..engine.images import ImageLoader
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         form = args.form
         if form == 'static':
             words = ' '.join(args.keep)
-            keep = words if words.startswith('top ') else args.keep
+            keep = words if TOP.fullmatch(words.strip()) else args.keep
             model, report = to_static(model, ImageLoader(config, args.images), keep)
             print(f'{report}\n')
             form = 'scan'

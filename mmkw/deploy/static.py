@@ -22,7 +22,7 @@ from .calibration import check_loader, count_images, distance, predict
 from .networks import evaluating
 from .norms import match_norms
 
-_TOP = re.compile(r'top\s*(\d+(?:\.\d+)?)\s*%')
+TOP = re.compile(r'top\s*(\d+(?:\.\d+)?)\s*%')
 
 
 class LayerSpread(NamedTuple):
@@ -219,7 +219,7 @@ def _averaged(
 
 def _check_keep(keep: str | Collection[str], layers: Collection[str]) -> None:
     if isinstance(keep, str):
-        found = _TOP.fullmatch(keep.strip())
+        found = TOP.fullmatch(keep.strip())
         if found is None or float(found[1]) > 100:
             raise ValueError(
                 f"keep must be such as 'top 30 %', from 0 to 100, or names of layers, got {keep!r}."
@@ -239,7 +239,7 @@ def _kept(keep: str | Collection[str], spreads: Mapping[str, float]) -> set[str]
     """The names of the layers that stay dynamic."""
     if not isinstance(keep, str):
         return set(keep)
-    percent = float(_TOP.fullmatch(keep.strip())[1])  # type: ignore[index]
+    percent = float(TOP.fullmatch(keep.strip())[1])  # type: ignore[index]
     order = sorted(spreads, key=spreads.__getitem__, reverse=True)
     return set(order[: math.ceil(percent * len(order) / 100)])
 

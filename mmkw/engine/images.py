@@ -32,7 +32,7 @@ def test_pipeline(config: Config) -> Compose:
     dataset = config.test_dataloader.dataset
     while 'pipeline' not in dataset:
         dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
-    if not any(str(step['type']).endswith('FromFile') for step in dataset.pipeline):
+    if not any('FromFile' in str(step['type']) for step in dataset.pipeline):
         raise ValueError(
             'The test pipeline of the config reads no files: put dict(type="LoadImageFromFile") '
             'first.'

@@ -18,6 +18,7 @@ import mmkw
 from mmkw import cli
 from mmkw.deploy import DenseNetwork, ExportError, export
 from mmkw.engine.building import build_model, load_trained
+from mmkw.engine.images import test_pipeline as build_test_pipeline
 from mmkw.ops import exported
 
 CONV = dict(kernel_size=3, padding=1)
@@ -223,6 +224,16 @@ LOAD = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64))]
 PACK = [dict(type='PackDetInputs', meta_keys=('ori_shape', 'img_shape', 'scale_factor'))]
 
 
+def test_a_pipeline_may_name_classes():
+    """As configs of the new style do."""
+    from mmcv.transforms import LoadImageFromFile
+    from mmengine.config import Config
+
+    dataset = dict(pipeline=[dict(type=LoadImageFromFile)])
+    config = Config(dict(test_dataloader=dict(dataset=dataset)))
+    assert [type(step) for step in build_test_pipeline(config).transforms] == [LoadImageFromFile]
+
+
 def test_the_command_keeps_layers_by_name(detector, tmp_path, capsys):
     """Of a checkpoint with the names of several devices; a config must say how images are read."""
     import cv2
@@ -254,6 +265,8 @@ def test_the_command_keeps_layers_by_name(detector, tmp_path, capsys):
     assert f'Written: {out}' in report
     rows = [line.split(' | ') for line in report.splitlines() if line.endswith('| dynamic |')]
     assert [row[0].removeprefix('| ') for row in rows] == command[-2:]
+    cli.main([*command[:-2], 'top50%'])
+    assert ', 2 of 4 layers stay dynamic.' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('kind', ['mmkw.KWResNet', 'mmkw.ResNet'])

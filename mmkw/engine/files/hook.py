@@ -221,9 +221,8 @@ class CheckpointHook(checkpoint_hook.CheckpointHook):
 
 def _as_data(value: Any) -> Any:
     """The same without functions, and with plain dicts for those of configs."""
-    if isinstance(value, dict):
-        plain = {name: _as_data(part) for name, part in value.items() if not isroutine(part)}
-        return plain if type(value) in (dict, ConfigDict) else value
+    if type(value) in (dict, ConfigDict):
+        return {name: _as_data(part) for name, part in value.items() if not isroutine(part)}
     if type(value) in (list, tuple):
         return type(value)(map(_as_data, value))
     return value
