@@ -459,7 +459,12 @@ TABLES = {
         source=0,
     ),
     'stamps': choice(grid(1, 4), task='stamps'),
-    'imagenet': choice(grid(1), task='stamps from ImageNet', epochs=6, source=0),
+    'imagenet': choice(
+        {'static, 1e-3': STATIC, 'KW 1x, 1e-3, LN': by_recipe(1, {}), **grid(1)},
+        task='stamps from ImageNet',
+        epochs=6,
+        source=0,
+    ),
     'segmentation': SEGMENTATION,
     'segmentation_confirmed': confirmed(
         SEGMENTATION, 'static, 4e-3', 'KW 1x, 4e-3, LN', 'KW 1x, 4e-3, LN, four epochs'
