@@ -17,8 +17,10 @@
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 constexpr int64_t WIDTH = LANES * VECTORS;
-// Of rows, in values; and how far ahead they are asked for. Twice as far is too far.
-constexpr int64_t FAR_APART = 4096, AHEAD_BYTES = 512;
+// Rows that are so many values apart come from memory.
+constexpr int64_t FAR_APART = 4096;
+// How far ahead they are asked for, and what one request brings.
+constexpr int64_t AHEAD_BYTES = 2048, LINE_BYTES = 64;
 
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -52,30 +54,31 @@ TARGET void narrow(int64_t n, const float* x, BFloat16* y) {
   for (; i < n; i++) y[i] = x[i];
 }
 
-// C (M, WIDTH) = beta * C + A (M, k) * B (k, WIDTH). beta is 0 or 1. A lies column by column.
+// C (M, WIDTH) = beta * C + A (M, k) * B (k, WIDTH). beta is 0 or 1. A lies column by column. What lies
+// `ahead` bytes after a row's values is brought to the second cache: in the first, rows a power of two
+// apart would push each other out.
 template <int M, typename Value>
-INLINE void gemm_tile(int64_t k, const float* a, const Value* b, int64_t ldb, float beta, float* c,
-                      int64_t ldc) {
-  // Rows that are far apart come from memory. The processor follows so many runs at a time too late.
-  const int64_t ahead = ldb > FAR_APART ? AHEAD_BYTES / sizeof(Value) : 0;
+INLINE void gemm_tile(int64_t k, const float* a, const Value* b, int64_t ldb, int64_t ahead,
+                      float beta, float* c, int64_t ldc) {
+  // Sums stay in registers only if these loops are unrolled: GCC leaves some of them as they are.
   Vec sum[M][VECTORS];
-  for (int i = 0; i < M; i++)
-    for (int v = 0; v < VECTORS; v++) sum[i][v] = beta == 0 ? Vec{} : load(c + i * ldc + v * LANES);
+  UNROLL for (int i = 0; i < M; i++)
+    UNROLL for (int v = 0; v < VECTORS; v++)
+      sum[i][v] = beta == 0 ? Vec{} : load(c + i * ldc + v * LANES);
   for (int64_t p = 0; p < k; p++) {
     Vec row[VECTORS];
-    for (int v = 0; v < VECTORS; v++) {
-      row[v] = load(b + v * LANES);
-      __builtin_prefetch(b + v * LANES + ahead);
-    }
-    for (int i = 0; i < M; i++) {
+    UNROLL for (int v = 0; v < VECTORS; v++) row[v] = load(b + v * LANES);
+    UNROLL for (int64_t line = 0; line < WIDTH * int64_t(sizeof(Value)); line += LINE_BYTES)
+      __builtin_prefetch(reinterpret_cast<const char*>(b) + line + ahead, 0, 2);
+    UNROLL for (int i = 0; i < M; i++) {
       const float value = a[i];
-      for (int v = 0; v < VECTORS; v++) sum[i][v] += value * row[v];
+      UNROLL for (int v = 0; v < VECTORS; v++) sum[i][v] += value * row[v];
     }
     a += M;
     b += ldb;
   }
-  for (int i = 0; i < M; i++)
-    for (int v = 0; v < VECTORS; v++)
+  UNROLL for (int i = 0; i < M; i++)
+    UNROLL for (int v = 0; v < VECTORS; v++)
       *reinterpret_cast<Vec*>(c + i * ldc + v * LANES) = sum[i][v];
 }
 
@@ -85,7 +88,13 @@ TARGET void gemm_tiles(int64_t m, int64_t n, int64_t k, const float* a, const Va
                        int64_t ldb, float beta, float* c, int64_t ldc) {
   if constexpr (M > 1)
     if (m < M) return gemm_tiles<M - 1>(m, n, k, a, b, ldb, beta, c, ldc);
-  for (int64_t j = 0; j < n; j += WIDTH) gemm_tile<M>(k, a, b + j, ldb, beta, c + j, ldc);
+  // The processor follows so many runs at a time too late. At their end come those of the next k rows.
+  const int64_t run = n * sizeof(Value), next = k * ldb * sizeof(Value) - run;
+  const int64_t far = ldb > FAR_APART ? std::min(AHEAD_BYTES, run) : 0;
+  for (int64_t j = 0; j < n; j += WIDTH) {
+    const bool ends = far && j * int64_t(sizeof(Value)) + far >= run;
+    gemm_tile<M>(k, a, b + j, ldb, ends ? far + next : far, beta, c + j, ldc);
+  }
 }
 
 // C (m, n) = beta * C + A (m, k) * B (k, n). beta is 0 or 1. n is a multiple of WIDTH. A lies tile
