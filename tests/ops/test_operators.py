@@ -160,6 +160,72 @@ def test_what_has_no_gradient_says_so():
             result.sum().backward()
 
 
+# Whether channels lie last, and what is averaged: many places, channels that fill no vectors, one
+# place, tokens, and what lies in no order.
+SEEN = {
+    'maps': (False, lambda: floats(1, 8, 300, 301)),
+    'maps of a few places': (False, lambda: floats(1, 64, 3, 5)),
+    'pixels': (False, lambda: floats(1, 64, 300, 40).to(memory_format=torch.channels_last)),
+    'pixels of a few channels': (
+        False,
+        lambda: floats(1, 5, 30, 40).to(memory_format=torch.channels_last),
+    ),
+    'maps with gaps': (False, lambda: floats(1, 64, 8, 18)[..., ::2]),
+    'voxels': (False, lambda: floats(1, 32, 9, 10, 11)),
+    'a place': (True, lambda: floats(1, 64)),
+    'tokens': (True, lambda: floats(1, 70, 96)),
+    'tokens of a few channels': (True, lambda: floats(1, 7, 9, 6)),
+    'tokens in turns': (True, lambda: floats(1, 32, 70).mT),
+}
+
+
+@pytest.mark.parametrize('case', SEEN)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_one_image_is_attended_to_as_in_float64(case, dtype):
+    """A kernel of size one is read out by an image of one."""
+    is_tokens, make = SEEN[case]
+    seen = (make() / 8 + 1).to(dtype)
+    channels = seen.shape[-1 if is_tokens else 1]
+    given = attention(
+        pooled=None,
+        fc1_weight=floats(16, channels),
+        fc1_bias=floats(16),
+        fc2_weight=floats(7, 16),
+        fc2_bias=floats(7),
+        mixtures=1,
+    )
+    given = {key: v.to(dtype) if hasattr(v, 'dim') else v for key, v in given.items()}
+    cells = floats(6, 5).to(dtype)
+    # Space is all but the first dimension and the channels'.
+    space = [dim for dim in range(1, seen.dim()) if dim != (seen.dim() - 1 if is_tokens else 1)]
+    pooled = seen.double().mean(space) if space else seen.double()
+    precise = {key: v.double() if hasattr(v, 'dim') else v for key, v in given.items()}
+    hidden = pooled @ precise['fc1_weight'].T + precise['fc1_bias']
+    scale = precise['norm_weight'] / (precise['variance'] + given['norm_eps']).sqrt()
+    hidden = ((hidden - precise['mean']) * scale + precise['norm_bias']).relu()
+    z = hidden @ precise['fc2_weight'].T + precise['fc2_bias']
+    alpha = (z / (z.abs().sum(1, keepdim=True) + given['eps']))[:, :-1]
+    right = alpha @ cells.double()
+
+    del given['pooled']
+    # Kernels of linear maps have one place.
+    x, dims, taps = (torch.ones(1, 1), 0, 1) if is_tokens else (torch.ones(1, 1, 1, 1), 2, 2)
+    found = ops.apply_to_image(
+        x=x.to(dtype),
+        seen=seen,
+        **given,
+        cells=cells.view(6, 5, 1, *[1] * taps),
+        grid=[1] * (2 + taps),
+        bias=None,
+        stride=[1] * dims,
+        padding=[0] * dims,
+        dilation=[1] * dims,
+        groups=1,
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(found.double().view(1, 5), right, atol=tolerance, rtol=tolerance)
+
+
 def test_mix_cells_has_the_gradient_of_its_definition():
     given = mixing()
     operands = [given[name].requires_grad_() for name in ('attention', 'cells')]

@@ -14,47 +14,72 @@
 namespace mmkw {
 namespace {
 
-// Checks the shape, and makes the tensor contiguous and of float32.
+// Checks the shape. Parameters may be slices or expanded, so they are copied where they are not
+// contiguous.
 at::Tensor dense(const at::Tensor& tensor, at::IntArrayRef shape) {
   const bool is_stored =
       tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16;
   TORCH_CHECK(tensor.sizes() == shape && is_stored, "expected float32 or bfloat16 of ", shape,
               ", got ", tensor.scalar_type(), " of ", tensor.sizes());
-  return tensor.to(at::kFloat).contiguous();
+  return tensor.contiguous();
 }
 
-std::optional<at::Tensor> dense_or_none(const std::optional<at::Tensor>& tensor, int64_t size) {
-  if (!tensor) return tensor;
-  return dense(*tensor, {size});
+// `count` values of a dense tensor in float32, in `memory` where they are stored in bfloat16. In small
+// layers PyTorch's conversion takes longer than the rest.
+const float* as_floats(const at::Tensor& tensor, int64_t first, int64_t count,
+                       std::vector<float>& memory) {
+  if (tensor.scalar_type() == at::kFloat) return tensor.const_data_ptr<float>() + first;
+  if (memory.size() < static_cast<size_t>(count)) memory.resize(count);
+  std::get<Copy<BFloat16, float>>(blocks().widen)(
+      count, tensor.const_data_ptr<BFloat16>() + first, memory.data());
+  return memory.data();
 }
+
+// The values of a small tensor in float32; none of a tensor that is missing.
+class Floats {
+ public:
+  Floats(const std::optional<at::Tensor>& tensor, at::IntArrayRef shape) {
+    if (!tensor) return;
+    tensor_ = dense(*tensor, shape);
+    data_ = as_floats(tensor_, 0, tensor_.numel(), memory_);
+  }
+  Floats(const Floats&) = delete;
+
+  const float* data() const { return data_; }
+
+ private:
+  at::Tensor tensor_;
+  std::vector<float> memory_;
+  const float* data_ = nullptr;
+};
 
 // result (rows, out) = values (rows, in) * weights (out, in) transposed + bias (out), if given.
 void linear(float* result, const float* values, int64_t rows, const at::Tensor& weights,
-            const std::optional<at::Tensor>& bias) {
+            const float* bias) {
   const int64_t out = weights.size(0), in = weights.size(1);
   const int64_t whole = in / blocks().lanes * blocks().lanes;
-  const float* all = weights.const_data_ptr<float>();
-  const float* constant = bias ? bias->const_data_ptr<float>() : nullptr;
-  constexpr int64_t GRAIN = 1 << 16;
-  at::parallel_for(0, out, GRAIN / (rows * in + 1) + 1, [&](int64_t first, int64_t last) {
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t o = first; o < last; o++) {
-        float sum = constant ? constant[o] : 0;
-        for (int64_t i = whole; i < in; i++) sum += values[r * in + i] * all[o * in + i];
-        result[r * out + o] = sum;
-      }
-    blocks().gemm_nt(rows, last - first, whole, values, in, all + first * in, in, result + first,
-                     out);
+  constexpr int64_t GRAIN = 1 << 16, BLOCK_VALUES = 1 << 14;
+  const int64_t step = BLOCK_VALUES / (in + 1) + 1;
+  at::parallel_for(0, out, GRAIN / (rows * in + 1) + 1, [&](int64_t begin, int64_t end) {
+    thread_local std::vector<float> memory;
+    for (int64_t first = begin; first < end; first += step) {
+      const int64_t count = std::min(step, end - first);
+      const float* const block = as_floats(weights, first * in, count * in, memory);
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t o = 0; o < count; o++) {
+          float sum = bias ? bias[first + o] : 0;
+          for (int64_t i = whole; i < in; i++) sum += values[r * in + i] * block[o * in + i];
+          result[r * out + first + o] = sum;
+        }
+      blocks().gemm_nt(rows, count, whole, values, in, block, in, result + first, out);
+    }
   });
 }
 
 // (hidden - mean) / sqrt(variance + eps) * weight + bias, then ReLU. Without given statistics this
 // is a LayerNorm: every row has its own statistics.
-void normalize(float* hidden, int64_t rows, int64_t width, const std::optional<at::Tensor>& mean,
-               const std::optional<at::Tensor>& variance, const at::Tensor& weight,
-               const at::Tensor& bias, double eps) {
-  const float* by = weight.const_data_ptr<float>();
-  const float* plus = bias.const_data_ptr<float>();
+void normalize(float* hidden, int64_t rows, int64_t width, const float* mean,
+               const float* variance, const float* weight, const float* bias, double eps) {
   for (int64_t r = 0; r < rows; r++) {
     float* row = hidden + r * width;
     double own_mean = 0, own_variance = 0;
@@ -64,14 +89,82 @@ void normalize(float* hidden, int64_t rows, int64_t width, const std::optional<a
         own_variance += (row[i] - own_mean) * (row[i] - own_mean) / width;
     }
     for (int64_t i = 0; i < width; i++) {
-      const double center = mean ? mean->const_data_ptr<float>()[i] : own_mean;
-      const double spread = variance ? variance->const_data_ptr<float>()[i] : own_variance;
-      row[i] = std::max<float>((row[i] - center) / std::sqrt(spread + eps) * by[i] + plus[i], 0);
+      const double center = mean ? mean[i] : own_mean, spread = variance ? variance[i] : own_variance;
+      row[i] = std::max<float>((row[i] - center) / std::sqrt(spread + eps) * weight[i] + bias[i], 0);
     }
   }
 }
 
+// Both sum up parts, and these: one sum of all places would lose digits.
+
+// result (channels) = averages of maps (channels, places), which lie map by map.
+void average_maps(float* result, const at::Tensor& maps) {
+  const int64_t channels = maps.size(0), places = maps.size(1);
+  constexpr int64_t PART = 1024, GRAIN = 1 << 16;
+  const std::vector<float> ones(PART, 1);
+  at::parallel_for(0, channels, GRAIN / places + 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> memory;
+    for (int64_t channel = begin; channel < end; channel++) {
+      float sum = 0;
+      for (int64_t first = 0; first < places; first += PART) {
+        const int64_t count = std::min(PART, places - first);
+        const int64_t whole = count / blocks().lanes * blocks().lanes;
+        const float* part = as_floats(maps, channel * places + first, count, memory);
+        blocks().gemm_nt(1, 1, whole, ones.data(), PART, part, PART, &sum, 1);
+        for (int64_t i = whole; i < count; i++) sum += part[i];
+      }
+      result[channel] = sum / places;
+    }
+  });
+}
+
+// result (channels) = averages of pixels (places, channels), which lie pixel by pixel.
+void average_pixels(float* result, const at::Tensor& pixels) {
+  const int64_t places = pixels.size(0), channels = pixels.size(1);
+  constexpr int64_t PART = 64, GRAIN = 1 << 16;
+  const std::vector<float> ones(PART, 1);
+  const int64_t width = blocks().width, tiles = channels / width;
+  const auto sum_up = [&](const auto* values) {
+    using Value = std::decay_t<decltype(*values)>;
+    at::parallel_for(0, tiles, GRAIN / (places * width) + 1, [&](int64_t begin, int64_t end) {
+      const int64_t count = (end - begin) * width;
+      float* const sums = result + begin * width;
+      std::vector<float> part(count);
+      std::fill_n(sums, count, 0.0f);
+      for (int64_t first = 0; first < places; first += PART) {
+        std::get<Gemm<Value>>(blocks().gemm)(
+            1, count, std::min(PART, places - first), ones.data(),
+            values + first * channels + begin * width, channels, 0, part.data(), count);
+        for (int64_t i = 0; i < count; i++) sums[i] += part[i];
+      }
+      for (int64_t i = 0; i < count; i++) sums[i] /= places;
+    });
+  };
+  if (pixels.scalar_type() == at::kFloat)
+    sum_up(pixels.const_data_ptr<float>());
+  else
+    sum_up(pixels.const_data_ptr<BFloat16>());
+}
+
 }  // namespace
+
+// The average of one image over space in float32: over all dimensions but the first and that of the
+// channels, which is the second, or of tokens the last. PyTorch's takes longer than a small layer.
+at::Tensor average(const at::Tensor& seen, bool is_tokens) {
+  const at::Tensor pixels = (is_tokens ? seen : seen.movedim(1, -1))[0];
+  const int64_t channels = pixels.size(-1), places = channels ? pixels.numel() / channels : 0;
+  const at::Tensor result = at::empty({1, channels}, at::TensorOptions(at::kFloat));
+  float* const values = result.mutable_data_ptr<float>();
+  const bool is_stored =
+      seen.scalar_type() == at::kFloat || seen.scalar_type() == at::kBFloat16;
+  if (is_stored && places && !is_tokens && seen.is_contiguous())
+    average_maps(values, seen.view({channels, places}));
+  else if (is_stored && places && pixels.is_contiguous() && channels % blocks().width == 0)
+    average_pixels(values, pixels.view({places, channels}));
+  else
+    result.copy_(pixels.to(at::kFloat).reshape({places, channels}).mean(0, true));
+  return result;
+}
 
 // Computes the same as mmkw/layers/attention.py at temperature 0: alpha (batch, mixtures, n) from
 // pooled (batch, in). The steps are fc1, a norm of given statistics or a LayerNorm, ReLU, and fc2.
@@ -88,16 +181,15 @@ at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
               mixtures, " mixtures");
   TORCH_CHECK(mean.has_value() == variance.has_value(), "mean and variance come together");
   const int64_t n = logits / mixtures - 1;
-  // Parameters may be slices or expanded, so dense() copies them where they are not contiguous.
-  const at::Tensor values = dense(pooled, {batch, fc1_weight.size(1)});
+  const int64_t in = fc1_weight.size(1);
+  const Floats values(pooled, {batch, in}), hidden_bias(fc1_bias, width), center(mean, width),
+      spread(variance, width), by(norm_weight, width), plus(norm_bias, width),
+      logits_bias(fc2_bias, logits);
   std::vector<float> hidden(batch * width), z(batch * logits);
-  linear(hidden.data(), values.const_data_ptr<float>(), batch,
-         dense(fc1_weight, {width, values.size(1)}), dense_or_none(fc1_bias, width));
-  normalize(hidden.data(), batch, width, dense_or_none(mean, width),
-            dense_or_none(variance, width), dense(norm_weight, {width}), dense(norm_bias, {width}),
+  linear(hidden.data(), values.data(), batch, dense(fc1_weight, {width, in}), hidden_bias.data());
+  normalize(hidden.data(), batch, width, center.data(), spread.data(), by.data(), plus.data(),
             norm_eps);
-  linear(z.data(), hidden.data(), batch, dense(fc2_weight, {logits, width}),
-         dense(fc2_bias, {logits}));
+  linear(z.data(), hidden.data(), batch, dense(fc2_weight, {logits, width}), logits_bias.data());
   const at::Tensor alpha = at::empty({batch, mixtures, n}, pooled.options().dtype(at::kFloat));
   float* to = alpha.mutable_data_ptr<float>();
   for (int64_t mixture = 0; mixture < batch * mixtures; mixture++) {

@@ -24,14 +24,6 @@ at::Tensor memory_of_thread(at::IntArrayRef shape, const at::Tensor& like) {
   return memory.narrow(0, 0, size).view(shape);
 }
 
-// The average over space in float32: all dimensions but the first and that of the channels.
-at::Tensor average(const at::Tensor& seen, bool is_tokens) {
-  std::vector<int64_t> space;
-  for (int64_t dim = is_tokens ? 1 : 2; dim < seen.dim() - (is_tokens ? 1 : 0); dim++)
-    space.push_back(dim);
-  return space.empty() ? seen.to(at::kFloat) : at::mean(seen, space, false, at::kFloat);
-}
-
 // A convolution by kernels of size one is a product of matrices, whether channels lie last or not.
 at::Tensor convolve_pixels(at::Tensor x, const at::Tensor& kernel,
                            const std::optional<at::Tensor>& bias, at::IntArrayRef stride) {

@@ -22,6 +22,8 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
 
 void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor sum, bool begin);
 
+at::Tensor average(const at::Tensor& seen, bool is_tokens);
+
 at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
                   const std::optional<at::Tensor>& fc1_bias, const std::optional<at::Tensor>& mean,
                   const std::optional<at::Tensor>& variance, const at::Tensor& norm_weight,
