@@ -540,8 +540,8 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
     if (m.streamed) {
       const Block mixed{memory + m.rows * stride, stride};
       m.weights.for_parts([&](int64_t first, int64_t count) {
-        add_dots(first, count, from + first * m.size, m.size, 0, span.count);
         if (to) m.mix_part(mixed, span, first, count);
+        add_dots(first, count, from + first * m.size, m.size, 0, span.count);
       });
       if (to) m.into_kernels(*kernels, mixed, span);
       return;

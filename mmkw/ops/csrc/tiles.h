@@ -120,18 +120,21 @@ INLINE Four sums_of(const Vec (&values)[4]) {
   return SHUFFLE(low, high, 0, 2, 4, 6) + SHUFFLE(low, high, 1, 3, 5, 7);
 }
 
-// C (M, N) += A (M, k) * B (N, k)^T. k is a multiple of LANES.
+// C (M, N) += A (M, k) * B (N, k)^T. k is a multiple of LANES. Asks for B's values ahead, as gemm does.
 template <int M, int N>
 INLINE void gemm_nt_tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
                          float* c, int64_t ldc) {
   Vec sum[M][N];
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++) sum[i][j] = Vec{};
+  const int64_t far = ldb > FAR_APART ? std::min<int64_t>(AHEAD_BYTES / sizeof(float), k) : 0;
   for (int64_t p = 0; p < k; p += LANES) {
+    const int64_t ahead = far && p + far >= k ? far + N * ldb - k : far;
     Vec left[M];
     for (int i = 0; i < M; i++) left[i] = load(a + i * lda + p);
     for (int j = 0; j < N; j++) {
       const Vec right = load(b + j * ldb + p);
+      __builtin_prefetch(b + j * ldb + p + ahead, 0, 2);
       for (int i = 0; i < M; i++) sum[i][j] += left[i] * right;
     }
   }
