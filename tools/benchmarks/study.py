@@ -460,7 +460,13 @@ TABLES = {
     ),
     'stamps': choice(grid(1, 4), task='stamps'),
     'imagenet': choice(
-        {'static, 1e-3': STATIC, 'KW 1x, 1e-3, LN': by_recipe(1, {}), **grid(1)},
+        {
+            'static, 3e-4': Arm(None, SLOW),
+            'KW 1x, 3e-4, LN': by_recipe(1, SLOW),
+            'static, 1e-3': STATIC,
+            'KW 1x, 1e-3, LN': by_recipe(1, {}),
+            **grid(1),
+        },
         task='stamps from ImageNet',
         epochs=6,
         source=0,
