@@ -1,0 +1,61 @@
+"""Times the compiled kernel that mixes the cells of a warehouse, for one image.
+
+``mixing.py --cells 552x256x256 188x512x512 --mixtures 1 4 9 --precisions float32 bfloat16 int8``
+"""
+
+import argparse
+import itertools
+import time
+
+import torch
+from harness import machine, processor
+
+from mmkw.ops.compiled import MISSING
+
+
+def main() -> None:
+    """Reads the command line, measures and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        '--cells',
+        nargs='+',
+        default=['552x256x256'],
+        help='number x out x in, of kernels of size one',
+    )
+    parser.add_argument('--mixtures', type=int, nargs='+', default=[4], help='of a kernel')
+    precisions = ('float32', 'bfloat16', 'int8')
+    parser.add_argument('--precisions', nargs='+', choices=precisions, default=precisions)
+    parser.add_argument('--repeats', type=int, default=12)
+    args = parser.parse_args()
+    if MISSING is not None:
+        raise SystemExit(f'Compiled kernels are missing: {MISSING}')
+    reading = machine(time.perf_counter)['bandwidth'] / 1e9
+    print(f'{processor()}, reads {reading:.0f} GB/s\n')
+    print('| cells | mixtures | stored in | ms, least | GB/s |')
+    print('|---|---|---|---|---|')
+    for cells, mixtures in itertools.product(args.cells, args.mixtures):
+        for precision in args.precisions:
+            seconds, size = least(cells, mixtures, precision, args.repeats)
+            speed = f'{seconds * 1e3:.2f} | {size / seconds / 1e9:.0f}'
+            print(f'| {cells} | {mixtures} | {precision} | {speed} |')
+
+
+def least(cells: str, mixtures: int, precision: str, repeats: int) -> tuple[float, int]:
+    """The least time of mixing a kernel, in seconds, and the bytes of its warehouse."""
+    torch.manual_seed(0)
+    number, out, into = map(int, cells.split('x'))
+    dtype = getattr(torch, precision)
+    warehouse = torch.randint(-9, 9, (number, out, into, 1, 1)).to(dtype)
+    attention = torch.randn(1, mixtures, number)
+    stored = torch.float32 if precision == 'int8' else dtype
+    kernels = torch.empty(1, mixtures * out, into, 1, 1, dtype=stored)
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        torch.ops.mmkw.mix_cells_into(attention, warehouse, (1, 1, mixtures, 1), kernels)
+        times.append(time.perf_counter() - begin)
+    return min(times), warehouse.numel() * warehouse.element_size()
+
+
+if __name__ == '__main__':
+    main()
