@@ -4,6 +4,7 @@
 
 #include <ATen/Version.h>
 
+#include <algorithm>
 #include <string>
 
 #if defined(__x86_64__) && defined(__GNUC__)
