@@ -201,7 +201,7 @@ def warm_started(
     Returns:
         The state dict, the meta data, and what is to be told.
     """
-    config = config_of(parser, args)
+    config = config_of(parser, args.config, args.cfg_options)
     state = state_of(checkpoint)
     if any('warehouse_manager.weights.' in key for key in state):
         parser.error(

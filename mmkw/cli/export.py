@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if (args.form == 'static') != bool(args.images) or (args.keep and not args.images):
         parser.error('--form static needs --images; --images and --keep are for it alone')
-    config = config_of(parser, args)
+    config = config_of(parser, args.config, args.cfg_options)
     model = model_of(parser, args, config)
     try:
         load_trained(model, args.checkpoint, 'backbone' if args.backbone else '')

@@ -220,7 +220,7 @@ def main(argv: Sequence[str]) -> None:
         help='parameters of the networks with warehouses, such as 30M: look for budgets',
     )
     args = parser.parse_args(argv)
-    config = config_of(parser, args)
+    config = config_of(parser, args.config, args.cfg_options)
     model = model_of(parser, args, config, on_meta=True)
     static = build_static(config, on_meta=True)
     networks = dynamic_networks(model)

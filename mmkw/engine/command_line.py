@@ -4,7 +4,7 @@ import argparse
 import os
 import os.path as osp
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -114,30 +114,33 @@ def check_file(parser: argparse.ArgumentParser, path: str) -> None:
         parser.error(f'checkpoint {path} does not exist')
 
 
-def config_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
+def config_of(
+    parser: argparse.ArgumentParser, path: str, overrides: Mapping[str, Any] | None = None
+) -> Config:
     """Reads the config of a command line with its overrides, or stops with a usage error.
 
     Its default scope is the library of its model: there are the backbones of this package.
 
     Args:
         parser: Reports the error.
-        args: With ``config``, a file or ``PACKAGE::CONFIG``, and ``cfg_options``.
+        path: A file or ``PACKAGE::CONFIG``.
+        overrides: As ``--cfg-options`` gives them.
     """
     try:
-        config = read_config(args.config)
+        config = read_config(path)
     except (OSError, ValueError, SyntaxError) as error:
-        parser.error(f'config {args.config}: {error}')
+        parser.error(f'config {path}: {error}')
     except Exception as error:
         # A config is code, and its faults are those of code.
-        parser.error(f'config {args.config}: {type(error).__name__}: {error}')
+        parser.error(f'config {path}: {type(error).__name__}: {error}')
     try:
-        config.merge_from_dict(args.cfg_options)
+        config.merge_from_dict(overrides or {})
     except Exception as error:
-        parser.error(f'--cfg-options {args.cfg_options}: {type(error).__name__}: {error}')
+        parser.error(f'--cfg-options {overrides}: {type(error).__name__}: {error}')
     if not isinstance(config.get('model'), dict):
         found: Any = config.get('model')
         parser.error(
-            f'config {args.config} has '
+            f'config {path} has '
             + ('no model' if found is None else f'the model {found!r}, which is no dict')
         )
     if (scope := scope_of(config)) in LIBRARIES:
@@ -152,7 +155,7 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
     ``work_dirs/NAME`` with the config's name.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    config = config_of(parser, args)
+    config = config_of(parser, args.config, args.cfg_options)
     config.launcher = args.launcher
     name = osp.splitext(osp.basename(args.config))[0]
     config.work_dir = args.work_dir or config.get('work_dir') or osp.join('work_dirs', name)

@@ -396,7 +396,7 @@ def main() -> None:
     add_config_options(parser)
     args = parser.parse_args()
     images = find_images(args.images)
-    config = config_of(parser, args)
+    config = config_of(parser, args.config, args.cfg_options)
     model = load_model(config, args.checkpoint)
     records = record(model, test_pipeline(config), images)
     if not records:

@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument('--shape', nargs=2, type=pixels, help='height and width of the image')
     args = parser.parse_args()
     for path in args.configs:
-        config = config_of(parser, argparse.Namespace(config=path, cfg_options={}))
+        config = config_of(parser, path)
         total, backbone, flops, (height, width) = count(config, args.shape)
         print(
             f'{path}: {total:,} parameters; backbone {backbone:,} parameters, '

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument('out', type=Path, help='picture to write, such as temperature.png')
     add_config_options(parser)
     args = parser.parse_args()
-    config = config_of(parser, args)
+    config = config_of(parser, args.config, args.cfg_options)
     draw(find_hook(config), config).savefig(args.out, dpi=110)
 
 

@@ -3,7 +3,6 @@
 ``model.py STATIC_CONFIG CONFIG... --shapes 2x800x1216 --mode train``
 """
 
-import argparse
 import copy
 from functools import partial
 from pathlib import Path
@@ -62,10 +61,7 @@ def main() -> None:
         'configs', nargs='+', help='config files or PACKAGE::CONFIG, the reference first'
     )
     args = options.parse_args()
-    configs = {
-        Path(path).stem: config_of(options, argparse.Namespace(config=path, cfg_options={}))
-        for path in args.configs
-    }
+    configs = {Path(path).stem: config_of(options, path) for path in args.configs}
     reference = next(iter(configs.values()))
 
     def cases_of(shape: str, only: str | None) -> list[Case]:

@@ -28,7 +28,7 @@ def model_parser(description: str, work_dir: str) -> argparse.ArgumentParser:
 
 def trained(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Config, nn.Module]:
     """Loads the model that a command line names, or stops with a usage error."""
-    config = config_of(parser, args)
+    config = config_of(parser, args.config, args.cfg_options)
     config.work_dir = args.work_dir
     # Or a runner would load the weights from which training started.
     config.load_from, config.resume = None, False
