@@ -172,6 +172,13 @@ SEEN = {
     ),
     'maps with gaps': (False, lambda: floats(1, 64, 8, 18)[..., ::2]),
     'voxels': (False, lambda: floats(1, 32, 9, 10, 11)),
+    'voxels with channels last': (
+        False,
+        lambda: floats(1, 32, 9, 10, 11).to(memory_format=torch.channels_last_3d),
+    ),
+    'a map of one place': (False, lambda: floats(1, 70, 1, 1)),
+    'the second of two images': (False, lambda: floats(2, 33, 7, 9)[1:]),
+    'some of the channels': (False, lambda: floats(1, 70, 7, 9)[:, 3:]),
     'a place': (True, lambda: floats(1, 64)),
     'tokens': (True, lambda: floats(1, 70, 96)),
     'tokens of a few channels': (True, lambda: floats(1, 7, 9, 6)),

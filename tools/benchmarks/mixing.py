@@ -8,7 +8,7 @@ import itertools
 import time
 
 import torch
-from harness import machine, processor
+from harness import machine, parse_shape, processor
 
 from mmkw.ops.compiled import MISSING
 
@@ -43,7 +43,7 @@ def main() -> None:
 def least(cells: str, mixtures: int, precision: str, repeats: int) -> tuple[float, int]:
     """The least time of mixing a kernel, in seconds, and the bytes of its warehouse."""
     torch.manual_seed(0)
-    number, out, into = map(int, cells.split('x'))
+    number, out, into = parse_shape(cells)
     dtype = getattr(torch, precision)
     warehouse = torch.randint(-9, 9, (number, out, into, 1, 1)).to(dtype)
     attention = torch.randn(1, mixtures, number)

@@ -17,9 +17,7 @@ namespace {
 // Checks the shape. Parameters may be slices or expanded, so they are copied where they are not
 // contiguous.
 at::Tensor dense(const at::Tensor& tensor, at::IntArrayRef shape) {
-  const bool is_stored =
-      tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16;
-  TORCH_CHECK(tensor.sizes() == shape && is_stored, "expected float32 or bfloat16 of ", shape,
+  TORCH_CHECK(tensor.sizes() == shape && is_stored(tensor), "expected float32 or bfloat16 of ", shape,
               ", got ", tensor.scalar_type(), " of ", tensor.sizes());
   return tensor.contiguous();
 }
@@ -95,75 +93,48 @@ void normalize(float* hidden, int64_t rows, int64_t width, const float* mean,
   }
 }
 
-// Both sum up parts, and these: one sum of all places would lose digits.
-
-// result (channels) = averages of maps (channels, places), which lie map by map.
-void average_maps(float* result, const at::Tensor& maps) {
-  const int64_t channels = maps.size(0), places = maps.size(1);
-  constexpr int64_t PART = 1024, GRAIN = 1 << 16;
-  const std::vector<float> ones(PART, 1);
-  at::parallel_for(0, channels, GRAIN / places + 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory;
-    for (int64_t channel = begin; channel < end; channel++) {
-      float sum = 0;
-      for (int64_t first = 0; first < places; first += PART) {
-        const int64_t count = std::min(PART, places - first);
-        const int64_t whole = count / blocks().lanes * blocks().lanes;
-        const float* part = as_floats(maps, channel * places + first, count, memory);
-        blocks().gemm_nt(1, 1, whole, ones.data(), PART, part, PART, &sum, 1);
-        for (int64_t i = whole; i < count; i++) sum += part[i];
-      }
-      result[channel] = sum / places;
-    }
-  });
-}
-
-// result (channels) = averages of pixels (places, channels), which lie pixel by pixel.
+// result (channels) = averages of pixels (places, channels) of bfloat16. Channels fill whole tiles.
 void average_pixels(float* result, const at::Tensor& pixels) {
-  const int64_t places = pixels.size(0), channels = pixels.size(1);
+  const int64_t places = pixels.size(0), channels = pixels.size(1), width = blocks().width;
+  // So many rows at a time are read from the first column to the last.
   constexpr int64_t PART = 64, GRAIN = 1 << 16;
-  const std::vector<float> ones(PART, 1);
-  const int64_t width = blocks().width, tiles = channels / width;
-  const auto sum_up = [&](const auto* values) {
-    using Value = std::decay_t<decltype(*values)>;
-    at::parallel_for(0, tiles, GRAIN / (places * width) + 1, [&](int64_t begin, int64_t end) {
-      const int64_t count = (end - begin) * width;
-      float* const sums = result + begin * width;
-      std::vector<float> part(count);
-      std::fill_n(sums, count, 0.0f);
-      for (int64_t first = 0; first < places; first += PART) {
-        std::get<Gemm<Value>>(blocks().gemm)(
-            1, count, std::min(PART, places - first), ones.data(),
-            values + first * channels + begin * width, channels, 0, part.data(), count);
-        for (int64_t i = 0; i < count; i++) sums[i] += part[i];
-      }
-      for (int64_t i = 0; i < count; i++) sums[i] /= places;
-    });
-  };
-  if (pixels.scalar_type() == at::kFloat)
-    sum_up(pixels.const_data_ptr<float>());
-  else
-    sum_up(pixels.const_data_ptr<BFloat16>());
+  const std::vector<float> shares(PART, 1.0f / places);
+  const BFloat16* const values = pixels.const_data_ptr<BFloat16>();
+  const auto& gemm = std::get<Gemm<BFloat16>>(blocks().gemm);
+  at::parallel_for(0, channels / width, GRAIN / (places * width) + 1, [&](int64_t begin, int64_t end) {
+    const int64_t column = begin * width, count = end * width - column;
+    for (int64_t first = 0; first < places; first += PART)
+      gemm(1, count, std::min(PART, places - first), shares.data(),
+           values + first * channels + column, channels, first > 0, result + column, channels);
+  });
 }
 
 }  // namespace
 
 // The average of one image over space in float32: over all dimensions but the first and that of the
-// channels, which is the second, or of tokens the last. PyTorch's takes longer than a small layer.
+// channels, which is the second, or of tokens the last. Of bfloat16 PyTorch makes a copy in float32.
 at::Tensor average(const at::Tensor& seen, bool is_tokens) {
-  const at::Tensor pixels = (is_tokens ? seen : seen.movedim(1, -1))[0];
-  const int64_t channels = pixels.size(-1), places = channels ? pixels.numel() / channels : 0;
-  const at::Tensor result = at::empty({1, channels}, at::TensorOptions(at::kFloat));
-  float* const values = result.mutable_data_ptr<float>();
-  const bool is_stored =
-      seen.scalar_type() == at::kFloat || seen.scalar_type() == at::kBFloat16;
-  if (is_stored && places && !is_tokens && seen.is_contiguous())
-    average_maps(values, seen.view({channels, places}));
-  else if (is_stored && places && pixels.is_contiguous() && channels % blocks().width == 0)
-    average_pixels(values, pixels.view({places, channels}));
-  else
-    result.copy_(pixels.to(at::kFloat).reshape({places, channels}).mean(0, true));
-  return result;
+  std::vector<int64_t> space;
+  for (int64_t dim = is_tokens ? 1 : 2; dim < seen.dim() - (is_tokens ? 1 : 0); dim++)
+    space.push_back(dim);
+  if (space.empty()) return seen.to(at::kFloat);
+  const int64_t channels = seen.size(is_tokens ? -1 : 1);
+  if (seen.scalar_type() == at::kBFloat16 && seen.numel() > 0) {
+    const int64_t places = seen.numel() / channels;
+    const at::Tensor result = at::empty({1, channels}, seen.options().dtype(at::kFloat));
+    float* const values = result.mutable_data_ptr<float>();
+    const at::Tensor pixels = is_tokens ? seen : seen.movedim(1, -1);
+    if (!is_tokens && seen.is_contiguous()) {
+      const std::vector<float> shares(places, 1.0f / places);
+      linear(values, shares.data(), 1, seen.view({channels, places}), nullptr);
+      return result;
+    }
+    if (pixels.is_contiguous() && channels % blocks().width == 0) {
+      average_pixels(values, pixels.view({places, channels}));
+      return result;
+    }
+  }
+  return at::mean(seen, space, false, at::kFloat);
 }
 
 // Computes the same as mmkw/layers/attention.py at temperature 0: alpha (batch, mixtures, n) from

@@ -255,10 +255,6 @@ void copy_columns(const Block& block, const Value* matrix, int64_t rows, int64_t
 
 // --- common parts of the operators ---------------------------------------------------------------
 
-bool is_stored(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16;
-}
-
 // Whether a tensor is contiguous, of this shape, and of float32.
 bool is_dense(const at::Tensor& tensor, at::IntArrayRef shape) {
   return tensor.sizes() == shape && tensor.is_contiguous() && tensor.scalar_type() == at::kFloat;

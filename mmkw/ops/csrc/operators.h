@@ -9,6 +9,11 @@
 
 namespace mmkw {
 
+// Whether values are of float32 or bfloat16, which all operators read.
+inline bool is_stored(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16;
+}
+
 std::vector<int64_t> kernel_shape(int64_t batch, const at::Tensor& cells, at::IntArrayRef grid);
 
 at::Tensor mix_cells(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid);

@@ -54,8 +54,17 @@ TARGET void narrow(int64_t n, const float* x, BFloat16* y) {
   for (; i < n; i++) y[i] = x[i];
 }
 
+// From value `at` of a run of `run` values to the one that is asked for: the processor follows so many
+// runs at a time too late. At the end of a run that lies in the same run `rows` rows further down.
+template <typename Value>
+INLINE int64_t ahead_of(int64_t at, int64_t run, int64_t rows, int64_t stride) {
+  if (stride <= FAR_APART) return 0;
+  const int64_t far = std::min<int64_t>(AHEAD_BYTES / sizeof(Value), run);
+  return at + far < run ? far : far + rows * stride - run;
+}
+
 // C (M, WIDTH) = beta * C + A (M, k) * B (k, WIDTH). beta is 0 or 1. A lies column by column. What lies
-// `ahead` bytes after a row's values is brought to the second cache: in the first, rows a power of two
+// `ahead` values after a row's is brought to the second cache: in the first, rows a power of two
 // apart would push each other out.
 template <int M, typename Value>
 INLINE void gemm_tile(int64_t k, const float* a, const Value* b, int64_t ldb, int64_t ahead,
@@ -69,7 +78,7 @@ INLINE void gemm_tile(int64_t k, const float* a, const Value* b, int64_t ldb, in
     Vec row[VECTORS];
     UNROLL for (int v = 0; v < VECTORS; v++) row[v] = load(b + v * LANES);
     UNROLL for (int64_t line = 0; line < WIDTH * int64_t(sizeof(Value)); line += LINE_BYTES)
-      __builtin_prefetch(reinterpret_cast<const char*>(b) + line + ahead, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(b + ahead) + line, 0, 2);
     UNROLL for (int i = 0; i < M; i++) {
       const float value = a[i];
       UNROLL for (int v = 0; v < VECTORS; v++) sum[i][v] += value * row[v];
@@ -88,13 +97,8 @@ TARGET void gemm_tiles(int64_t m, int64_t n, int64_t k, const float* a, const Va
                        int64_t ldb, float beta, float* c, int64_t ldc) {
   if constexpr (M > 1)
     if (m < M) return gemm_tiles<M - 1>(m, n, k, a, b, ldb, beta, c, ldc);
-  // The processor follows so many runs at a time too late. At their end come those of the next k rows.
-  const int64_t run = n * sizeof(Value), next = k * ldb * sizeof(Value) - run;
-  const int64_t far = ldb > FAR_APART ? std::min(AHEAD_BYTES, run) : 0;
-  for (int64_t j = 0; j < n; j += WIDTH) {
-    const bool ends = far && j * int64_t(sizeof(Value)) + far >= run;
-    gemm_tile<M>(k, a, b + j, ldb, ends ? far + next : far, beta, c + j, ldc);
-  }
+  for (int64_t j = 0; j < n; j += WIDTH)
+    gemm_tile<M>(k, a, b + j, ldb, ahead_of<Value>(j, n, k, ldb), beta, c + j, ldc);
 }
 
 // C (m, n) = beta * C + A (m, k) * B (k, n). beta is 0 or 1. n is a multiple of WIDTH. A lies tile
@@ -127,9 +131,8 @@ INLINE void gemm_nt_tile(int64_t k, const float* a, int64_t lda, const float* b,
   Vec sum[M][N];
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++) sum[i][j] = Vec{};
-  const int64_t far = ldb > FAR_APART ? std::min<int64_t>(AHEAD_BYTES / sizeof(float), k) : 0;
   for (int64_t p = 0; p < k; p += LANES) {
-    const int64_t ahead = far && p + far >= k ? far + N * ldb - k : far;
+    const int64_t ahead = ahead_of<float>(p, k, N, ldb);
     Vec left[M];
     for (int i = 0; i < M; i++) left[i] = load(a + i * lda + p);
     for (int j = 0; j < N; j++) {
