@@ -63,7 +63,7 @@ def native_extension() -> dict:
         'mmkw.ops._native',
         [
             f'mmkw/ops/csrc/{name}.cpp'
-            for name in ('amx', 'blocks', 'mixing', 'attention', 'image', 'operators')
+            for name in ('amx', 'blocks', 'mixing', 'products', 'attention', 'image', 'operators')
         ],
         depends=[f'mmkw/ops/csrc/{name}.h' for name in ('amx', 'blocks', 'operators', 'tiles')],
         # Whoever loads the kernels compares the torch that they were built for with their own.

@@ -146,6 +146,10 @@ def _register() -> None:
     def _(weights: Tensor, rows: Tensor, total: Tensor, begin: bool) -> None:
         return None
 
+    @library.register_fake('mmkw::bmm')
+    def _(a: Tensor, b: Tensor, by_tiles: bool | None = None) -> Tensor:
+        return torch.bmm(a, b)
+
     @library.register_fake('mmkw::attend')
     def _(pooled: Tensor, *rest: Any) -> Tensor:
         *_, fc2_weight, _, mixtures, _, _ = rest
@@ -197,6 +201,10 @@ def _register() -> None:
     @register_flop_formula(ops.add_to_cells)
     def _(weights: Sequence[int], rows: Sequence[int], *_: Any, **__: Any) -> int:
         return 2 * weights[1] * math.prod(rows)
+
+    @register_flop_formula(ops.bmm)
+    def _(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * math.prod(a) * b[2]
 
     @register_flop_formula(ops.attend)
     def _(pooled: Sequence[int], fc1: Sequence[int], *rest: Any, **__: Any) -> int:

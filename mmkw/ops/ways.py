@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import modes
+from . import backend, modes
 from .memory import Scratch
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -148,7 +148,7 @@ class Products(Way):
             y = torch.bmm(cls._pixels(sampled), cls._matrices(conv, kernels).transpose(1, 2))
             y = modes.reshaped(y, (len(x), *sampled.shape[2:], kernels.shape[1])).movedim(-1, 1)
         else:
-            y = torch.bmm(cls._matrices(conv, kernels), cls._columns(conv, sampled))
+            y = _product(cls._matrices(conv, kernels), cls._columns(conv, sampled))
             y = modes.reshaped(y, (len(x), kernels.shape[1], *sampled.shape[2:]))
         return with_bias(y, None if bias is None else bias.view(-1, *[1] * (x.dim() - 2)))
 
@@ -174,7 +174,7 @@ class Products(Way):
             sampled = torch.bmm(cls._pixels(grad), matrices)
             sampled = sampled.view(len(x), *grad.shape[2:], x.shape[1]).movedim(-1, 1)
         else:
-            sampled = torch.bmm(matrices.transpose(1, 2), cls._columns(conv, grad))
+            sampled = _product(matrices.transpose(1, 2), cls._columns(conv, grad))
             sampled = sampled.view(len(x), -1, *grad.shape[2:])
         if max(conv.stride) == 1:
             return sampled
@@ -218,6 +218,13 @@ class Products(Way):
             return x
         index: tuple[Any, ...] = (..., *(slice(None, None, step) for step in conv.stride))
         return x[index]
+
+
+def _product(matrices: Tensor, columns: Tensor) -> Tensor:
+    """Batched product with few rows and, for large images, many columns."""
+    if backend.computes_constants(matrices, columns):
+        return torch.ops.mmkw.bmm(matrices, columns)
+    return torch.bmm(matrices, columns)
 
 
 class Tiles(Way):

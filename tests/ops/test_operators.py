@@ -82,6 +82,9 @@ CALLS = {
     ),
     'add_to_cells': ('add_to_cells', addition),
     'add_to_cells at first': ('add_to_cells', lambda: addition(begin=True)),
+    'bmm': ('bmm', lambda: dict(a=floats(2, 3, 5), b=floats(2, 5, 7))),
+    'bmm of many columns': ('bmm', lambda: dict(a=floats(2, 3, 5), b=floats(2, 5, 1600))),
+    'bmm by tiles': ('bmm', lambda: dict(a=floats(2, 3, 5), b=floats(2, 5, 7), by_tiles=True)),
     'attend': ('attend', attention),
     'attend of half': (
         'attend',
@@ -140,7 +143,7 @@ def test_gradients_are_what_their_registration_says(call):
     """The same, and that there is a gradient or an error."""
     name, arguments = CALLS[call]
     given = arguments()
-    learning = next(name for name in ('attention', 'pooled', 'seen') if name in given)
+    learning = next(name for name in ('attention', 'pooled', 'seen', 'a') if name in given)
     given[learning].requires_grad_()
     checks = ['test_schema', 'test_autograd_registration', 'test_faketensor']
     if name == 'mix_cells':
@@ -153,6 +156,7 @@ def test_what_has_no_gradient_says_so():
         ('attend', attention(), 'pooled'),
         ('apply_to_image', image(), 'seen'),
         ('mix_backward', backward(), 'attention'),
+        ('bmm', dict(a=floats(2, 3, 5), b=floats(2, 5, 7)), 'b'),
     ):
         arguments[learning].requires_grad_()
         result = getattr(ops, name)(**arguments)
@@ -233,6 +237,39 @@ def test_one_image_is_attended_to_as_in_float64(case, dtype):
     torch.testing.assert_close(found.double().view(1, 5), right, atol=tolerance, rtol=tolerance)
 
 
+# Batch, rows, terms and columns; columns that fill tiles or not, many terms, and as many images as
+# threads or more.
+PRODUCTS = [(1, 1, 1, 1), (1, 5, 3, 2000), (2, 64, 200, 1536), (3, 13, 250, 1601), (8, 50, 7, 1664)]
+
+
+@pytest.mark.parametrize('by_tiles', [True, False, None])
+@pytest.mark.parametrize('batch, m, k, n', PRODUCTS)
+def test_products_are_as_in_float64(batch, m, k, n, by_tiles):
+    a, b = floats(batch, m, k), floats(batch, k, n)
+    right = a.double() @ b.double()
+    # And transposed in memory, as the kernels of a backward pass are.
+    for left in (a, a.mT.contiguous().mT):
+        for below in (b, b.mT.contiguous().mT):
+            with torch.inference_mode():
+                found = ops.bmm(left, below, by_tiles)
+            torch.testing.assert_close(found.double(), right, atol=2e-4, rtol=1e-4)
+
+
+def test_products_of_nothing():
+    for shapes in (((0, 3, 5), (0, 5, 1600)), ((2, 0, 5), (2, 5, 1600)), ((2, 3, 0), (2, 0, 1600))):
+        a, b = (floats(*shape) for shape in shapes)
+        assert torch.equal(ops.bmm(a, b), a @ b)
+
+
+def test_products_where_all_runs_must_compute_the_same_bits():
+    a, b = floats(2, 3, 500), floats(2, 500, 1700)
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert torch.equal(ops.bmm(a, b), torch.bmm(a, b))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_mix_cells_has_the_gradient_of_its_definition():
     given = mixing()
     operands = [given[name].requires_grad_() for name in ('attention', 'cells')]
@@ -252,6 +289,7 @@ def test_operations_are_counted():
     expected = dict.fromkeys(('mix_cells', 'mix_cells_into', 'mix_backward'), mixed)
     expected['mix_backward and kernels'] = 2 * mixed
     expected['add_to_cells'] = 2 * 5 * torch.Size(CELLS).numel()
+    expected['bmm'] = 2 * 2 * 3 * 5 * 7
     expected['attend'] = 2 * 2 * (16 * 8 + 21 * 16)
     for call, flops in expected.items():
         name, arguments = CALLS[call]
@@ -328,6 +366,16 @@ WRONG = {
     'other weights': ('add_to_cells', lambda: addition(weights=floats(4, 6))),
     'other rows': ('add_to_cells', lambda: addition(rows=floats(5, 8, 5, 1, 1))),
     'a strided sum': ('add_to_cells', lambda: addition(sum=floats(6, 4, 8, 1, 1).transpose(1, 2))),
+    'a product of other sizes': ('bmm', lambda: dict(a=floats(2, 3, 4), b=floats(2, 5, 7))),
+    'a product of other batches': (
+        'bmm',
+        lambda: dict(a=floats(1, 3, 5), b=floats(2, 5, 7), by_tiles=True),
+    ),
+    'a product of matrices': ('bmm', lambda: dict(a=floats(3, 5), b=floats(5, 7), by_tiles=True)),
+    'a double product by tiles': (
+        'bmm',
+        lambda: dict(a=floats(2, 3, 5).double(), b=floats(2, 5, 7).double(), by_tiles=True),
+    ),
     'no mixtures': ('attend', lambda: attention(mixtures=0)),
     'negative mixtures': ('attend', lambda: attention(mixtures=-3)),
     'mixtures that do not divide': ('attend', lambda: attention(mixtures=4)),

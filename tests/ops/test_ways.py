@@ -269,3 +269,29 @@ def test_small_images_are_convolved_with_their_own_kernels(batch, memory_format)
             torch.testing.assert_close(
                 ours, reference.detach().view(ours.shape), atol=1e-4, rtol=1e-4
             )
+
+
+@pytest.mark.parametrize(
+    'kind', [(KWConv1d, (1600,)), (KWConv2d, (40, 41)), (KWConv3d, (8, 9, 23))]
+)
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_many_pixels_are_multiplied_as_in_float64(kind, batch, stride):
+    """By kernels of size one, while they learn and as constants."""
+    make, size = kind
+    layer = make(20, 24, 1, stride=stride).eval()
+    x = torch.randn(batch, 20, *(stride * side for side in size))
+    precise = make(20, 24, 1, stride=stride).eval().double()
+    precise.load_state_dict(layer.state_dict())
+    results = []
+    for one, images in (
+        (layer, x.requires_grad_()),
+        (precise, x.detach().double().requires_grad_()),
+    ):
+        y = one(images)
+        learned = [parameter for parameter in one.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(y.square().mean(), [images, *learned])
+        with torch.no_grad():
+            results.append([y, one(images), *gradients])
+    for found, right in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), right, atol=1e-4, rtol=1e-3)

@@ -17,6 +17,7 @@ TORCH_LIBRARY(mmkw, library) {
   library.def(
       "mix_backward(Tensor[] grad_kernels, Tensor attention, Tensor cells, int[] grid, "
       "Tensor(a!)? kernels, Tensor(b!)? rows) -> Tensor");
+  library.def("bmm(Tensor a, Tensor b, bool? by_tiles=None) -> Tensor");
   library.def("add_to_cells(Tensor weights, Tensor rows, Tensor(a!) sum, bool begin) -> ()");
   library.def(
       "attend(Tensor pooled, Tensor fc1_weight, Tensor? fc1_bias, Tensor? mean, Tensor? variance, "
@@ -33,6 +34,7 @@ TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
   library.impl("mix_cells", &mmkw::mix_cells);
   library.impl("mix_cells_into", &mmkw::mix_cells_into);
   library.impl("mix_backward", &mmkw::mix_backward);
+  library.impl("bmm", &mmkw::bmm);
   library.impl("add_to_cells", &mmkw::add_to_cells);
   library.impl("attend", &mmkw::attend);
   library.impl("apply_to_image", &mmkw::apply_to_image);
@@ -42,7 +44,7 @@ TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
 // mmkw/ops/compiled.py registers the gradient of mix_cells.
 TORCH_LIBRARY_IMPL(mmkw, Autograd, library) {
   for (const char* name :
-       {"mix_cells_into", "mix_backward", "add_to_cells", "attend", "apply_to_image"})
+       {"mix_cells_into", "mix_backward", "add_to_cells", "bmm", "attend", "apply_to_image"})
     library.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 

@@ -27,6 +27,8 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
 
 void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor sum, bool begin);
 
+at::Tensor bmm(const at::Tensor& a, const at::Tensor& b, std::optional<bool> by_tiles = {});
+
 at::Tensor average(const at::Tensor& seen, bool is_tokens);
 
 at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
