@@ -105,7 +105,7 @@ void average_pixels(float* result, const at::Tensor& pixels) {
     const int64_t column = begin * width, count = end * width - column;
     for (int64_t first = 0; first < places; first += PART)
       gemm(1, count, std::min(PART, places - first), shares.data(),
-           values + first * channels + column, channels, first > 0, result + column, channels);
+           values + first * channels + column, channels, first > 0, result + column, channels, {});
   });
 }
 

@@ -23,10 +23,17 @@ void for_tiles(int64_t count, int64_t fitting, const Work& work) {
   }
 }
 
-// C = beta * C + A * B, beta 0 or 1, A packed tile by tile. Sums are of float32.
+// What is asked for ahead of a product that will read it: k rows, so many bytes apart.
+struct Next {
+  const char* rows = nullptr;
+  int64_t stride = 0;
+};
+
+// C = beta * C + A * B, beta 0 or 1, A packed tile by tile. Sums are of float32. If given, as
+// many columns of the next rows are asked for, B is of float32, and n the width of a tile.
 template <typename Value>
 using Gemm = void (*)(int64_t m, int64_t n, int64_t k, const float* a, const Value* b, int64_t ldb,
-                      float beta, float* c, int64_t ldc);
+                      float beta, float* c, int64_t ldc, Next next);
 
 // y = x for n numbers. y may begin where x does, if its numbers are no longer.
 template <typename From, typename To>

@@ -58,10 +58,11 @@ class Weights {
   // must be a multiple of the width of a tile.
   template <typename Value>
   void multiply(int64_t first, int64_t terms, float* result, int64_t result_stride,
-                const Value* values, int64_t stride, int64_t columns, bool begin) const {
+                const Value* values, int64_t stride, int64_t columns, bool begin,
+                Next next = {}) const {
     const Gemm<Value> gemm = std::get<Gemm<Value>>(blocks().gemm);
     gemm(rows_, columns, terms, packed_.data() + first * rows_, values, stride, begin ? 0 : 1,
-         result, result_stride);
+         result, result_stride, next);
   }
 
  private:
@@ -339,14 +340,19 @@ struct Mixing {
     });
   }
 
-  // mixed = columns of the mixtures, from a copy of the cells' columns.
-  void mix_copied(const Block& mixed, const Block& copy, int64_t count) const {
+  // mixed = columns of the mixtures, from a copy of the cells' columns. Meanwhile as many columns from
+  // `next` on are asked for.
+  void mix_copied(const Block& mixed, const Block& copy, int64_t count, int64_t next) const {
     const int64_t width = blocks().width;
+    const int64_t bytes = cells.element_size(), stride = size * bytes;
+    const char* const warehouse = static_cast<const char*>(cells.const_data_ptr());
     weights.for_parts([&](int64_t first, int64_t terms) {
       // A tile's columns of the part stay in the innermost cache for all mixtures.
       for (int64_t c = 0; c < count; c += width)
         weights.multiply(first, terms, mixed.values + c, mixed.stride,
-                         copy.values + first * copy.stride + c, copy.stride, width, first == 0);
+                         copy.values + first * copy.stride + c, copy.stride, width, first == 0,
+                         next + c < size ? Next{warehouse + first * stride + (next + c) * bytes, stride}
+                                         : Next{});
     });
   }
 
@@ -420,7 +426,7 @@ void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::In
     } else {
       const Block copy{memory + m.rows * stride, stride};
       m.copy_cells(copy, span);
-      m.mix_copied(mixed, copy, span.count);
+      m.mix_copied(mixed, copy, span.count, span.begin + columns);
     }
     m.into_kernels(kernels, mixed, span);
   });
@@ -550,7 +556,7 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
       const int64_t count = std::min(COLUMNS_STEP, span.count - c);
       m.copy_cells(copy, {span.begin + c, count});
       if (!m.aligned) add_dots(0, m.num_cells, copy.values, copy_stride, c, count);
-      if (to) m.mix_copied({gradient.values + c, stride}, copy, count);
+      if (to) m.mix_copied({gradient.values + c, stride}, copy, count, m.size);
     }
     if (to) m.into_kernels(*kernels, gradient, span);
   }, m.rows * m.num_cells);

@@ -63,12 +63,12 @@ INLINE int64_t ahead_of(int64_t at, int64_t run, int64_t rows, int64_t stride) {
   return at + far < run ? far : far + rows * stride - run;
 }
 
-// C (M, WIDTH) = beta * C + A (M, k) * B (k, WIDTH). beta is 0 or 1. A lies column by column. What lies
-// `ahead` values after a row's is brought to the second cache: in the first, rows a power of two
-// apart would push each other out.
-template <int M, typename Value>
+// C (M, WIDTH) = beta * C + A (M, k) * B (k, WIDTH). beta is 0 or 1. A lies column by column. With every
+// row of B one of `next`, or what lies `ahead` values after the row's, is brought to the second
+// cache: in the first, rows a power of two apart would push each other out.
+template <int M, bool NEXT, typename Value>
 INLINE void gemm_tile(int64_t k, const float* a, const Value* b, int64_t ldb, int64_t ahead,
-                      float beta, float* c, int64_t ldc) {
+                      Next next, float beta, float* c, int64_t ldc) {
   // Sums stay in registers only if these loops are unrolled: GCC leaves some of them as they are.
   Vec sum[M][VECTORS];
   UNROLL for (int i = 0; i < M; i++)
@@ -78,13 +78,14 @@ INLINE void gemm_tile(int64_t k, const float* a, const Value* b, int64_t ldb, in
     Vec row[VECTORS];
     UNROLL for (int v = 0; v < VECTORS; v++) row[v] = load(b + v * LANES);
     UNROLL for (int64_t line = 0; line < WIDTH * int64_t(sizeof(Value)); line += LINE_BYTES)
-      __builtin_prefetch(reinterpret_cast<const char*>(b + ahead) + line, 0, 2);
+      __builtin_prefetch((NEXT ? next.rows : reinterpret_cast<const char*>(b + ahead)) + line, 0, 2);
     UNROLL for (int i = 0; i < M; i++) {
       const float value = a[i];
       UNROLL for (int v = 0; v < VECTORS; v++) sum[i][v] += value * row[v];
     }
     a += M;
     b += ldb;
+    if constexpr (NEXT) next.rows += next.stride;
   }
   UNROLL for (int i = 0; i < M; i++)
     UNROLL for (int v = 0; v < VECTORS; v++)
@@ -94,20 +95,23 @@ INLINE void gemm_tile(int64_t k, const float* a, const Value* b, int64_t ldb, in
 // The same for m <= M rows and n columns. n is a multiple of WIDTH.
 template <int M, typename Value>
 TARGET void gemm_tiles(int64_t m, int64_t n, int64_t k, const float* a, const Value* b,
-                       int64_t ldb, float beta, float* c, int64_t ldc) {
+                       int64_t ldb, float beta, float* c, int64_t ldc, Next next) {
   if constexpr (M > 1)
-    if (m < M) return gemm_tiles<M - 1>(m, n, k, a, b, ldb, beta, c, ldc);
+    if (m < M) return gemm_tiles<M - 1>(m, n, k, a, b, ldb, beta, c, ldc, next);
+  // Copies are of float32.
+  if constexpr (std::is_same_v<Value, float>)
+    if (next.rows) return gemm_tile<M, true>(k, a, b, ldb, 0, next, beta, c, ldc);
   for (int64_t j = 0; j < n; j += WIDTH)
-    gemm_tile<M>(k, a, b + j, ldb, ahead_of<Value>(j, n, k, ldb), beta, c + j, ldc);
+    gemm_tile<M, false>(k, a, b + j, ldb, ahead_of<Value>(j, n, k, ldb), {}, beta, c + j, ldc);
 }
 
 // C (m, n) = beta * C + A (m, k) * B (k, n). beta is 0 or 1. n is a multiple of WIDTH. A lies tile
 // by tile, and each tile lies column by column.
 template <typename Value>
 TARGET void gemm(int64_t m, int64_t n, int64_t k, const float* a, const Value* b, int64_t ldb,
-                 float beta, float* c, int64_t ldc) {
+                 float beta, float* c, int64_t ldc, Next next) {
   for_tiles(m, ROWS, [&](int64_t i, int64_t rows) {
-    gemm_tiles<ROWS>(rows, n, k, a + i * k, b, ldb, beta, c + i * ldc, ldc);
+    gemm_tiles<ROWS>(rows, n, k, a + i * k, b, ldb, beta, c + i * ldc, ldc, i ? Next{} : next);
   });
 }
 
