@@ -222,7 +222,8 @@ class Products(Way):
 
 def _product(matrices: Tensor, columns: Tensor) -> Tensor:
     """Batched product with few rows and, for large images, many columns."""
-    if backend.computes_constants(matrices, columns):
+    is_given = columns.dtype == torch.float32 and modes.autocast_dtype(columns) is None
+    if is_given and backend.computes_constants(matrices, columns):
         return torch.ops.mmkw.bmm(matrices, columns)
     return torch.bmm(matrices, columns)
 

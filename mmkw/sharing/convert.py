@@ -118,14 +118,18 @@ def convert(
 
     Raises:
         ValueError: If ``start_tau`` is neither 0 nor 1.
-        TypeError: If ``network`` is no module, if ``plan`` is of another type, or if there are
-            options beside a plan.
+        TypeError: If ``network`` is no module, if ``plan`` is of another type, if there are
+            options beside a plan, or if ``freeze_warehouses`` or ``keep_weights`` is neither True
+            nor False.
         PlanError: If the network is a layer, a Sequential, or converted already, if a planned layer
             is missing or cannot be dynamic, if two names are one layer, or if the options of a
             warehouse do not fit its kernels.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f'network must be a torch.nn.Module, got {network!r}.')
+    for name, value in (('freeze_warehouses', freeze_warehouses), ('keep_weights', keep_weights)):
+        if not isinstance(value, bool):
+            raise TypeError(f'{name} must be True or False, got {value!r}.')
     if _building_static.get():
         return network
     if is_converted(network):

@@ -160,9 +160,10 @@ class Net(nn.Module):
 
 
 def net(**options):
-    start_tau = options.pop('start_tau', 0)
+    names = ('start_tau', 'freeze_warehouses', 'keep_weights')
+    given = {name: options.pop(name) for name in names if name in options}
     plan = SharingPlan.make([('a', 'w'), ('b', 'w'), ('c', 'w')], **options)
-    return convert(Net(), plan, dict(type='BN1d'), start_tau=start_tau)
+    return convert(Net(), plan, dict(type='BN1d'), **given)
 
 
 @pytest.mark.parametrize('options', [{}, dict(nonlocal_basis_ratio=0.5)])
@@ -271,6 +272,15 @@ def test_trained_attentions_have_their_temperature(method, where, tmp_path):
 def test_other_temperatures_are_refused(tau):
     with pytest.raises(ValueError, match='start_tau must be 0'):
         net(start_tau=tau)
+
+
+@pytest.mark.parametrize('name', ['keep_weights', 'freeze_warehouses'])
+@pytest.mark.parametrize('value', ['no', 0, None])
+def test_switches_are_true_or_false(name, value):
+    """Of a word such as ``no`` Python would think that it is true."""
+    message = f'{name} must be True or False, got {value!r}'
+    with pytest.raises(TypeError, match=message):
+        net(**{name: value})
 
 
 def test_every_process_draws_the_same_spare_cells():

@@ -1,5 +1,8 @@
 """``torch.ops.mmkw``: what PyTorch is told of them is true, and wrong calls are refused."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,7 +86,7 @@ CALLS = {
     'add_to_cells': ('add_to_cells', addition),
     'add_to_cells at first': ('add_to_cells', lambda: addition(begin=True)),
     'bmm': ('bmm', lambda: dict(a=floats(2, 3, 5), b=floats(2, 5, 7))),
-    'bmm of many columns': ('bmm', lambda: dict(a=floats(2, 3, 5), b=floats(2, 5, 1600))),
+    'bmm of many columns': ('bmm', lambda: dict(a=floats(2, 32, 64), b=floats(2, 64, 1600))),
     'bmm by tiles': ('bmm', lambda: dict(a=floats(2, 3, 5), b=floats(2, 5, 7), by_tiles=True)),
     'attend': ('attend', attention),
     'attend of half': (
@@ -239,7 +242,14 @@ def test_one_image_is_attended_to_as_in_float64(case, dtype):
 
 # Batch, rows, terms and columns; columns that fill tiles or not, many terms, and as many images as
 # threads or more.
-PRODUCTS = [(1, 1, 1, 1), (1, 5, 3, 2000), (2, 64, 200, 1536), (3, 13, 250, 1601), (8, 50, 7, 1664)]
+PRODUCTS = [
+    (1, 1, 1, 1),
+    (1, 5, 3, 2000),
+    (2, 64, 200, 1536),
+    (2, 13, 200, 1600),
+    (3, 40, 250, 1601),
+    (8, 50, 7, 1664),
+]
 
 
 @pytest.mark.parametrize('by_tiles', [True, False, None])
@@ -253,6 +263,9 @@ def test_products_are_as_in_float64(batch, m, k, n, by_tiles):
             with torch.inference_mode():
                 found = ops.bmm(left, below, by_tiles)
             torch.testing.assert_close(found.double(), right, atol=2e-4, rtol=1e-4)
+            if by_tiles:
+                alone = ops.bmm(left[:1], below[:1], True)
+                assert torch.equal(alone, found[:1]), 'an image is the same in every batch'
 
 
 def test_products_of_nothing():
@@ -261,8 +274,21 @@ def test_products_of_nothing():
         assert torch.equal(ops.bmm(a, b), a @ b)
 
 
+def test_products_are_chosen_whatever_precision_pytorch_is_set_to():
+    """The measurement is the first of a process, and has a precision of its own."""
+    code = """
+import torch, mmkw.ops
+a, b = torch.ones(1, 64, 128), torch.ones(1, 128, 1600)
+torch.set_default_dtype(torch.float64)
+with torch.autocast('cpu', torch.bfloat16):
+    c = torch.ops.mmkw.bmm(a, b)
+assert c.dtype == torch.float32 and bool((c == 128).all())
+"""
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
 def test_products_where_all_runs_must_compute_the_same_bits():
-    a, b = floats(2, 3, 500), floats(2, 500, 1700)
+    a, b = floats(2, 33, 500), floats(2, 500, 1700)
     try:
         torch.use_deterministic_algorithms(True)
         assert torch.equal(ops.bmm(a, b), torch.bmm(a, b))
@@ -372,6 +398,10 @@ WRONG = {
         lambda: dict(a=floats(1, 3, 5), b=floats(2, 5, 7), by_tiles=True),
     ),
     'a product of matrices': ('bmm', lambda: dict(a=floats(3, 5), b=floats(5, 7), by_tiles=True)),
+    'a product of nothing by tiles': (
+        'bmm',
+        lambda: dict(a=floats(2, 3, 0), b=floats(2, 0, 7), by_tiles=True),
+    ),
     'a double product by tiles': (
         'bmm',
         lambda: dict(a=floats(2, 3, 5).double(), b=floats(2, 5, 7).double(), by_tiles=True),

@@ -279,9 +279,9 @@ def test_small_images_are_convolved_with_their_own_kernels(batch, memory_format)
 def test_many_pixels_are_multiplied_as_in_float64(kind, batch, stride):
     """By kernels of size one, while they learn and as constants."""
     make, size = kind
-    layer = make(20, 24, 1, stride=stride).eval()
-    x = torch.randn(batch, 20, *(stride * side for side in size))
-    precise = make(20, 24, 1, stride=stride).eval().double()
+    layer = make(64, 40, 1, stride=stride).eval()
+    x = torch.randn(batch, 64, *(stride * side for side in size))
+    precise = make(64, 40, 1, stride=stride).eval().double()
     precise.load_state_dict(layer.state_dict())
     results = []
     for one, images in (
@@ -295,3 +295,12 @@ def test_many_pixels_are_multiplied_as_in_float64(kind, batch, stride):
             results.append([y, one(images), *gradients])
     for found, right in zip(*results, strict=True):
         torch.testing.assert_close(found.double(), right, atol=1e-4, rtol=1e-3)
+
+
+def test_products_under_autocast_are_those_of_pytorch():
+    """Whether or not their number of pixels is one of those that tiles of our own multiply."""
+    conv = SampleConv((1, 1), (0, 0), (1, 1))
+    for side in (8, 48):
+        x, kernels = torch.randn(2, 64, side, side), torch.randn(2, 40, 64, 1, 1)
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+            assert conv(x, kernels).dtype == F.conv2d(x, kernels[0]).dtype == torch.bfloat16

@@ -123,6 +123,15 @@ def test_mixing_is_timed(root):
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(MISSING is not None, reason=f'compiled kernels: {MISSING}')
+def test_products_are_timed(root):
+    lines = run(root, 'products.py', '--sizes', '8x4x40', '3x5x9', '--repeats', '2').splitlines()
+    assert 'GFLOP/s' in lines[0]
+    assert all(name in lines[2] for name in ('by tiles', 'torch.bmm', 'F.conv2d'))
+    assert [line.split(' | ')[0] for line in lines[4:]] == ['| 8x4x40', '| 3x5x9']
+
+
 @pytest.mark.parametrize(
     'precision', exhaustively(['float32', 'autocast', 'bfloat16'], ['float32', 'autocast'])
 )

@@ -29,8 +29,8 @@ struct Next {
   int64_t stride = 0;
 };
 
-// C = beta * C + A * B, beta 0 or 1, A packed tile by tile. Sums are of float32. If given, as
-// many columns of the next rows are asked for, B is of float32, and n the width of a tile.
+// C = beta * C + A * B, beta 0 or 1, A packed tile by tile. Sums are of float32. If there
+// is a next, n must be the width of a tile, B of float32, and as much of every next row is asked for.
 template <typename Value>
 using Gemm = void (*)(int64_t m, int64_t n, int64_t k, const float* a, const Value* b, int64_t ldb,
                       float beta, float* c, int64_t ldc, Next next);

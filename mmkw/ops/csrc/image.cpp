@@ -41,7 +41,10 @@ at::Tensor convolve_pixels(at::Tensor x, const at::Tensor& kernel,
     return y.view(shape).movedim(-1, 1);
   }
   shape[1] = kernel.size(0);
-  const at::Tensor y = mmkw::bmm(weights.unsqueeze(0), x.reshape({1, x.size(1), -1}));
+  const at::Tensor pixels = x.reshape({x.size(1), -1});
+  const at::Tensor y = is_faster_by_tiles(weights, pixels, 1)
+                           ? mmkw::bmm(weights.unsqueeze(0), pixels.unsqueeze(0), true)
+                           : at::mm(weights, pixels);
   if (bias) y.add_(bias->unsqueeze(1));
   return y.view(shape);
 }

@@ -180,17 +180,21 @@ struct Block {
   int64_t stride;
 };
 
-// Columns [begin, begin + count) of a matrix.
+// Columns [begin, begin + count) of a matrix, and whether the same thread works on the next ones then.
 struct Span {
   int64_t begin, count;
+  bool has_next = false;
 };
+
+// The threads that share the work: one if the caller is one of several itself.
+int64_t num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 // The number of columns after the last tile is filled up.
 int64_t padded(int64_t count) { return num_parts(count, blocks().width) * blocks().width; }
 
 // The number of columns of a block with so many rows.
 int64_t block_columns(int64_t size, int64_t rows, int64_t most) {
-  const int64_t shared = size / (4 * at::get_num_threads());
+  const int64_t shared = size / (4 * num_threads());
   return std::max<int64_t>(std::min({most, BLOCK_VALUES / (rows + 1), shared}) / COLUMNS_STEP, 1) *
          COLUMNS_STEP;
 }
@@ -205,7 +209,7 @@ constexpr int64_t SUM_VALUES = 8 << 20;
 
 // The number of shares for these columns, if every share sums up so many values.
 int64_t num_shares(int64_t size, int64_t columns, int64_t sum_values) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = num_threads();
   const int64_t fitting = std::max(SUM_VALUES / std::max<int64_t>(sum_values, 1), threads);
   return std::min({num_parts(size, columns), SHARES * threads, fitting});
 }
@@ -218,7 +222,7 @@ void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work,
                 int64_t sum_values = 0) {
   const int64_t count = num_parts(size, columns), shares = num_shares(size, columns, sum_values);
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), shares);
+  const int64_t threads = std::min(num_threads(), shares);
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     // Kept from call to call, because fresh memory would take longer than the work itself.
     thread_local std::vector<float> memory;
@@ -226,8 +230,8 @@ void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work,
     if (memory.size() < needed) memory.resize(needed);
     const uintptr_t begin = num_parts(reinterpret_cast<uintptr_t>(memory.data()), LINE) * LINE;
     for (int64_t share = next++; share < shares; share = next++)
-      for (int64_t b = count * share / shares; b < count * (share + 1) / shares; b++)
-        work(Span{b * columns, std::min(columns, size - b * columns)},
+      for (int64_t b = count * share / shares, end = count * (share + 1) / shares; b < end; b++)
+        work(Span{b * columns, std::min(columns, size - b * columns), b + 1 < end},
              reinterpret_cast<float*>(begin), share);
   });
 }
@@ -340,19 +344,21 @@ struct Mixing {
     });
   }
 
-  // mixed = columns of the mixtures, from a copy of the cells' columns. Meanwhile as many columns from
-  // `next` on are asked for.
-  void mix_copied(const Block& mixed, const Block& copy, int64_t count, int64_t next) const {
+  // mixed = columns of the mixtures, from a copy of the span's columns of the cells. Meanwhile the next
+  // ones are asked for, if this thread copies them.
+  void mix_copied(const Block& mixed, const Block& copy, Span span) const {
     const int64_t width = blocks().width;
     const int64_t bytes = cells.element_size(), stride = size * bytes;
     const char* const warehouse = static_cast<const char*>(cells.const_data_ptr());
     weights.for_parts([&](int64_t first, int64_t terms) {
       // A tile's columns of the part stay in the innermost cache for all mixtures.
-      for (int64_t c = 0; c < count; c += width)
+      for (int64_t c = 0; c < span.count; c += width) {
+        Next next;
+        if (const int64_t column = span.begin + span.count + c; span.has_next && column < size)
+          next = {warehouse + first * stride + column * bytes, stride};
         weights.multiply(first, terms, mixed.values + c, mixed.stride,
-                         copy.values + first * copy.stride + c, copy.stride, width, first == 0,
-                         next + c < size ? Next{warehouse + first * stride + (next + c) * bytes, stride}
-                                         : Next{});
+                         copy.values + first * copy.stride + c, copy.stride, width, first == 0, next);
+      }
     });
   }
 
@@ -426,7 +432,7 @@ void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::In
     } else {
       const Block copy{memory + m.rows * stride, stride};
       m.copy_cells(copy, span);
-      m.mix_copied(mixed, copy, span.count, span.begin + columns);
+      m.mix_copied(mixed, copy, span);
     }
     m.into_kernels(kernels, mixed, span);
   });
@@ -553,10 +559,10 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
     if (m.aligned && !to) return;
     const Block copy{memory + m.rows * stride, copy_stride};
     for (int64_t c = 0; c < span.count; c += COLUMNS_STEP) {
-      const int64_t count = std::min(COLUMNS_STEP, span.count - c);
-      m.copy_cells(copy, {span.begin + c, count});
-      if (!m.aligned) add_dots(0, m.num_cells, copy.values, copy_stride, c, count);
-      if (to) m.mix_copied({gradient.values + c, stride}, copy, count, m.size);
+      const Span some{span.begin + c, std::min(COLUMNS_STEP, span.count - c)};
+      m.copy_cells(copy, some);
+      if (!m.aligned) add_dots(0, m.num_cells, copy.values, copy_stride, c, some.count);
+      if (to) m.mix_copied({gradient.values + c, stride}, copy, some);
     }
     if (to) m.into_kernels(*kernels, gradient, span);
   }, m.rows * m.num_cells);

@@ -1,4 +1,4 @@
-// The operators of torch.ops.mmkw: float32 on the CPU, without gradients of their own.
+// The operators of torch.ops.mmkw, and what they share: on the CPU, without gradients of their own.
 
 #pragma once
 
@@ -28,6 +28,8 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
 void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor sum, bool begin);
 
 at::Tensor bmm(const at::Tensor& a, const at::Tensor& b, std::optional<bool> by_tiles = {});
+
+bool is_faster_by_tiles(const at::Tensor& a, const at::Tensor& b, int64_t batch);
 
 at::Tensor average(const at::Tensor& seen, bool is_tokens);
 

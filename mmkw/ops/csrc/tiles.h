@@ -98,7 +98,7 @@ TARGET void gemm_tiles(int64_t m, int64_t n, int64_t k, const float* a, const Va
                        int64_t ldb, float beta, float* c, int64_t ldc, Next next) {
   if constexpr (M > 1)
     if (m < M) return gemm_tiles<M - 1>(m, n, k, a, b, ldb, beta, c, ldc, next);
-  // Copies are of float32.
+  // Copies are of float32, and multiplied one width of a tile at a time.
   if constexpr (std::is_same_v<Value, float>)
     if (next.rows) return gemm_tile<M, true>(k, a, b, ldb, 0, next, beta, c, ldc);
   for (int64_t j = 0; j < n; j += WIDTH)
