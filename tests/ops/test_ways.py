@@ -1,9 +1,13 @@
 """All ways of convolving give the same, and the fastest is chosen and remembered."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import mmkw
 from mmkw.layers import KWConv1d, KWConv2d, KWConv3d, set_temperature
 from mmkw.ops import SampleConv, backend, choosing
 from mmkw.ops.memory import Scratch
@@ -304,3 +308,23 @@ def test_products_under_autocast_are_those_of_pytorch():
         x, kernels = torch.randn(2, 64, side, side), torch.randn(2, 40, 64, 1, 1)
         with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
             assert conv(x, kernels).dtype == F.conv2d(x, kernels[0]).dtype == torch.bfloat16
+
+
+class Pointwise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(64, 40, 1, bias=False)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize('batch', [1, 2])
+def test_many_pixels_beside_the_static_layer(batch):
+    """A dynamic layer starts as its static one, whose 1x1 convolution PyTorch computes."""
+    static = Pointwise().eval()
+    dynamic = mmkw.convert(copy.deepcopy(static)).eval()
+    assert isinstance(dynamic.conv, KWConv2d)
+    x = torch.randn(batch, 64, 48, 33)
+    with torch.no_grad():
+        torch.testing.assert_close(dynamic(x), static(x), atol=1e-5, rtol=1e-4)

@@ -8,7 +8,7 @@ import itertools
 import time
 
 import torch
-from harness import machine, parse_shape, processor
+from harness import least, machine, parse_shape, processor
 
 from mmkw.ops.compiled import MISSING
 
@@ -35,12 +35,12 @@ def main() -> None:
     print('|---|---|---|---|---|')
     for cells, mixtures in itertools.product(args.cells, args.mixtures):
         for precision in args.precisions:
-            seconds, size = least(cells, mixtures, precision, args.repeats)
+            seconds, size = timed(cells, mixtures, precision, args.repeats)
             speed = f'{seconds * 1e3:.2f} | {size / seconds / 1e9:.0f}'
             print(f'| {cells} | {mixtures} | {precision} | {speed} |')
 
 
-def least(cells: str, mixtures: int, precision: str, repeats: int) -> tuple[float, int]:
+def timed(cells: str, mixtures: int, precision: str, repeats: int) -> tuple[float, int]:
     """The least time of mixing a kernel, in seconds, and the bytes of its warehouse."""
     torch.manual_seed(0)
     number, out, into = parse_shape(cells)
@@ -49,12 +49,11 @@ def least(cells: str, mixtures: int, precision: str, repeats: int) -> tuple[floa
     attention = torch.randn(1, mixtures, number)
     stored = torch.float32 if precision == 'int8' else dtype
     kernels = torch.empty(1, mixtures * out, into, 1, 1, dtype=stored)
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        torch.ops.mmkw.mix_cells_into(attention, warehouse, (1, 1, mixtures, 1), kernels)
-        times.append(time.perf_counter() - begin)
-    return min(times), warehouse.numel() * warehouse.element_size()
+    seconds = least(
+        [lambda: torch.ops.mmkw.mix_cells_into(attention, warehouse, (1, 1, mixtures, 1), kernels)],
+        repeats,
+    )[0]
+    return seconds, warehouse.numel() * warehouse.element_size()
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from harness import machine, parse_shape, processor
+from harness import least, machine, parse_shape, processor
 from torch import Tensor
 
 from mmkw.ops.compiled import MISSING
@@ -39,12 +39,12 @@ def main() -> None:
         operations = 2 * out * into * side * side
         columns = (
             f' {seconds * 1e3:.2f} | {operations / seconds / 1e9:.0f} |'
-            for seconds in least(out, into, side, args.repeats)
+            for seconds in timed(out, into, side, args.repeats)
         )
         print(f'| {size} |' + ''.join(columns))
 
 
-def least(out: int, into: int, side: int, repeats: int) -> list[float]:
+def timed(out: int, into: int, side: int, repeats: int) -> list[float]:
     """The least time of each way, in seconds; they take turns."""
     torch.manual_seed(0)
     kernel, image = torch.randn(1, out, into), torch.randn(1, into, side, side)
@@ -54,13 +54,7 @@ def least(out: int, into: int, side: int, repeats: int) -> list[float]:
         lambda: torch.bmm(kernel, pixels),
         lambda: F.conv2d(image, kernel.view(out, into, 1, 1)),
     ]
-    times: list[list[float]] = [[] for _ in ways]
-    for _ in range(repeats):
-        for way, found in zip(ways, times, strict=True):
-            begin = time.perf_counter()
-            way()
-            found.append(time.perf_counter() - begin)
-    return [min(found) for found in times]
+    return least(ways, repeats)
 
 
 if __name__ == '__main__':

@@ -21,7 +21,7 @@ namespace {
 
 // With fewer columns, or fewer of all images for a thread, packing A is too much beside the product;
 // with fewer rows or terms copying B is.
-constexpr int64_t MANY_COLUMNS = 1536, COLUMNS_OF_THREAD = 768, MANY_ROWS = 32, MANY_TERMS = 64;
+constexpr int64_t LEAST_COLUMNS = 1536, LEAST_OF_THREAD = 768, LEAST_ROWS = 32, LEAST_TERMS = 64;
 // The sizes that are timed, as in the second stage of a ResNet, how often, and what tiles must save.
 constexpr int64_t TIMED_M = 128, TIMED_K = 512, TIMED_N = 4096;
 constexpr int TIMED_RUNS = 5;
@@ -60,6 +60,7 @@ double seconds(const Product& product) {
 // Measured once, since libraries differ by processor: neither way is the faster one on all.
 bool tiles_are_faster() {
   static const bool faster = [] {
+    const c10::impl::ExcludeDispatchKeyGuard as_given(AUTOCAST);
     const at::Tensor a = at::ones({1, TIMED_M, TIMED_K}, at::kFloat);
     const at::Tensor b = at::ones({1, TIMED_K, TIMED_N}, at::kFloat);
     double by_tiles = std::numeric_limits<double>::max(), by_library = by_tiles;
@@ -81,16 +82,15 @@ bool tiles_are_faster() {
 // Whether tiles multiply A (..., m, k) and B (..., k, n), of so many images, faster. Never if all runs
 // must compute the same bits: this is measured.
 bool is_faster_by_tiles(const at::Tensor& a, const at::Tensor& b, int64_t batch) {
-  const c10::impl::ExcludeDispatchKeyGuard as_given(AUTOCAST);
   const int64_t columns = b.size(-1);
-  return a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat && columns >= MANY_COLUMNS &&
-         batch * columns >= COLUMNS_OF_THREAD * at::get_num_threads() && a.size(-2) >= MANY_ROWS &&
-         a.size(-1) >= MANY_TERMS && !at::globalContext().deterministicAlgorithms() &&
+  return a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat && columns >= LEAST_COLUMNS &&
+         batch * columns >= LEAST_OF_THREAD * at::get_num_threads() && a.size(-2) >= LEAST_ROWS &&
+         a.size(-1) >= LEAST_TERMS && !at::globalContext().deterministicAlgorithms() &&
          tiles_are_faster();
 }
 
-// C (batch, m, n) = A (batch, m, k) * B (batch, k, n). by_tiles says how, for tests; else what is
-// faster is chosen.
+// C (batch, m, n) = A (batch, m, k) * B (batch, k, n), by tiles or by PyTorch as by_tiles says; else by
+// what is faster.
 at::Tensor bmm(const at::Tensor& a, const at::Tensor& b, std::optional<bool> by_tiles) {
   TORCH_CHECK(a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) && a.size(2) == b.size(1),
               "no product of ", a.sizes(), " and ", b.sizes());
