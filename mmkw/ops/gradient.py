@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import modes
+from .memory import recycled
 from .mixing import Mixing
 
 # The token of each tensor of cells, by the identity of the tensor, for as long as a layer's graph
@@ -120,7 +121,7 @@ class CellSum:
             return None
         if self._rows is None or self._rows.dtype != dtype:
             self._flush()
-            self._rows = cell.new_empty(fitting, *cell.shape, dtype=dtype)
+            self._rows = recycled(cell, (fitting, *cell.shape), dtype)
         if self._waiting + count > fitting:
             self._flush()
         rows = self._rows[self._waiting : self._waiting + count]
@@ -154,5 +155,5 @@ class CellSum:
     def _add_product(self, weights: Tensor, rows: Tensor) -> None:
         begin = self._sum is None
         if self._sum is None:
-            self._sum = torch.empty_like(self._cells, memory_format=torch.contiguous_format)
+            self._sum = recycled(self._cells, self._cells.shape)
         self._add_to_cells(weights, rows, self._sum, begin)
