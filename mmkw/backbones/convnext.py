@@ -21,7 +21,7 @@ from ..sharing import convnext_rule
 from .building import Option, make_dynamic, static_arguments
 from .classifiers import name_in_classifiers
 from .residual import checkpoint_blocks, drop_path_rates
-from .static import refuse_small_images
+from .static import check_stages, refuse_small_images
 
 EPS = 1e-6
 _PARTS_IN_MMPRETRAIN = {
@@ -124,10 +124,7 @@ class ConvNeXt(BaseModule):
         super().__init__(init_cfg)
         depths, channels = self._arch(arch)
         stages = len(depths)
-        if not set(out_indices) <= set(range(stages)):
-            raise ValueError(f'out_indices must be in 0 to {stages - 1}, got {out_indices}.')
-        if not -1 <= frozen_stages <= stages:
-            raise ValueError(f'frozen_stages must be in -1 to {stages}, got {frozen_stages}.')
+        check_stages(stages, out_indices, frozen_stages)
         self.out_indices = tuple(out_indices)
         self.gap_before_final_norm = gap_before_final_norm
         # The norm of a whole ImageNet network is that of the last output.

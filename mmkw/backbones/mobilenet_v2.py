@@ -1,8 +1,10 @@
 """MobileNetV2 with KernelWarehouse."""
 
+import math
 import re
 from collections.abc import Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,6 +37,9 @@ def MobileNetV2(widen_factor: float = 1.0, *, with_cp: bool = False, **arguments
     Raises:
         ValueError: If an argument is out of its range.
     """
+    number = isinstance(widen_factor, Real) and not isinstance(widen_factor, bool)
+    if not number or not 0 < widen_factor < math.inf:
+        raise ValueError(f'widen_factor must be a number above 0, got {widen_factor!r}.')
     network = static_network('MobileNetV2')(widen_factor=widen_factor, **arguments)
     groups = [getattr(network, f'layer{group}') for group in range(1, 8)]
     if with_cp:

@@ -10,7 +10,7 @@ from ..sharing import family_rule, resnet_rule
 from .building import Option, make_dynamic, static_arguments
 from .classifiers import name_in_classifiers
 from .residual import add_drop_path, checkpoint_blocks
-from .static import refuse_small_images, static_network
+from .static import check_stages, refuse_small_images, static_network
 
 
 @MODELS.register_module()
@@ -38,9 +38,14 @@ def ResNet(
         The network, of the library's class.
 
     Raises:
-        ValueError: If ``drop_path_rate`` is out of range, or does not have one value per block.
+        ValueError: If ``drop_path_rate`` is out of range, or does not have one value per block. If
+            ``num_stages``, ``out_indices`` or ``frozen_stages`` names stages that are not there.
         TypeError: If ``drop_path_rate`` is neither a number nor a sequence of numbers.
     """
+    stages = resnet.get('num_stages', 4)
+    if stages not in range(1, 5):
+        raise ValueError(f'num_stages must be 1, 2, 3 or 4, got {stages!r}.')
+    check_stages(stages, resnet.get('out_indices', ()), resnet.get('frozen_stages', -1))
     kind = 'ResNeXt' if 'groups' in resnet else 'ResNet'
     network = static_network(kind)(depth=depth, **resnet)
     blocks = [block for name in network.res_layers for block in getattr(network, name)]

@@ -1,6 +1,8 @@
 """Finds the static network for a KernelWarehouse backbone; its smallest image; its norm."""
 
+from collections.abc import Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 from mmengine.registry import MODELS, DefaultScope
@@ -39,6 +41,28 @@ def static_network(name: str) -> type[nn.Module]:
         f'No static {name} found in {scopes}. Install a library that has it: '
         "pip install 'mmkw[det]', 'mmkw[seg]' or 'mmkw[cls]'."
     )
+
+
+def check_stages(stages: int, out_indices: Any, frozen_stages: Any) -> None:
+    """Checks what names stages of a backbone, before the backbone is built.
+
+    Args:
+        stages: How many the backbone has.
+        out_indices: The stages whose output is returned, from 0.
+        frozen_stages: How many are frozen, -1 for none and not even the stem.
+
+    Raises:
+        ValueError: If there is no such stage.
+    """
+    if not isinstance(out_indices, Sequence) or not set(out_indices) <= set(range(stages)):
+        raise ValueError(
+            f'out_indices must be a tuple of numbers from 0 to {stages - 1}, got {out_indices!r}.'
+        )
+    whole = isinstance(frozen_stages, Integral) and not isinstance(frozen_stages, bool)
+    if not whole or not -1 <= frozen_stages <= stages:
+        raise ValueError(
+            f'frozen_stages must be a whole number from -1 to {stages}, got {frozen_stages!r}.'
+        )
 
 
 def refuse_small_images(network: nn.Module, side: int = 4) -> nn.Module:

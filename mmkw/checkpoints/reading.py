@@ -40,6 +40,7 @@ def read_checkpoint(
         The checkpoint. A state dict under ``model`` is moved to ``state_dict``.
 
     Raises:
+        TypeError: If ``source`` is neither a path nor a file.
         FileNotFoundError: If there is no such file.
         DamagedCheckpointError: If the file is truncated, altered, or not a checkpoint.
         UnsafeCheckpointError: If the file names other objects than the above.
@@ -60,6 +61,8 @@ def read_checkpoint(
             raise DamagedCheckpointError(f'Checkpoint {name} is a folder or a device, not a file.')
         with path.open('rb') as file:
             return read_checkpoint(file, map_location, name)
+    if not hasattr(source, 'read'):
+        raise TypeError(f'source must be a path or a binary file, got {source!r}.')
     restore = _restore(map_location)
     try:
         return _checked(read(source, restore))

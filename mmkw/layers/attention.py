@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from typing import Any
 
 import torch
@@ -514,6 +515,7 @@ def temperature_at(iteration: int, length: int, begin: float = 1.0, end: float =
 
     Raises:
         ValueError: If a temperature is out of range, or if ``length`` is less than 1.
+        TypeError: If ``iteration`` or ``length`` is no number.
 
     Example:
         >>> model = mmkw.KWConv2d(8, 8, 3)
@@ -526,7 +528,10 @@ def temperature_at(iteration: int, length: int, begin: float = 1.0, end: float =
     """
     for name, value in (('begin', begin), ('end', end)):
         check_temperature(name, value)
-    if length < 1:
+    for name, value in (('iteration', iteration), ('length', length)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f'{name} must be a number, got {value!r}.')
+    if not length >= 1:
         raise ValueError(f'length must be at least 1, got {length!r}.')
     return begin + (end - begin) * min(1.0, (iteration + 1) / length)
 

@@ -90,8 +90,8 @@ def test_layer_scale_and_out_indices():
     [
         (dict(arch='huge'), "arch must be one of .*got 'huge'"),
         (dict(arch=dict(depths=[1], channels=[8, 8])), 'arch must be dict'),
-        (dict(out_indices=(4,)), r'out_indices must be in 0 to 3, got \(4,\)'),
-        (dict(frozen_stages=5), 'frozen_stages must be in -1 to 4, got 5'),
+        (dict(out_indices=(4,)), r'out_indices must be a tuple of numbers from 0 to 3, got \(4,\)'),
+        (dict(frozen_stages=5), 'frozen_stages must be a whole number from -1 to 4, got 5'),
         (dict(drop_path_rate=1.0), r'drop_path_rate must be in \[0, 1\), got 1.0'),
         (dict(drop_path_rate=[0.1]), r'drop_path_rate has 1 values, the network \d+ blocks'),
     ],

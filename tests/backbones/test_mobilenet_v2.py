@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.registry import DefaultScope
 
-from mmkw.backbones import KWMobileNetV2
+from mmkw.backbones import KWMobileNetV2, MobileNetV2
 from mmkw.layers import KWLinear
 from mmkw.layers.dynamic_layers import DynamicLayer
 
@@ -106,6 +106,13 @@ def test_frozen_stages():
         if isinstance(layer, DynamicLayer):
             frozen = name.startswith(('conv1', 'layer1.'))
             assert {p.requires_grad for p in layer.attention.parameters()} == {not frozen}
+
+
+@pytest.mark.parametrize('kind', [MobileNetV2, KWMobileNetV2])
+@pytest.mark.parametrize('wrong', [0, -1, float('nan'), float('inf'), '1', True, None])
+def test_width_out_of_range_is_refused(kind, wrong):
+    with pytest.raises(ValueError, match=f'widen_factor must be a number above 0, got {wrong!r}'):
+        kind(widen_factor=wrong)
 
 
 def test_unknown_sharing_is_refused():

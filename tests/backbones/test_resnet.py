@@ -12,7 +12,7 @@ from mmengine.registry import DefaultScope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmkw.backbones import KWResNet
+from mmkw.backbones import KWResNet, ResNet
 from mmkw.layers import PlanError, set_temperature
 from mmkw.layers.attention import Attention
 from mmkw.layers.dynamic_layers import DynamicLayer
@@ -265,6 +265,29 @@ def test_drop_path_rate_may_be_one_per_block():
     for wrong in ('0.1', None, True, [0.1] * 7 + ['0.1']):
         with pytest.raises(TypeError, match='drop_path_rate must be a number, or one for every'):
             KWResNet(**THIN, drop_path_rate=wrong)
+
+
+@pytest.mark.parametrize('kind', [ResNet, KWResNet])
+@pytest.mark.parametrize(
+    'wrong, message',
+    [
+        (dict(num_stages=5), 'num_stages must be 1, 2, 3 or 4, got 5'),
+        (dict(num_stages='4'), "num_stages must be 1, 2, 3 or 4, got '4'"),
+        (dict(out_indices=(4,)), r'out_indices must be a tuple of numbers from 0 to 3, got \(4,\)'),
+        (dict(out_indices=3), 'out_indices must be a tuple of numbers from 0 to 3, got 3'),
+        (
+            dict(num_stages=3, out_indices=(0, 3), strides=(1, 2, 2), dilations=(1, 1, 1)),
+            r'out_indices must be a tuple of numbers from 0 to 2, got \(0, 3\)',
+        ),
+        (dict(frozen_stages=5), 'frozen_stages must be a whole number from -1 to 4, got 5'),
+        (dict(frozen_stages=-2), 'frozen_stages must be a whole number from -1 to 4, got -2'),
+        (dict(frozen_stages='1'), "frozen_stages must be a whole number from -1 to 4, got '1'"),
+        (dict(frozen_stages=True), 'frozen_stages must be a whole number from -1 to 4, got True'),
+    ],
+)
+def test_stages_that_are_not_there_are_refused(kind, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        kind(18, **wrong)
 
 
 def test_budget_that_does_not_come_out_is_refused():

@@ -34,6 +34,9 @@ def test_a_missing_file_and_a_folder(tmp_path):
         read_checkpoint('nowhere.pth')
     with pytest.raises(DamagedCheckpointError, match='is a folder or a device, not a file'):
         read_checkpoint(tmp_path)
+    for wrong in (3, None, {}):
+        with pytest.raises(TypeError, match=f'source must be a path or a binary file, got {wrong}'):
+            read_checkpoint(wrong)
 
 
 @pytest.mark.parametrize('new', [True, False])

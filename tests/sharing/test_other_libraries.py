@@ -228,9 +228,14 @@ def test_bad_input():
         mmkw.convert(nn.Module(), [('a', 'b')])
     with pytest.raises(mmkw.layers.PlanError, match=r'itself a layer.*KWConv2d'):
         mmkw.convert(nn.Conv2d(64, 64, 3))
-    for wrong in (0, -1):
-        with pytest.raises(ValueError, match='length'):
+    for wrong in (0, -1, float('nan')):
+        with pytest.raises(ValueError, match=f'length must be at least 1, got {wrong}'):
             mmkw.temperature_at(0, wrong)
+    for wrong in ('2', None, True):
+        with pytest.raises(TypeError, match=f'length must be a number, got {wrong!r}'):
+            mmkw.temperature_at(0, wrong)
+        with pytest.raises(TypeError, match=f'iteration must be a number, got {wrong!r}'):
+            mmkw.temperature_at(wrong, 2)
 
 
 def test_ultralytics():
