@@ -473,7 +473,13 @@ TABLES = {
     ),
     'stamps': choice(grid(1, 4), task='stamps'),
     'imagenet': choice(IMAGENET, task='stamps from ImageNet', epochs=6, source=0),
-    'imagenet_conditions': choice(IMAGENET, task='conditions from ImageNet', epochs=6, source=0),
+    'imagenet_conditions': choice(
+        # In the time of the static network's six: a step takes 1.2 times as long.
+        {**IMAGENET, 'KW 1x, 2e-3, LN, five epochs': by_recipe(1, FAST, epochs=5)},
+        task='conditions from ImageNet',
+        epochs=6,
+        source=0,
+    ),
     'segmentation': SEGMENTATION,
     'segmentation_confirmed': confirmed(
         SEGMENTATION, 'static, 4e-3', 'KW 1x, 4e-3, LN', 'KW 1x, 4e-3, LN, four epochs'
