@@ -54,7 +54,8 @@ def check_stages(stages: int, out_indices: Any, frozen_stages: Any) -> None:
     Raises:
         ValueError: If there is no such stage.
     """
-    if not isinstance(out_indices, Sequence) or not set(out_indices) <= set(range(stages)):
+    numbers = range(stages)
+    if not isinstance(out_indices, Sequence) or any(i not in numbers for i in out_indices):
         raise ValueError(
             f'out_indices must be a tuple of numbers from 0 to {stages - 1}, got {out_indices!r}.'
         )

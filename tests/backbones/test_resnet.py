@@ -274,6 +274,7 @@ def test_drop_path_rate_may_be_one_per_block():
         (dict(num_stages=5), 'num_stages must be 1, 2, 3 or 4, got 5'),
         (dict(num_stages='4'), "num_stages must be 1, 2, 3 or 4, got '4'"),
         (dict(out_indices=(4,)), r'out_indices must be a tuple of numbers from 0 to 3, got \(4,\)'),
+        (dict(out_indices=[[1]]), r'out_indices must be a tuple .*, got \[\[1\]\]'),
         (dict(out_indices=3), 'out_indices must be a tuple of numbers from 0 to 3, got 3'),
         (
             dict(num_stages=3, out_indices=(0, 3), strides=(1, 2, 2), dilations=(1, 1, 1)),
