@@ -29,6 +29,8 @@ class _Piece:
         self.size = size
         self.idle = 0
         self._buffer = bytearray(size + _CACHE_LINE)
+        place = torch.frombuffer(self._buffer, dtype=torch.uint8).data_ptr()
+        self._offset = -place % _CACHE_LINE
 
     def is_free(self) -> bool:
         """Whether the last tensor is gone, and all that shared its memory."""
@@ -37,10 +39,9 @@ class _Piece:
 
     def as_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor in this memory, for as long as the tensor lives."""
-        begin = torch.frombuffer(self._buffer, dtype=torch.uint8).data_ptr()
-        return torch.frombuffer(
-            self._buffer, dtype=dtype, count=math.prod(shape), offset=-begin % _CACHE_LINE
-        ).view(shape)
+        count = math.prod(shape)
+        memory = torch.frombuffer(self._buffer, dtype=dtype, count=count, offset=self._offset)
+        return memory.view(shape)
 
 
 def recycled(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
