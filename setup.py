@@ -63,9 +63,20 @@ def native_extension() -> dict:
         'mmkw.ops._native',
         [
             f'mmkw/ops/csrc/{name}.cpp'
-            for name in ('amx', 'blocks', 'mixing', 'products', 'attention', 'image', 'operators')
+            for name in (
+                'amx',
+                'attention',
+                'blocks',
+                'image',
+                'mixing',
+                'operators',
+                'products',
+                'sbgemm',
+            )
         ],
-        depends=[f'mmkw/ops/csrc/{name}.h' for name in ('amx', 'blocks', 'operators', 'tiles')],
+        depends=[
+            f'mmkw/ops/csrc/{name}.h' for name in ('amx', 'blocks', 'operators', 'sbgemm', 'tiles')
+        ],
         # Whoever loads the kernels compares the torch that they were built for with their own.
         define_macros=[('MMKW_TORCH', f'"{torch.__version__}"')],
         extra_compile_args=['-O3', '-Wno-psabi', *openmp],

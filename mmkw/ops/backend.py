@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import modes
-from .compiled import MISSING, READ, CompiledMixing
+from .compiled import MISSING, READ, CompiledMixing, multiplies_bfloat16
 from .kernels import assembled_shape, is_regular
 from .mixing import Mixing
 
@@ -112,6 +112,20 @@ def mixing_of(
         channels_last = sample_map.wants_channels_last(x, shape)
         return partial(kernels.FusedMixing, grid=grid, dtype=dtype, channels_last=channels_last)
     return partial(Mixing, grid=grid, dtype=dtype)
+
+
+def rounds(mixing_of: 'partial[Any]', cells: Tensor) -> bool:
+    """Whether a layer that learns mixes cells in bfloat16, as its kernels are of it.
+
+    Args:
+        mixing_of: The choice of :func:`mixing_of`.
+        cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
+    """
+    return (
+        mixing_of.func is CompiledMixing
+        and mixing_of.keywords['dtype'] == torch.bfloat16
+        and multiplies_bfloat16(cells)
+    )
 
 
 def computes_by_tiles(x: Tensor) -> bool:

@@ -54,11 +54,38 @@ def cpu_level() -> str:
     return _native.CPU_LEVEL
 
 
+def multiplies_bfloat16(cells: Tensor) -> bool:
+    """Whether this processor multiplies so large cells in bfloat16 faster than in float32.
+
+    Args:
+        cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
+    """
+    from . import _native  # type: ignore[attr-defined]
+
+    return bool(_native.MULTIPLIES_BFLOAT16 and cells[0].numel() % _native.COLUMNS_OF_BFLOAT16 == 0)
+
+
 class CompiledMixing(Mixing):
     """Mixing by the compiled kernels. They mix and assemble in one step.
 
     For a map in bfloat16 kernels are stored in that.
+
+    Args:
+        cells: See :class:`~mmkw.ops.mixing.Mixing`.
+        grid: See there.
+        dtype: See there.
+        rounded: The cells in bfloat16, if they are multiplied in that.
     """
+
+    def __init__(
+        self,
+        cells: Tensor,
+        grid: Sequence[int],
+        dtype: torch.dtype,
+        rounded: Tensor | None = None,
+    ) -> None:
+        super().__init__(cells, grid, dtype)
+        self._factor = cells if rounded is None else rounded
 
     def parts(self, attention: Tensor) -> list[slice]:
         """All images in one part."""
@@ -86,17 +113,18 @@ class CompiledMixing(Mixing):
         again: bool,
     ) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
         """See :class:`Mixing`. The same pass over the warehouse mixes the kernels, if needed."""
-        place = rows = None if total is None else total.place(attention, self.cells.dtype)
+        precision = self._factor.dtype
+        place = rows = None if total is None else total.place(attention, precision)
         if total is not None and place is None:
-            rows = self._rows(attention, 'rows')
+            rows = self._rows(attention, 'rows', precision)
         gradients = [
-            kernel if kernel.dtype in STORED else kernel.to(self.cells.dtype)
+            kernel if kernel.dtype in STORED else kernel.to(precision)
             for part in grad_kernels
             for kernel in part
         ]
         mixed = self._memory(attention) if again and kept is None else None
         grad_attention = torch.ops.mmkw.mix_backward(
-            gradients, attention, self.cells, self.grid, mixed, rows
+            gradients, attention, self._factor, self.grid, mixed, rows
         )
         if total is not None and rows is not None:
             total.add(attention, rows, waits=place is not None)
@@ -110,7 +138,7 @@ class CompiledMixing(Mixing):
 
     def _mix_into(self, kernels: Tensor, attention: Tensor) -> Tensor:
         weights = attention.to(torch.float32)
-        torch.ops.mmkw.mix_cells_into(weights, self.cells, self.grid, kernels)
+        torch.ops.mmkw.mix_cells_into(weights, self._factor, self.grid, kernels)
         return kernels
 
     def _memory(self, attention: Tensor) -> Tensor:

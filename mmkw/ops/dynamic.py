@@ -6,6 +6,7 @@ at a time. The backward pass mixes them again, unless that takes too long; see
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -141,6 +142,8 @@ def _apply(
     if not learning:
         return _apply_in_parts(x, attention, bias, taps, settings, mixing_of(cells))
     token = Token.of(cells) if cells.requires_grad else None
+    if token is not None and backend.rounds(mixing_of, cells):
+        mixing_of = partial(mixing_of, rounded=token.rounded())
     tensor = None if token is None else token.tensor
     return _ApplyMixed.apply(x, attention, cells, bias, taps, tensor, token, settings, mixing_of)
 

@@ -39,6 +39,7 @@ class Token:
     def __init__(self, cells: Tensor) -> None:
         # Held, so that no other tensor has the same identity.
         self._cells = cells
+        self._rounded: tuple[int, Tensor] | None = None
         self._sums: dict[int, CellSum] = {}
         self.tensor = _HandOver.apply(cells, self._sums)
 
@@ -58,6 +59,15 @@ class Token:
     def is_awaited(self) -> bool:
         """Whether the current backward pass needs the gradient of the cells."""
         return modes.will_run(self.tensor.grad_fn)
+
+    def rounded(self) -> Tensor:
+        """The cells in bfloat16, rounded once for all layers, unless they change in between."""
+        version = self._cells._version
+        if self._rounded is None or self._rounded[0] != version:
+            cells = self._cells.detach()
+            rounded = recycled(cells, cells.shape, torch.bfloat16).copy_(cells)
+            self._rounded = version, rounded
+        return self._rounded[1]
 
     def sum(self, mixing: Mixing) -> 'CellSum':
         """The sum of the current backward pass."""

@@ -159,10 +159,10 @@ class Mixing:
         else:
             total.flatten(1).addmm_(weights.t(), rows.flatten(1))
 
-    def _rows(self, attention: Tensor, use: str) -> Tensor:
+    def _rows(self, attention: Tensor, use: str, dtype: torch.dtype | None = None) -> Tensor:
         """Takes memory for Tensor[images, mixtures, cell_out, cell_in, *cell_kernel]."""
         shape = (*attention.shape[:2], *self.cells.shape[1:])
-        return self.scratch.take(self.cells, shape, use)
+        return self.scratch.take(self.cells, shape, use, dtype)
 
     def _slices(self, attention: Tensor, limits: Mapping[str, int]) -> list[slice]:
         batch, cells = len(attention), self.cells

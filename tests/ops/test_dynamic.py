@@ -14,7 +14,7 @@ from torch import nn
 
 from mmkw.layers import KWConv1d, KWConv2d, KWLinear
 from mmkw.ops import SampleConv, SampleLinear, apply_mixed, backend, gradient, mix_cells, mixing
-from mmkw.ops.compiled import MISSING, CompiledMixing
+from mmkw.ops.compiled import MISSING, CompiledMixing, multiplies_bfloat16
 from mmkw.ops.kernels import is_regular
 from mmkw.sharing import SharingPlan, convert
 
@@ -152,6 +152,7 @@ def test_compiled_kernels_equal_pytorch(threads, batch, cells, blocks, channels,
     [(_, mixed)] = parts
     results = [kernels, mixed, grad_attention, total.total() / 2]
     check_half(compiled, attention, kernels, gradients)
+    check_rounded(compiled, attention, gradients)
     check_integers(compiled, attention)
 
     attention, store = (t.double().requires_grad_() for t in (attention, store))
@@ -184,6 +185,39 @@ def check_half(compiled, attention, kernels, gradients):
     )
     assert not few or mixed.equal(expected)
     assert float((mixed - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+def check_rounded(compiled, attention, gradients):
+    """Products of numbers in bfloat16 have exact sums; the attention alone is rounded besides."""
+    if not multiplies_bfloat16(compiled.cells):
+        return
+    half, grid = torch.bfloat16, compiled.grid
+    cells, gradients = (compiled.cells.to(half), [one.to(half) for one in gradients])
+    rounded = CompiledMixing(compiled.cells, grid, half, cells)
+    kernels, total = rounded.kernels(attention), gradient.CellSum(rounded)
+    for _ in range(2):
+        grad_attention, parts = rounded.backward([gradients], attention, total, None, True)
+    [(_, again)] = parts
+    assert again.dtype == half and again.equal(kernels)
+
+    operands = [tensor.double().requires_grad_() for tensor in (attention, cells)]
+    right = mix_cells(*operands, grid)
+    below = torch.autograd.grad(right, operands, torch.stack(gradients).double())
+    found = kernels, grad_attention, total.total() / 2
+    for one, value, error in zip(found, (right.detach(), *below), (5e-3, 1e-5, 4e-3)):
+        assert float((one - value).norm()) <= error * float(value.norm())
+
+
+@needs_native
+def test_a_mixture_of_hardly_more_than_one_cell_is_not_rounded_as_a_whole():
+    """The largest weight of a mixture is exact, whatever its size and sign."""
+    cells = torch.randn(5, 8, 8, 1, 1).bfloat16()
+    for largest in (1.001, -0.9991, 3e-5, -7e9, 0.0):
+        attention = torch.zeros(1, 9, 5)
+        attention[:, :, 3] = largest
+        kernels = CompiledMixing(cells, (3, 3, 1, 1), torch.bfloat16).kernels(attention)
+        expected = (largest * cells[3].float()).to(torch.bfloat16)
+        assert kernels.equal(expected.expand(1, 8, 8, 3, 3))
 
 
 def check_integers(compiled, attention):
@@ -574,3 +608,65 @@ def test_autocast_keeps_gradients_in_full_precision():
         torch.testing.assert_close(
             found.double(), expected, atol=0.1 * expected.abs().max().item() + 1e-2, rtol=0
         )
+
+
+def learned_in_half(function, tensors, grid, sample_map):
+    """The output under autocast, and the gradients."""
+    x, attention, cells, bias = tensors
+    with torch.autocast('cpu', torch.bfloat16):
+        y = function(x, attention, cells, grid, sample_map, bias)
+    weights = torch.linspace(-1, 2, y.numel()).view(y.shape)
+    return [y.detach(), *torch.autograd.grad((y * weights).sum(), tensors)]
+
+
+def rounded_definition(x, attention, cells, grid, sample_map, bias):
+    """What autocast would make of the definition: it rounds all operands."""
+    half = torch.bfloat16
+    kernels = mix_cells(attention.to(half), cells.to(half), grid)
+    return sample_map(x.to(half), kernels, bias.to(half))
+
+
+# Cells of as many values as vectors hold, and others.
+@pytest.mark.parametrize('case', ['3x3', '1x1', '1x1 with stride', 'linear'])
+def test_under_autocast_gradients_are_as_precise_as_of_the_definition(path, case, pieces):
+    tensors, grid, sample_map = operands(case, 3, num_cells=11)
+    exact = with_gradients(definition, tensors, grid, sample_map)
+    single = [t.detach().float().requires_grad_() for t in tensors]
+    found, plain = (
+        learned_in_half(function, single, grid, sample_map)
+        for function in (apply_mixed, rounded_definition)
+    )
+    for ours, theirs, right in zip(found, plain, exact, strict=True):
+        errors = [float((one - right).norm() / right.norm()) for one in (ours, theirs)]
+        assert errors[0] <= 1.1 * errors[1] + 1e-3, errors
+
+
+@needs_native
+def test_cells_are_rounded_once_for_all_layers_until_they_change(monkeypatch):
+    cells = torch.randn(6, 8, 8, 1, 1, requires_grad=True)
+    if not multiplies_bfloat16(cells):
+        pytest.skip('this processor does not multiply in bfloat16')
+    taken, rounded = [], gradient.Token.rounded
+    monkeypatch.setattr(
+        gradient.Token, 'rounded', lambda self: taken.append(rounded(self)) or taken[-1]
+    )
+    sample_map = SampleConv((1, 1), (0, 0), (1, 1))
+
+    def layer(x):
+        attention = torch.linspace(-1, 1, 12).view(2, 1, 6)
+        with torch.autocast('cpu', torch.bfloat16):
+            return apply_mixed(x, attention, cells, (1, 1, 1, 1), sample_map)
+
+    x = torch.randn(2, 8, 3, 3)
+    before = layer(layer(x))
+    with torch.no_grad():
+        cells += 1
+    # The graph of the old cells still lives.
+    after = layer(layer(x))
+    assert [one.data_ptr() == taken[0].data_ptr() for one in taken] == [True, True, False, False]
+    assert taken[2].data_ptr() == taken[3].data_ptr()
+    assert taken[2].equal(cells.bfloat16())
+    # What the layers of the old graph hold goes with it.
+    del before, after
+    taken.clear()
+    assert not gradient._tokens

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmkw.ops import SampleConv, apply_mixed, backend, mix_cells
-from mmkw.ops.compiled import MISSING
+from mmkw.ops.compiled import MISSING, multiplies_bfloat16
 from mmkw.ops.kernels import cut_kernels
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f'compiled kernels: {MISSING}')
@@ -112,6 +112,17 @@ CALLS = {
     ),
     'apply_to_image of tokens': ('apply_to_image', lambda: tokens()),
 }
+if MISSING is None and multiplies_bfloat16(floats(*CELLS)):
+    CALLS['mix_backward of half cells'] = (
+        'mix_backward',
+        lambda: backward(
+            cells=floats(*CELLS).bfloat16(), rows=floats(2, MIXTURES, *CELLS[1:]).bfloat16()
+        ),
+    )
+    CALLS['add_to_cells of half rows'] = (
+        'add_to_cells',
+        lambda: addition(rows=floats(5, *CELLS[1:]).bfloat16()),
+    )
 
 
 def test_every_operator_is_checked():
@@ -369,7 +380,18 @@ WRONG = {
         'mix_backward',
         lambda: backward(cells=floats(*CELLS).to(torch.int8)),
     ),
-    'cells of half that learn': ('mix_backward', lambda: backward(cells=floats(*CELLS).bfloat16())),
+    'rows of other precision than the cells': (
+        'mix_backward',
+        lambda: backward(cells=floats(*CELLS).bfloat16(), rows=floats(2, MIXTURES, *CELLS[1:])),
+    ),
+    'cells of half that learn of full kernels': (
+        'mix_backward',
+        lambda: backward(cells=floats(*CELLS).bfloat16(), kernels=kernels()),
+    ),
+    'half rows of other sizes than vectors': (
+        'add_to_cells',
+        lambda: addition(rows=floats(5, 3, 4, 1, 1).bfloat16(), sum=floats(6, 3, 4, 1, 1)),
+    ),
     'small rows': ('mix_backward', lambda: backward(rows=floats(2, 9, *CELLS[1:]))),
     'rows of as many values': (
         'mix_backward',

@@ -28,7 +28,7 @@ const float* as_floats(const at::Tensor& tensor, int64_t first, int64_t count,
                        std::vector<float>& memory) {
   if (tensor.scalar_type() == at::kFloat) return tensor.const_data_ptr<float>() + first;
   if (memory.size() < static_cast<size_t>(count)) memory.resize(count);
-  std::get<Copy<BFloat16, float>>(blocks().widen)(
+  std::get<Widen<BFloat16>>(blocks().widen)(
       count, tensor.const_data_ptr<BFloat16>() + first, memory.data());
   return memory.data();
 }

@@ -24,15 +24,6 @@ typedef int Indices __attribute__((vector_size(16)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Indices{__VA_ARGS__})
 #endif
 
-// As many times as any loop of a tile runs.
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define UNROLL _Pragma("GCC unroll 16")
-#else
-#define UNROLL
-#endif
-
 // Compilers convert integers of eight bits one by one, and those of sixteen bits in two halves, unless
 // they are told how. bfloat16 is the upper half of float32.
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -4,8 +4,18 @@
 
 #include <c10/util/BFloat16.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <tuple>
+
+// As many times as any loop of a tile runs.
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define UNROLL _Pragma("GCC unroll 16")
+#else
+#define UNROLL
+#endif
 
 namespace mmkw {
 
@@ -23,6 +33,20 @@ void for_tiles(int64_t count, int64_t fitting, const Work& work) {
   }
 }
 
+// Rows that are so many values apart come from memory.
+constexpr int64_t FAR_APART = 4096;
+// How far ahead they are asked for.
+constexpr int64_t AHEAD_BYTES = 2048;
+
+// From value `at` of a run of `run` values to the one that is asked for: the processor follows so many
+// runs at a time too late. At the end of a run that lies in the same run `rows` rows further down.
+template <typename Value>
+inline int64_t ahead_of(int64_t at, int64_t run, int64_t rows, int64_t stride) {
+  if (stride <= FAR_APART) return 0;
+  const int64_t far = std::min<int64_t>(AHEAD_BYTES / sizeof(Value), run);
+  return at + far < run ? far : far + rows * stride - run;
+}
+
 // What is asked for ahead of a product that will read it: k rows, so many bytes apart.
 struct Next {
   const char* rows = nullptr;
@@ -35,9 +59,9 @@ template <typename Value>
 using Gemm = void (*)(int64_t m, int64_t n, int64_t k, const float* a, const Value* b, int64_t ldb,
                       float beta, float* c, int64_t ldc, Next next);
 
-// y = x for n numbers. y may begin where x does, if its numbers are no longer.
-template <typename From, typename To>
-using Copy = void (*)(int64_t n, const From* x, To* y);
+// y = x for n numbers.
+template <typename Value>
+using Widen = void (*)(int64_t n, const Value* x, float* y);
 
 // The products of tiles.h for one generation of processors.
 struct Blocks {
@@ -50,9 +74,9 @@ struct Blocks {
   int64_t rows, width;
   // For every precision in which cells are stored.
   std::tuple<Gemm<float>, Gemm<BFloat16>, Gemm<int8_t>> gemm;
-  std::tuple<Copy<BFloat16, float>, Copy<int8_t, float>> widen;
-  // Rounds to the nearest.
-  Copy<float, BFloat16> narrow;
+  std::tuple<Widen<BFloat16>, Widen<int8_t>> widen;
+  // y = scale * x, rounded to the nearest. y may begin where x does.
+  void (*narrow)(int64_t n, float scale, const float* x, BFloat16* y);
   // C += A * B^T.
   void (*gemm_nt)(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
                   int64_t ldb, float* c, int64_t ldc);

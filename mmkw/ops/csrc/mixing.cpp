@@ -1,7 +1,8 @@
 // Mixing and its backward pass on the CPU, behind mmkw/ops/compiled.py. Arithmetic is in float32.
 // Cells and kernels may also be stored in bfloat16: half as much to read and to write. Cells may be
 // integers of eight bits: their scales are in the attention. Kernels in bfloat16 with many mixtures,
-// and those of cells in fewer bits, are mixed by matrix instructions, where there are any.
+// and those of cells in fewer bits, are mixed by matrix instructions, where there are any. Cells and
+// kernels in bfloat16 are mixed, also back, by instructions for its vectors, where there are any.
 //
 // A warehouse is a matrix with n cells as rows of `size` values. It is far larger than the caches
 // of a core. Its rows often lie a power of two apart, so that one column of all rows falls into few
@@ -15,6 +16,7 @@
 #include "amx.h"
 #include "blocks.h"
 #include "operators.h"
+#include "sbgemm.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -24,6 +26,7 @@
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace mmkw {
@@ -32,26 +35,41 @@ namespace {
 // --- weights of a product ------------------------------------------------------------------------
 
 // Weights (rows, terms) in the order in which `gemm` reads them. They are cut into parts of at most
-// `part_terms` terms. Within a part they lie tile by tile.
+// `part_terms` terms. Within a part they lie tile by tile. For values of bfloat16 they may be paired:
+// divided by the scale of their row, if there are scales, rounded, and in the order of `sbgemm`.
 class Weights {
  public:
   Weights(const float* weights, int64_t rows, int64_t row_stride, int64_t terms,
-          int64_t term_stride, int64_t part_terms)
-      : rows_(rows), terms_(terms), part_terms_(part_terms), packed_(rows * terms) {
-    float* to = packed_.data();
-    for_parts([&](int64_t first, int64_t count) {
-      for_tiles(rows, blocks().rows, [&](int64_t row, int64_t tile_rows) {
-        for (int64_t term = first; term < first + count; term++)
-          for (int64_t r = row; r < row + tile_rows; r++)
-            *to++ = weights[r * row_stride + term * term_stride];
+          int64_t term_stride, int64_t part_terms, bool paired, const float* scales = nullptr)
+      : rows_(rows), terms_(terms), part_terms_(part_terms) {
+    const auto pack = [&](auto& packed, int64_t step, int64_t tile, const auto& value) {
+      packed.resize(rows * num_parts(terms, step) * step);
+      auto* to = packed.data();
+      for_parts([&](int64_t first, int64_t count) {
+        for_tiles(rows, tile, [&](int64_t row, int64_t tile_rows) {
+          for (int64_t term = first; term < first + count; term += step)
+            for (int64_t r = row; r < row + tile_rows; r++)
+              for (int64_t t = term; t < term + step; t++) *to++ = value(r, t);
+        });
       });
-    });
+    };
+    const auto given = [&](int64_t row, int64_t term) {
+      return weights[row * row_stride + term * term_stride];
+    };
+    if (paired)
+      pack(pairs_, 2, sbgemm::ROWS, [&](int64_t row, int64_t term) {
+        return term < terms ? given(row, term) / (scales ? scales[row] : 1) : 0;
+      });
+    else
+      pack(packed_, 1, blocks().rows, given);
   }
 
-  // Calls work(first term, terms) for every part.
+  // Calls work(first term, terms) for every part. The first is even.
   template <typename Work>
   void for_parts(const Work& work) const {
-    for_tiles(terms_, part_terms_, work);
+    for_tiles(num_parts(terms_, 2), part_terms_ / 2, [&](int64_t first, int64_t count) {
+      work(2 * first, std::min(2 * count, terms_ - 2 * first));
+    });
   }
 
   // result (rows, columns) (+)= weights of a part * values (terms of the part, columns). columns
@@ -60,14 +78,20 @@ class Weights {
   void multiply(int64_t first, int64_t terms, float* result, int64_t result_stride,
                 const Value* values, int64_t stride, int64_t columns, bool begin,
                 Next next = {}) const {
+    const float beta = begin ? 0 : 1;
+    if constexpr (std::is_same_v<Value, BFloat16>)
+      if (!pairs_.empty())
+        return sbgemm::gemm(rows_, columns, terms, pairs_.data() + first * rows_, values, stride,
+                            beta, result, result_stride);
     const Gemm<Value> gemm = std::get<Gemm<Value>>(blocks().gemm);
-    gemm(rows_, columns, terms, packed_.data() + first * rows_, values, stride, begin ? 0 : 1,
-         result, result_stride, next);
+    gemm(rows_, columns, terms, packed_.data() + first * rows_, values, stride, beta, result,
+         result_stride, next);
   }
 
  private:
   int64_t rows_, terms_, part_terms_;
   std::vector<float> packed_;
+  std::vector<BFloat16> pairs_;
 };
 
 // --- the place of a cell's values in a kernel --------------------------------------------------
@@ -99,15 +123,14 @@ Places places(at::IntArrayRef grid, at::IntArrayRef warehouse) {
   return p;
 }
 
-inline void copy_run(const float* from, int64_t count, float* to) {
-  std::memcpy(to, from, count * sizeof(float));
-}
-inline void copy_run(const BFloat16* from, int64_t count, BFloat16* to) {
-  std::memcpy(to, from, count * sizeof(BFloat16));
-}
-template <typename Value>
-void copy_run(const Value* from, int64_t count, float* to) {
-  std::get<Copy<Value, float>>(blocks().widen)(count, from, to);
+template <typename From, typename To>
+inline void copy_run(const From* from, int64_t count, To* to) {
+  if constexpr (std::is_same_v<From, To>)
+    std::memcpy(to, from, count * sizeof(To));
+  else if constexpr (std::is_same_v<To, float>)
+    std::get<Widen<From>>(blocks().widen)(count, from, to);
+  else
+    blocks().narrow(count, 1, from, to);
 }
 
 template <int TAPS, bool INTO_KERNEL, typename Kernel, typename Rows>
@@ -153,12 +176,15 @@ void move_columns(Kernel* kernel, Rows* rows, int64_t stride, const Places& p, i
 
 // The columns of a block are a multiple of this number. It is itself a multiple of every `width`.
 constexpr int64_t COLUMNS_STEP = 64;
-// The most columns of a block. Long runs help if rows are read directly, but not for copies.
-constexpr int64_t STREAMED_COLUMNS = 2048;
+// The most columns of a block. Long runs help if rows are read directly, also in pairs, but not for
+// copies. In float32 gradients take as much of a cache as the mixtures.
+constexpr int64_t STREAMED_COLUMNS = 2048, PAIRED_COLUMNS = 4096;
+constexpr int64_t BACKWARD_COLUMNS = 1024;
 constexpr int64_t COPIED_COLUMNS = 256;
-// Terms that a product sums up at a time, for rows that are read directly and for copied rows. A
-// tile's columns of COPIED_TERMS rows fit into the innermost cache.
+// Terms that a product sums up at a time, for rows that are read directly, also in pairs, and for
+// copied rows. A tile's columns of COPIED_TERMS rows fit into the innermost cache.
 constexpr int64_t STREAMED_TERMS = 8;
+constexpr int64_t PAIRED_TERMS = 16;
 constexpr int64_t COPIED_TERMS = 192;
 // The same where matrix instructions mix, and the mixtures from which on they do: with fewer the
 // time goes to reading memory, which long runs do faster.
@@ -168,16 +194,32 @@ constexpr int64_t AMX_ROWS = 32, AMX_ROWS_OF_SHORT = 12;
 constexpr int64_t MANY_ROWS = 40;
 // Values in the blocks of one thread. They should stay in the private cache of a core.
 constexpr int64_t BLOCK_VALUES = 96 << 10;
-// Extra values between the rows of a block: one cache line, so that rows are not a power of two
-// apart.
-constexpr int64_t PADDING = 16;
 // Bytes of a cache line, and of the widest vector.
 constexpr int64_t LINE = 64;
 
-// A copy of some columns of a matrix.
+// Memory for some columns of a matrix.
+template <typename Value>
 struct Block {
-  float* values;
+  Value* values;
   int64_t stride;
+
+  Block(float* memory, int64_t columns)
+      : values(reinterpret_cast<Value*>(memory)), stride(stride_of(columns)) {}
+
+  // Between the rows lies a cache line, so that they are not a power of two apart.
+  static int64_t stride_of(int64_t columns) { return columns + LINE / sizeof(Value); }
+
+  // The block from a column on.
+  Block from(int64_t column) const {
+    Block rest = *this;
+    rest.values += column;
+    return rest;
+  }
+
+  // The size of its memory, in numbers of float32.
+  static int64_t floats(int64_t rows, int64_t columns) {
+    return rows * stride_of(columns) * sizeof(Value) / sizeof(float);
+  }
 };
 
 // Columns [begin, begin + count) of a matrix, and whether the same thread works on the next ones then.
@@ -192,7 +234,7 @@ int64_t num_threads() { return at::in_parallel_region() ? 1 : at::get_num_thread
 // The number of columns after the last tile is filled up.
 int64_t padded(int64_t count) { return num_parts(count, blocks().width) * blocks().width; }
 
-// The number of columns of a block with so many rows.
+// The number of columns of blocks with so many rows of float32 together.
 int64_t block_columns(int64_t size, int64_t rows, int64_t most) {
   const int64_t shared = size / (4 * num_threads());
   return std::max<int64_t>(std::min({most, BLOCK_VALUES / (rows + 1), shared}) / COLUMNS_STEP, 1) *
@@ -237,16 +279,18 @@ void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work,
 }
 
 // Writes zeros after the last column, up to the end of the last tile.
-void clear_rest(const Block& block, int64_t rows, int64_t count) {
+template <typename Value>
+void clear_rest(const Block<Value>& block, int64_t rows, int64_t count) {
   if (count < padded(count))
     for (int64_t row = 0; row < rows; row++)
       std::memset(block.values + row * block.stride + count, 0,
-                  (padded(count) - count) * sizeof(float));
+                  (padded(count) - count) * sizeof(Value));
 }
 
 // Copies some columns of a matrix (rows, size).
-template <typename Value>
-void copy_columns(const Block& block, const Value* matrix, int64_t rows, int64_t size, Span span) {
+template <typename To, typename Value>
+void copy_columns(const Block<To>& block, const Value* matrix, int64_t rows, int64_t size,
+                  Span span) {
   constexpr int64_t AHEAD = 3, STEP = LINE / sizeof(Value);
   for (int64_t row = 0; row < rows; row++) {
     const Value* from = matrix + row * size + span.begin;
@@ -260,9 +304,26 @@ void copy_columns(const Block& block, const Value* matrix, int64_t rows, int64_t
 
 // --- common parts of the operators ---------------------------------------------------------------
 
-// Whether a tensor is contiguous, of this shape, and of float32.
-bool is_dense(const at::Tensor& tensor, at::IntArrayRef shape) {
-  return tensor.sizes() == shape && tensor.is_contiguous() && tensor.scalar_type() == at::kFloat;
+// Whether a tensor is contiguous, of this shape and precision.
+bool is_dense(const at::Tensor& tensor, at::IntArrayRef shape,
+              at::ScalarType precision = at::kFloat) {
+  return tensor.sizes() == shape && tensor.is_contiguous() && tensor.scalar_type() == precision;
+}
+
+// Whether instructions for bfloat16 multiply these rows of `size` values.
+bool is_paired(const at::Tensor& rows, int64_t size) {
+  return rows.scalar_type() == at::kBFloat16 && size % sbgemm::COLUMNS == 0 &&
+         sbgemm::is_available();
+}
+
+// C += A * B^T.
+void gemm_nt(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+             int64_t ldb, float* c, int64_t ldc) {
+  blocks().gemm_nt(m, n, padded(k), a, lda, b, ldb, c, ldc);
+}
+void gemm_nt(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b,
+             int64_t ldb, float* c, int64_t ldc) {
+  sbgemm::gemm_nt(m, n, k, a, lda, b, ldb, c, ldc);
 }
 
 // Calls work(pointer) with a pointer to the values, which are of float32 or bfloat16.
@@ -283,18 +344,35 @@ void with_cells(const at::Tensor& cells, const Work& work) {
     with_values(cells, work);
 }
 
+// The largest weight of every row, or 1 if there are zeros alone.
+std::vector<float> largest(const float* weights, int64_t rows, int64_t terms) {
+  std::vector<float> found(rows);
+  for (int64_t row = 0; row < rows; row++) {
+    for (int64_t term = 0; term < terms; term++)
+      found[row] = std::max(found[row], std::abs(weights[row * terms + term]));
+    if (found[row] == 0) found[row] = 1;
+  }
+  return found;
+}
+
 // The inputs of mixing: the warehouse, and the weights of its cells in every mixture.
 struct Mixing {
   Places p;
   int64_t batch, rows, num_cells, size, kernel_size;
   // Whether products can read the warehouse directly: blocks of its columns fill whole tiles.
   bool aligned;
+  // Whether instructions for bfloat16 multiply, as cells and kernels are of it.
+  bool paired;
   // Whether products do read the warehouse directly to mix: it is aligned, and mixtures are few.
   bool streamed;
   at::Tensor cells, attention;
+  // If paired, the largest weight of every mixture: its weights are divided by that, and the mixture is
+  // multiplied by it. So a mixture of hardly more than one cell has that cell's weight in float32.
+  std::vector<float> scales;
   Weights weights;
 
-  Mixing(const at::Tensor& attention_of_images, const at::Tensor& warehouse, at::IntArrayRef grid)
+  Mixing(const at::Tensor& attention_of_images, const at::Tensor& warehouse, at::IntArrayRef grid,
+         bool rounds)
       : p(places(grid, warehouse.sizes())),
         batch(attention_of_images.dim() ? attention_of_images.size(0) : 0),
         rows(batch * p.rows()),
@@ -302,11 +380,15 @@ struct Mixing {
         size(p.size()),
         kernel_size(p.rows() * size),
         aligned(size % blocks().width == 0),
-        streamed(aligned && rows < MANY_ROWS),
+        paired(rounds && is_paired(warehouse, size)),
+        streamed(paired || (aligned && rows < MANY_ROWS)),
         cells(warehouse.contiguous()),
         attention(checked(attention_of_images, grid).contiguous()),
+        scales(paired ? largest(attention.const_data_ptr<float>(), rows, num_cells)
+                      : std::vector<float>()),
         weights(attention.const_data_ptr<float>(), rows, num_cells, num_cells, 1,
-                streamed ? STREAMED_TERMS : COPIED_TERMS) {}
+                paired ? PAIRED_TERMS : streamed ? STREAMED_TERMS : COPIED_TERMS, paired,
+                scales.data()) {}
 
   const at::Tensor& checked(const at::Tensor& given, at::IntArrayRef grid) const {
     TORCH_CHECK(given.dim() == 3 && given.size(1) == p.rows() && given.size(2) == num_cells &&
@@ -331,14 +413,14 @@ struct Mixing {
   }
 
   // mixed (+)= the contribution of a part of the cells, which are read directly.
-  void mix_part(const Block& mixed, Span span, int64_t first, int64_t count) const {
+  void mix_part(const Block<float>& mixed, Span span, int64_t first, int64_t count) const {
     with_cells(cells, [&](const auto* warehouse) {
       weights.multiply(first, count, mixed.values, mixed.stride,
                        warehouse + first * size + span.begin, size, span.count, first == 0);
     });
   }
 
-  void copy_cells(const Block& block, Span span) const {
+  void copy_cells(const Block<float>& block, Span span) const {
     with_cells(cells, [&](const auto* warehouse) {
       copy_columns(block, warehouse, num_cells, size, span);
     });
@@ -346,7 +428,7 @@ struct Mixing {
 
   // mixed = columns of the mixtures, from a copy of the span's columns of the cells. Meanwhile the next
   // ones are asked for, if this thread copies them.
-  void mix_copied(const Block& mixed, const Block& copy, Span span) const {
+  void mix_copied(const Block<float>& mixed, const Block<float>& copy, Span span) const {
     const int64_t width = blocks().width;
     const int64_t bytes = cells.element_size(), stride = size * bytes;
     const char* const warehouse = static_cast<const char*>(cells.const_data_ptr());
@@ -363,13 +445,14 @@ struct Mixing {
   }
 
   // Overwrites the block.
-  void into_kernels(const at::Tensor& kernels, const Block& mixed, Span span) const {
+  void into_kernels(const at::Tensor& kernels, const Block<float>& mixed, Span span) const {
     if (kernels.scalar_type() == at::kFloat)
       return move_rows(kernels.mutable_data_ptr<float>(), mixed.values, mixed.stride, span);
     // Rounded row by row, in place: kernels then take single numbers out of the rows.
     for (int64_t row = 0; row < rows; row++) {
       float* const values = mixed.values + row * mixed.stride;
-      blocks().narrow(span.count, values, reinterpret_cast<BFloat16*>(values));
+      blocks().narrow(span.count, paired ? scales[row] : 1, values,
+                      reinterpret_cast<BFloat16*>(values));
     }
     move_rows(kernels.mutable_data_ptr<BFloat16>(),
               reinterpret_cast<const BFloat16*>(mixed.values), 2 * mixed.stride, span);
@@ -400,37 +483,39 @@ std::vector<int64_t> kernel_shape(int64_t batch, const at::Tensor& cells, at::In
 // cell_in, ...). Kernels are of float32 or bfloat16, cells of these or integers of eight bits.
 void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid,
                     at::Tensor kernels) {
-  const Mixing m(attention, cells, grid);
+  const Mixing m(attention, cells, grid, kernels.scalar_type() == at::kBFloat16);
   m.check_kernels(kernels, grid);
   if (m.uses_amx(kernels)) {
     const amx::Left weights(m.attention.const_data_ptr<float>(), m.rows, m.num_cells);
     const int64_t of_cell = amx::values_of(m.num_cells, 1) / 2;
     const int64_t columns = block_columns(m.size, m.rows + of_cell, AMX_COLUMNS);
-    const int64_t stride = columns + PADDING;
-    const int64_t values = m.rows * stride + of_cell * columns;
-    for_blocks(m.size, columns, values, [&](Span span, float* memory, int64_t) {
-      const Block mixed{memory, stride};
-      BFloat16* const pairs = reinterpret_cast<BFloat16*>(memory + m.rows * stride);
+    const int64_t values = Block<float>::floats(m.rows, columns);
+    for_blocks(m.size, columns, values + of_cell * columns, [&](Span span, float* memory, int64_t) {
+      const Block<float> mixed(memory, columns);
+      BFloat16* const pairs = reinterpret_cast<BFloat16*>(memory + values);
       const int64_t whole = num_parts(span.count, amx::COLUMNS) * amx::COLUMNS;
       with_cells(m.cells, [&](const auto* warehouse) {
         amx::pair(m.num_cells, whole, span.count, warehouse + span.begin, m.size, pairs);
       });
-      weights.multiply(pairs, whole, mixed.values, stride);
+      weights.multiply(pairs, whole, mixed.values, mixed.stride);
       m.into_kernels(kernels, mixed, span);
     });
     return;
   }
   const int64_t rows = m.streamed ? m.rows : m.rows + m.num_cells;
-  const int64_t most = m.streamed ? STREAMED_COLUMNS : COPIED_COLUMNS;
-  const int64_t columns = block_columns(m.size, rows, most), stride = columns + PADDING;
-  for_blocks(m.size, columns, rows * stride, [&](Span span, float* memory, int64_t) {
-    const Block mixed{memory, stride};
+  const int64_t most = m.paired     ? PAIRED_COLUMNS
+                       : m.streamed ? STREAMED_COLUMNS
+                                    : COPIED_COLUMNS;
+  const int64_t columns = block_columns(m.size, rows, most);
+  const int64_t values = Block<float>::floats(rows, columns);
+  for_blocks(m.size, columns, values, [&](Span span, float* memory, int64_t) {
+    const Block<float> mixed(memory, columns);
     if (m.streamed) {
       m.weights.for_parts([&](int64_t first, int64_t count) {
         m.mix_part(mixed, span, first, count);
       });
     } else {
-      const Block copy{memory + m.rows * stride, stride};
+      const Block<float> copy(memory + m.rows * mixed.stride, columns);
       m.copy_cells(copy, span);
       m.mix_copied(mixed, copy, span);
     }
@@ -450,7 +535,7 @@ at::Tensor mix_cells(const at::Tensor& attention, const at::Tensor& cells, at::I
 // cell_in, ...).
 void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor sum, bool begin) {
   TORCH_CHECK(weights.dim() == 2 && rows.dim() > 0 && sum.dim() > 0 && sum.numel() > 0 &&
-                  is_dense(sum, sum.sizes()) && is_dense(rows, rows.sizes()) &&
+                  is_dense(sum, sum.sizes()) && rows.is_contiguous() && is_stored(rows) &&
                   weights.scalar_type() == at::kFloat && rows.size(0) == weights.size(0) &&
                   sum.size(0) == weights.size(1) && rows.sizes().slice(1) == sum.sizes().slice(1),
               "weights of ", weights.sizes(), ", rows of ", rows.sizes(), " and a sum of ",
@@ -461,29 +546,37 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
     return;
   }
   const at::Tensor given = weights.contiguous();
-  const Weights transposed(given.const_data_ptr<float>(), num_cells, 1, terms, num_cells,
-                           COPIED_TERMS);
   const int64_t size = sum.numel() / num_cells, width = blocks().width;
-  const int64_t columns = block_columns(size, terms, STREAMED_COLUMNS), stride = columns + PADDING;
-  for_blocks(size, columns, terms * stride, [&](Span span, float* memory, int64_t) {
-    const Block copy{memory, stride};
-    copy_columns(copy, rows.const_data_ptr<float>(), terms, size, span);
-    float* to = sum.mutable_data_ptr<float>() + span.begin;
-    const int64_t whole = span.count / width * width, rest = span.count - whole;
-    // If the last columns do not fill a tile, their sums go to separate memory first.
-    std::vector<float> last(rest ? num_cells * width : 0);
-    transposed.for_parts([&](int64_t first, int64_t count) {
-      const float* values = copy.values + first * stride;
-      transposed.multiply(first, count, to, size, values, stride, whole, begin && first == 0);
-      if (rest)
-        transposed.multiply(first, count, last.data(), width, values + whole, stride, width,
-                            first == 0);
+  const bool paired = is_paired(rows, size);
+  TORCH_CHECK(paired || rows.scalar_type() == at::kFloat, "rows of ", rows.sizes(),
+              " must be of float32");
+  const Weights transposed(given.const_data_ptr<float>(), num_cells, 1, terms, num_cells,
+                           COPIED_TERMS, paired);
+  with_values(rows, [&]<typename Value>(const Value* from) {
+    const int64_t columns =
+        block_columns(size, terms * sizeof(Value) / sizeof(float), STREAMED_COLUMNS);
+    const int64_t floats = Block<Value>::floats(terms, columns);
+    for_blocks(size, columns, floats, [&](Span span, float* memory, int64_t) {
+      const Block<Value> copy(memory, columns);
+      copy_columns(copy, from, terms, size, span);
+      float* to = sum.mutable_data_ptr<float>() + span.begin;
+      const int64_t whole = span.count / width * width, rest = span.count - whole;
+      // If the last columns do not fill a tile, their sums go to separate memory first.
+      std::vector<float> last(rest ? num_cells * width : 0);
+      transposed.for_parts([&](int64_t first, int64_t count) {
+        const Value* values = copy.values + first * copy.stride;
+        transposed.multiply(first, count, to, size, values, copy.stride, whole,
+                            begin && first == 0);
+        if (rest)
+          transposed.multiply(first, count, last.data(), width, values + whole, copy.stride, width,
+                              first == 0);
+      });
+      for (int64_t cell = 0; rest && cell < num_cells; cell++)
+        for (int64_t c = 0; c < rest; c++) {
+          float& total = to[cell * size + whole + c];
+          total = (begin ? 0 : total) + last[cell * width + c];
+        }
     });
-    for (int64_t cell = 0; rest && cell < num_cells; cell++)
-      for (int64_t c = 0; c < rest; c++) {
-        float& total = to[cell * size + whole + c];
-        total = (begin ? 0 : total) + last[cell * width + c];
-      }
   });
 }
 
@@ -491,16 +584,19 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
 // of every image's kernel. If given, kernels (batch, out, in, ...) is filled with the mixed
 // kernels. If given, rows (batch, mixtures, cell_out, cell_in, ...) is filled with the gradients,
 // cut into cells, for add_to_cells. Returns the gradient of the attention. Gradients and kernels are
-// of float32 or bfloat16; cells and rows, which sums are made of, of float32.
+// of float32 or bfloat16; cells and rows, which sums are made of, of float32, or both of bfloat16 where
+// its instructions multiply.
 at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention,
                         const at::Tensor& cells, at::IntArrayRef grid,
                         std::optional<at::Tensor> kernels, std::optional<at::Tensor> rows) {
-  const Mixing m(attention, cells, grid);
+  const Mixing m(attention, cells, grid, !kernels || kernels->scalar_type() == at::kBFloat16);
   if (kernels) m.check_kernels(*kernels, grid);
   std::vector<int64_t> rows_shape = cells.sizes().slice(1).vec();
   rows_shape.insert(rows_shape.begin(), {m.batch, m.p.rows()});
-  TORCH_CHECK(m.cells.scalar_type() == at::kFloat, "cells must be of float32");
-  TORCH_CHECK(!rows || is_dense(*rows, rows_shape), "rows must be dense float32 of ", rows_shape);
+  TORCH_CHECK(m.cells.scalar_type() == at::kFloat || m.paired, "cells of ", cells.sizes(),
+              " must be of float32");
+  TORCH_CHECK(!rows || is_dense(*rows, rows_shape, m.cells.scalar_type()), "rows must be dense ",
+              m.cells.scalar_type(), " of ", rows_shape);
   TORCH_CHECK(static_cast<int64_t>(grad_kernels.size()) == m.batch, grad_kernels.size(),
               " gradients for ", m.batch, " images");
   const std::vector<int64_t> whole = kernel_shape(m.batch, cells, grid);
@@ -513,60 +609,67 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
     gradients.push_back(gradient.contiguous());
   }
   const bool to = kernels.has_value();
-  float* const row = rows ? rows->mutable_data_ptr<float>() : nullptr;
-  // With few mixtures, the block has rows for the gradients and for the mixtures. With many, the
-  // mixtures overwrite the gradients, a few columns at a time.
-  const int64_t num_rows = m.streamed ? 2 * m.rows : m.rows;
-  const int64_t columns = block_columns(m.size, num_rows, STREAMED_COLUMNS / 2);
-  const int64_t stride = columns + PADDING, copy_stride = COLUMNS_STEP + PADDING;
-  const int64_t values = num_rows * stride + (m.streamed ? 0 : m.num_cells * copy_stride);
-  // Every share needs its own sum, because all columns add to the whole gradient of the attention.
-  const at::Tensor parts =
-      at::zeros({num_shares(m.size, columns, m.rows * m.num_cells), m.rows, m.num_cells},
-                cells.options());
-  float* const part = parts.mutable_data_ptr<float>();
-  for_blocks(m.size, columns, values, [&](Span span, float* memory, int64_t share) {
-    const Block gradient{memory, stride};
-    for (int64_t image = 0; image < m.batch; image++)
-      with_values(gradients[image], [&](const auto* from) {
-        move_columns<false>(from, gradient.values + image * m.p.rows() * stride, stride, m.p,
-                            span.begin, span.begin + span.count);
-      });
-    clear_rest(gradient, m.rows, span.count);
-    for (int64_t r = 0; row && r < m.rows; r++)
-      std::memcpy(row + r * m.size + span.begin, gradient.values + r * stride,
-                  span.count * sizeof(float));
+  at::Tensor result;
+  // Everything is read in the precision of the cells.
+  with_values(m.cells, [&]<typename Value>(const Value* warehouse) {
+    Value* const row = rows ? rows->mutable_data_ptr<Value>() : nullptr;
+    // With few mixtures, there are blocks for the gradients and for the mixtures. With many, the
+    // mixtures overwrite the gradients, a few columns at a time.
+    const int64_t of_gradients = m.rows * sizeof(Value) / sizeof(float);
+    const int64_t columns = block_columns(m.size, of_gradients + (m.streamed ? m.rows : 0),
+                                          m.paired ? PAIRED_COLUMNS : BACKWARD_COLUMNS);
+    const int64_t floats = Block<Value>::floats(m.rows, columns);
+    const int64_t others = m.streamed ? Block<float>::floats(m.rows, columns)
+                                      : Block<float>::floats(m.num_cells, COLUMNS_STEP);
+    // Every share needs its own sum, because all columns add to the whole gradient of the attention.
+    const at::Tensor parts =
+        at::zeros({num_shares(m.size, columns, m.rows * m.num_cells), m.rows, m.num_cells},
+                  m.attention.options());
+    float* const part = parts.mutable_data_ptr<float>();
+    for_blocks(m.size, columns, floats + others, [&](Span span, float* memory, int64_t share) {
+      const Block<Value> gradient(memory, columns);
+      for (int64_t image = 0; image < m.batch; image++)
+        with_values(gradients[image], [&](const auto* from) {
+          move_columns<false>(from, gradient.values + image * m.p.rows() * gradient.stride,
+                              gradient.stride, m.p, span.begin, span.begin + span.count);
+        });
+      clear_rest(gradient, m.rows, span.count);
+      for (int64_t r = 0; row && r < m.rows; r++)
+        std::memcpy(row + r * m.size + span.begin, gradient.values + r * gradient.stride,
+                    span.count * sizeof(Value));
 
-    // Adds the inner products of some columns of some cells.
-    float* const grad_attention = part + share * m.rows * m.num_cells;
-    const auto add_dots = [&](int64_t first, int64_t count, const float* from, int64_t from_stride,
-                              int64_t column, int64_t width) {
-      blocks().gemm_nt(m.rows, count, padded(width), gradient.values + column, stride, from,
-                       from_stride, grad_attention + first, m.num_cells);
-    };
-    const float* from = m.cells.const_data_ptr<float>() + span.begin;
-    if (m.streamed) {
-      const Block mixed{memory + m.rows * stride, stride};
-      m.weights.for_parts([&](int64_t first, int64_t count) {
-        if (to) m.mix_part(mixed, span, first, count);
-        add_dots(first, count, from + first * m.size, m.size, 0, span.count);
-      });
-      if (to) m.into_kernels(*kernels, mixed, span);
-      return;
-    }
-    // Inner products of long rows are the fastest, so all columns of the span go at once.
-    if (m.aligned) add_dots(0, m.num_cells, from, m.size, 0, span.count);
-    if (m.aligned && !to) return;
-    const Block copy{memory + m.rows * stride, copy_stride};
-    for (int64_t c = 0; c < span.count; c += COLUMNS_STEP) {
-      const Span some{span.begin + c, std::min(COLUMNS_STEP, span.count - c)};
-      m.copy_cells(copy, some);
-      if (!m.aligned) add_dots(0, m.num_cells, copy.values, copy_stride, c, some.count);
-      if (to) m.mix_copied({gradient.values + c, stride}, copy, some);
-    }
-    if (to) m.into_kernels(*kernels, gradient, span);
-  }, m.rows * m.num_cells);
-  return parts.sum(0).view(attention.sizes());
+      // Adds the inner products of some columns of some cells.
+      float* const grad_attention = part + share * m.rows * m.num_cells;
+      const auto add_dots = [&](int64_t first, int64_t count, const Value* from,
+                                int64_t from_stride, int64_t column, int64_t width) {
+        gemm_nt(m.rows, count, width, gradient.values + column, gradient.stride, from, from_stride,
+                grad_attention + first, m.num_cells);
+      };
+      const Value* from = warehouse + span.begin;
+      if (m.streamed) {
+        const Block<float> mixed(memory + floats, columns);
+        m.weights.for_parts([&](int64_t first, int64_t count) {
+          if (to) m.mix_part(mixed, span, first, count);
+          add_dots(first, count, from + first * m.size, m.size, 0, span.count);
+        });
+        if (to) m.into_kernels(*kernels, mixed, span);
+      } else if constexpr (std::is_same_v<Value, float>) {
+        // Inner products of long rows are the fastest, so all columns of the span go at once.
+        if (m.aligned) add_dots(0, m.num_cells, from, m.size, 0, span.count);
+        if (m.aligned && !to) return;
+        const Block<float> copy(memory + floats, COLUMNS_STEP);
+        for (int64_t c = 0; c < span.count; c += COLUMNS_STEP) {
+          const Span some{span.begin + c, std::min(COLUMNS_STEP, span.count - c)};
+          m.copy_cells(copy, some);
+          if (!m.aligned) add_dots(0, m.num_cells, copy.values, copy.stride, c, some.count);
+          if (to) m.mix_copied(gradient.from(c), copy, some);
+        }
+        if (to) m.into_kernels(*kernels, gradient, span);
+      }
+    }, m.rows * m.num_cells);
+    result = parts.sum(0).view(attention.sizes());
+  });
+  return result;
 }
 
 }  // namespace mmkw

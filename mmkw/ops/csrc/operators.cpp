@@ -2,6 +2,7 @@
 // gradients and counts of operations.
 
 #include "operators.h"
+#include "sbgemm.h"
 
 #include "blocks.h"
 
@@ -54,6 +55,8 @@ PyMODINIT_FUNC PyInit__native() {
   PyObject* const made = PyModule_Create(&module);
   if (made) {
     PyModule_AddStringConstant(made, "CPU_LEVEL", mmkw::blocks().cpu_level);
+    PyModule_AddIntConstant(made, "MULTIPLIES_BFLOAT16", mmkw::sbgemm::is_available());
+    PyModule_AddIntConstant(made, "COLUMNS_OF_BFLOAT16", mmkw::sbgemm::COLUMNS);
     PyModule_AddStringConstant(made, "TORCH", MMKW_TORCH);
   }
   return made;

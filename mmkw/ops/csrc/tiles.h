@@ -17,10 +17,8 @@
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 constexpr int64_t WIDTH = LANES * VECTORS;
-// Rows that are so many values apart come from memory.
-constexpr int64_t FAR_APART = 4096;
-// How far ahead they are asked for, and what one request brings.
-constexpr int64_t AHEAD_BYTES = 2048, LINE_BYTES = 64;
+// What one request for memory brings.
+constexpr int64_t LINE_BYTES = 64;
 
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -48,19 +46,10 @@ TARGET void widen(int64_t n, const Value* x, float* y) {
   for (; i < n; i++) y[i] = x[i];
 }
 
-TARGET void narrow(int64_t n, const float* x, BFloat16* y) {
+TARGET void narrow(int64_t n, float scale, const float* x, BFloat16* y) {
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) store(load(x + i), y + i);
-  for (; i < n; i++) y[i] = x[i];
-}
-
-// From value `at` of a run of `run` values to the one that is asked for: the processor follows so many
-// runs at a time too late. At the end of a run that lies in the same run `rows` rows further down.
-template <typename Value>
-INLINE int64_t ahead_of(int64_t at, int64_t run, int64_t rows, int64_t stride) {
-  if (stride <= FAR_APART) return 0;
-  const int64_t far = std::min<int64_t>(AHEAD_BYTES / sizeof(Value), run);
-  return at + far < run ? far : far + rows * stride - run;
+  for (; i + LANES <= n; i += LANES) store(scale * load(x + i), y + i);
+  for (; i < n; i++) y[i] = scale * x[i];
 }
 
 // C (M, WIDTH) = beta * C + A (M, k) * B (k, WIDTH). beta is 0 or 1. A lies column by column. With every

@@ -1,0 +1,163 @@
+// See sbgemm.h.
+
+#include "sbgemm.h"
+
+#include "blocks.h"
+
+#include <cstring>
+#include <string>
+
+#if defined(__x86_64__) && \
+    (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
+#define HAS_BFLOAT16
+#include <immintrin.h>
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define INLINE TARGET inline __attribute__((always_inline))
+#endif
+
+namespace mmkw {
+namespace sbgemm {
+
+#ifdef HAS_BFLOAT16
+
+bool is_available() {
+  static const bool available = [] {
+    __builtin_cpu_init();
+    return std::string(blocks().cpu_level) == "AVX512" && __builtin_cpu_supports("avx512bf16");
+  }();
+  return available;
+}
+
+namespace {
+
+// Sums in a register, and the size of a tile of gemm_nt.
+constexpr int64_t WIDTH = 16;
+constexpr int NT_ROWS = 4, NT_COLUMNS = 6;
+
+// Where the numbers of two rows lie in turn, from a column on.
+INLINE __m512i order_of_pairs(int first) {
+  alignas(64) uint16_t order[COLUMNS];
+  for (int i = 0; i < WIDTH; i++) {
+    order[2 * i] = first + i;
+    order[2 * i + 1] = COLUMNS + first + i;
+  }
+  return _mm512_load_si512(order);
+}
+
+INLINE __m512bh as_pairs(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
+
+INLINE __m512bh broadcast(const BFloat16* pair) {
+  int32_t bits;
+  std::memcpy(&bits, pair, sizeof(bits));
+  return as_pairs(_mm512_set1_epi32(bits));
+}
+
+// Adds the products of two terms. The last columns of a tile come second.
+template <int M>
+INLINE void add_pair(__m512 (&sum)[M][2], const BFloat16* a, __m512i first, __m512i second,
+                     __m512i low, __m512i high) {
+  const __m512bh left = as_pairs(_mm512_permutex2var_epi16(first, low, second));
+  const __m512bh right = as_pairs(_mm512_permutex2var_epi16(first, high, second));
+  UNROLL for (int i = 0; i < M; i++) {
+    const __m512bh value = broadcast(a + 2 * i);
+    sum[i][0] = _mm512_dpbf16_ps(sum[i][0], value, left);
+    sum[i][1] = _mm512_dpbf16_ps(sum[i][1], value, right);
+  }
+}
+
+// As gemm of tiles.h: with every row of B what lies `ahead` of it is brought to the second cache.
+// C (M, COLUMNS) = beta * C + A (M, k) * B (k, COLUMNS).
+template <int M>
+INLINE void gemm_tile(int64_t k, const BFloat16* a, const BFloat16* b, int64_t ldb, int64_t ahead,
+                      float beta, float* c, int64_t ldc) {
+  const __m512i low = order_of_pairs(0), high = order_of_pairs(WIDTH);
+  __m512 sum[M][2];
+  UNROLL for (int i = 0; i < M; i++)
+    UNROLL for (int v = 0; v < 2; v++)
+      sum[i][v] = beta == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * ldc + v * WIDTH);
+  for (int64_t p = 0; p + 2 <= k; p += 2) {
+    __builtin_prefetch(b + ahead, 0, 2);
+    __builtin_prefetch(b + ldb + ahead, 0, 2);
+    add_pair<M>(sum, a, _mm512_loadu_si512(b), _mm512_loadu_si512(b + ldb), low, high);
+    a += 2 * M;
+    b += 2 * ldb;
+  }
+  if (k % 2) add_pair<M>(sum, a, _mm512_loadu_si512(b), _mm512_setzero_si512(), low, high);
+  UNROLL for (int i = 0; i < M; i++)
+    UNROLL for (int v = 0; v < 2; v++) _mm512_storeu_ps(c + i * ldc + v * WIDTH, sum[i][v]);
+}
+
+// The same for m <= M rows and n columns.
+template <int M>
+TARGET void gemm_tiles(int64_t m, int64_t n, int64_t k, const BFloat16* a, const BFloat16* b,
+                       int64_t ldb, float beta, float* c, int64_t ldc) {
+  if constexpr (M > 1)
+    if (m < M) return gemm_tiles<M - 1>(m, n, k, a, b, ldb, beta, c, ldc);
+  for (int64_t j = 0; j < n; j += COLUMNS)
+    gemm_tile<M>(k, a, b + j, ldb, ahead_of<BFloat16>(j, n, k, ldb), beta, c + j, ldc);
+}
+
+// C (M, N) += A (M, k) * B (N, k)^T.
+template <int M, int N>
+INLINE void gemm_nt_tile(int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b, int64_t ldb,
+                         float* c, int64_t ldc) {
+  __m512 sum[M][N];
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < N; j++) sum[i][j] = _mm512_setzero_ps();
+  for (int64_t p = 0; p < k; p += COLUMNS) {
+    const int64_t ahead = ahead_of<BFloat16>(p, k, N, ldb);
+    __m512bh left[M];
+    for (int i = 0; i < M; i++) left[i] = as_pairs(_mm512_loadu_si512(a + i * lda + p));
+    for (int j = 0; j < N; j++) {
+      const __m512bh right = as_pairs(_mm512_loadu_si512(b + j * ldb + p));
+      __builtin_prefetch(b + j * ldb + p + ahead, 0, 2);
+      for (int i = 0; i < M; i++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left[i], right);
+    }
+  }
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < N; j++) c[i * ldc + j] += _mm512_reduce_add_ps(sum[i][j]);
+}
+
+// The same for m <= M and n <= N.
+template <int M, int N>
+TARGET void gemm_nt_tiles(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
+                          const BFloat16* b, int64_t ldb, float* c, int64_t ldc) {
+  if constexpr (M > 1)
+    if (m < M) return gemm_nt_tiles<M - 1, N>(m, n, k, a, lda, b, ldb, c, ldc);
+  if constexpr (N > 1)
+    if (n < N) return gemm_nt_tiles<M, N - 1>(m, n, k, a, lda, b, ldb, c, ldc);
+  gemm_nt_tile<M, N>(k, a, lda, b, ldb, c, ldc);
+}
+
+}  // namespace
+
+void gemm(int64_t m, int64_t n, int64_t k, const BFloat16* a, const BFloat16* b, int64_t ldb,
+          float beta, float* c, int64_t ldc) {
+  const int64_t terms = (k + 1) / 2 * 2;
+  for_tiles(m, ROWS, [&](int64_t i, int64_t rows) {
+    gemm_tiles<ROWS>(rows, n, k, a + i * terms, b, ldb, beta, c + i * ldc, ldc);
+  });
+}
+
+void gemm_nt(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b,
+             int64_t ldb, float* c, int64_t ldc) {
+  for_tiles(n, NT_COLUMNS, [&](int64_t j, int64_t columns) {
+    for_tiles(m, NT_ROWS, [&](int64_t i, int64_t rows) {
+      gemm_nt_tiles<NT_ROWS, NT_COLUMNS>(rows, columns, k, a + i * lda, lda, b + j * ldb, ldb,
+                                         c + i * ldc + j, ldc);
+    });
+  });
+}
+
+#else
+
+bool is_available() { return false; }
+void gemm(int64_t, int64_t, int64_t, const BFloat16*, const BFloat16*, int64_t, float, float*,
+          int64_t) {}
+void gemm_nt(int64_t, int64_t, int64_t, const BFloat16*, int64_t, const BFloat16*, int64_t, float*,
+             int64_t) {}
+
+#endif
+
+}  // namespace sbgemm
+}  // namespace mmkw
