@@ -114,8 +114,8 @@ def mixing_of(
     return partial(Mixing, grid=grid, dtype=dtype)
 
 
-def rounds(mixing_of: 'partial[Any]', cells: Tensor) -> bool:
-    """Whether a layer that learns mixes cells in bfloat16, as its kernels are of it.
+def packs(mixing_of: 'partial[Any]', cells: Tensor) -> bool:
+    """Whether a layer that learns mixes packed cells in bfloat16, as its kernels are of it.
 
     Args:
         mixing_of: The choice of :func:`mixing_of`.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .gradient import CellSum
 from .kernels import assembled_shape, cut, flops_of_mixing
+from .memory import recycled
 from .mixing import Mixing
 
 # Without the cache, because pip keeps there what it has built without kernels.
@@ -43,6 +44,9 @@ def _load() -> str | None:
 STORED = (torch.float32, torch.bfloat16)
 READ = (*STORED, torch.int8)
 
+# The most columns of a panel, of what their number is a multiple, and the values of a cache line.
+_PANEL, _STEP, _LINE = 1024, 64, 32
+
 # The reason why the kernels are missing; None if they are loaded.
 MISSING = _load()
 
@@ -62,7 +66,27 @@ def multiplies_bfloat16(cells: Tensor) -> bool:
     """
     from . import _native  # type: ignore[attr-defined]
 
-    return bool(_native.MULTIPLIES_BFLOAT16 and cells[0].numel() % _native.COLUMNS_OF_BFLOAT16 == 0)
+    return bool(_native.MULTIPLIES_BFLOAT16) and cells[0].numel() % _LINE == 0
+
+
+def pack_cells(cells: Tensor) -> Tensor:
+    """Rounds cells to bfloat16 and lays them as the kernels read them fastest, for many calls.
+
+    Args:
+        cells: Tensor[cells, cell_out, cell_in, *cell_kernel] of float32, as
+            :func:`multiplies_bfloat16` allows.
+
+    Returns:
+        Tensor[panels, cells, columns]. A panel has some columns of all cells, then a cache line.
+    """
+    size = cells[0].numel()
+    # Each thread should have some.
+    of_thread = size // (4 * torch.get_num_threads())
+    columns = min(max(of_thread // _STEP * _STEP, _STEP), _PANEL)
+    shape = (math.ceil(size / columns), len(cells), columns + _LINE)
+    panels = recycled(cells, shape, torch.bfloat16)
+    torch.ops.mmkw.pack_cells(cells.contiguous(), panels)
+    return panels
 
 
 class CompiledMixing(Mixing):
@@ -74,7 +98,7 @@ class CompiledMixing(Mixing):
         cells: See :class:`~mmkw.ops.mixing.Mixing`.
         grid: See there.
         dtype: See there.
-        rounded: The cells in bfloat16, if they are multiplied in that.
+        panels: The cells as :func:`pack_cells` lays them, if they are multiplied in bfloat16.
     """
 
     def __init__(
@@ -82,10 +106,10 @@ class CompiledMixing(Mixing):
         cells: Tensor,
         grid: Sequence[int],
         dtype: torch.dtype,
-        rounded: Tensor | None = None,
+        panels: Tensor | None = None,
     ) -> None:
         super().__init__(cells, grid, dtype)
-        self._factor = cells if rounded is None else rounded
+        self._panels = panels
 
     def parts(self, attention: Tensor) -> list[slice]:
         """All images in one part."""
@@ -113,7 +137,7 @@ class CompiledMixing(Mixing):
         again: bool,
     ) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
         """See :class:`Mixing`. The same pass over the warehouse mixes the kernels, if needed."""
-        precision = self._factor.dtype
+        precision = self.cells.dtype if self._panels is None else torch.bfloat16
         place = rows = None if total is None else total.place(attention, precision)
         if total is not None and place is None:
             rows = self._rows(attention, 'rows', precision)
@@ -124,7 +148,7 @@ class CompiledMixing(Mixing):
         ]
         mixed = self._memory(attention) if again and kept is None else None
         grad_attention = torch.ops.mmkw.mix_backward(
-            gradients, attention, self._factor, self.grid, mixed, rows
+            gradients, attention, self.cells, self.grid, mixed, rows, self._panels
         )
         if total is not None and rows is not None:
             total.add(attention, rows, waits=place is not None)
@@ -138,7 +162,7 @@ class CompiledMixing(Mixing):
 
     def _mix_into(self, kernels: Tensor, attention: Tensor) -> Tensor:
         weights = attention.to(torch.float32)
-        torch.ops.mmkw.mix_cells_into(weights, self._factor, self.grid, kernels)
+        torch.ops.mmkw.mix_cells_into(weights, self.cells, self.grid, kernels, self._panels)
         return kernels
 
     def _memory(self, attention: Tensor) -> Tensor:
@@ -163,7 +187,11 @@ def _register() -> None:
         return cells.new_empty(attention.shape[0], *assembled_shape(cells.shape[1:], grid))
 
     @library.register_fake('mmkw::mix_cells_into')
-    def _(attention: Tensor, cells: Tensor, grid: Sequence[int], kernels: Tensor) -> None:
+    def _(attention: Tensor, cells: Tensor, grid: Any, kernels: Tensor, panels: Any = None) -> None:
+        return None
+
+    @library.register_fake('mmkw::pack_cells')
+    def _(cells: Tensor, panels: Tensor) -> None:
         return None
 
     @library.register_fake('mmkw::mix_backward')

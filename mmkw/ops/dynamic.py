@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backend, exported, modes, one_operator
-from .compiled import STORED
+from .compiled import STORED, pack_cells
 from .gradient import Token
 from .kernels import assembled_shape, is_regular, mix_cells
 from .mixing import Mixing
@@ -142,8 +142,8 @@ def _apply(
     if not learning:
         return _apply_in_parts(x, attention, bias, taps, settings, mixing_of(cells))
     token = Token.of(cells) if cells.requires_grad else None
-    if token is not None and backend.rounds(mixing_of, cells):
-        mixing_of = partial(mixing_of, rounded=token.rounded())
+    if token is not None and backend.packs(mixing_of, cells):
+        mixing_of = partial(mixing_of, panels=token.packed(pack_cells))
     tensor = None if token is None else token.tensor
     return _ApplyMixed.apply(x, attention, cells, bias, taps, tensor, token, settings, mixing_of)
 

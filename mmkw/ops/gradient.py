@@ -11,6 +11,7 @@ because only the graph holds it. A sum is made only if the backward pass will re
 takes the sum. If the pass fails, the sum is freed with the graph.
 """
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -39,7 +40,7 @@ class Token:
     def __init__(self, cells: Tensor) -> None:
         # Held, so that no other tensor has the same identity.
         self._cells = cells
-        self._rounded: tuple[int, Tensor] | None = None
+        self._packed: tuple[int, Tensor] | None = None
         self._sums: dict[int, CellSum] = {}
         self.tensor = _HandOver.apply(cells, self._sums)
 
@@ -60,14 +61,16 @@ class Token:
         """Whether the current backward pass needs the gradient of the cells."""
         return modes.will_run(self.tensor.grad_fn)
 
-    def rounded(self) -> Tensor:
-        """The cells in bfloat16, rounded once for all layers, unless they change in between."""
+    def packed(self, pack: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is made of the cells once for all layers, unless they change in between.
+
+        Args:
+            pack: Makes it, the same for all layers.
+        """
         version = self._cells._version
-        if self._rounded is None or self._rounded[0] != version:
-            cells = self._cells.detach()
-            rounded = recycled(cells, cells.shape, torch.bfloat16).copy_(cells)
-            self._rounded = version, rounded
-        return self._rounded[1]
+        if self._packed is None or self._packed[0] != version:
+            self._packed = version, pack(self._cells.detach())
+        return self._packed[1]
 
     def sum(self, mixing: Mixing) -> 'CellSum':
         """The sum of the current backward pass."""

@@ -13,8 +13,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmkw.layers import KWConv1d, KWConv2d, KWLinear
-from mmkw.ops import SampleConv, SampleLinear, apply_mixed, backend, gradient, mix_cells, mixing
-from mmkw.ops.compiled import MISSING, CompiledMixing, multiplies_bfloat16
+from mmkw.ops import (
+    SampleConv,
+    SampleLinear,
+    apply_mixed,
+    backend,
+    dynamic,
+    gradient,
+    mix_cells,
+    mixing,
+)
+from mmkw.ops.compiled import MISSING, CompiledMixing, multiplies_bfloat16, pack_cells
 from mmkw.ops.kernels import is_regular
 from mmkw.sharing import SharingPlan, convert
 
@@ -152,7 +161,7 @@ def test_compiled_kernels_equal_pytorch(threads, batch, cells, blocks, channels,
     [(_, mixed)] = parts
     results = [kernels, mixed, grad_attention, total.total() / 2]
     check_half(compiled, attention, kernels, gradients)
-    check_rounded(compiled, attention, gradients)
+    check_packed(compiled, attention, gradients)
     check_integers(compiled, attention)
 
     attention, store = (t.double().requires_grad_() for t in (attention, store))
@@ -187,20 +196,20 @@ def check_half(compiled, attention, kernels, gradients):
     assert float((mixed - expected).norm()) <= 1e-5 * float(expected.norm())
 
 
-def check_rounded(compiled, attention, gradients):
-    """Products of numbers in bfloat16 have exact sums; the attention alone is rounded besides."""
+def check_packed(compiled, attention, gradients):
+    """Packed cells are rounded, as the gradients are; besides them the attention alone is."""
     if not multiplies_bfloat16(compiled.cells):
         return
     half, grid = torch.bfloat16, compiled.grid
-    cells, gradients = (compiled.cells.to(half), [one.to(half) for one in gradients])
-    rounded = CompiledMixing(compiled.cells, grid, half, cells)
-    kernels, total = rounded.kernels(attention), gradient.CellSum(rounded)
+    packed = CompiledMixing(compiled.cells, grid, half, pack_cells(compiled.cells))
+    kernels, total = packed.kernels(attention), gradient.CellSum(packed)
+    gradients = [one.to(half) for one in gradients]
     for _ in range(2):
-        grad_attention, parts = rounded.backward([gradients], attention, total, None, True)
+        grad_attention, parts = packed.backward([gradients], attention, total, None, True)
     [(_, again)] = parts
     assert again.dtype == half and again.equal(kernels)
 
-    operands = [tensor.double().requires_grad_() for tensor in (attention, cells)]
+    operands = [tensor.double().requires_grad_() for tensor in (attention, compiled.cells.to(half))]
     right = mix_cells(*operands, grid)
     below = torch.autograd.grad(right, operands, torch.stack(gradients).double())
     found = kernels, grad_attention, total.total() / 2
@@ -642,13 +651,13 @@ def test_under_autocast_gradients_are_as_precise_as_of_the_definition(path, case
 
 
 @needs_native
-def test_cells_are_rounded_once_for_all_layers_until_they_change(monkeypatch):
+def test_cells_are_packed_once_for_all_layers_until_they_change(monkeypatch):
     cells = torch.randn(6, 8, 8, 1, 1, requires_grad=True)
     if not multiplies_bfloat16(cells):
         pytest.skip('this processor does not multiply in bfloat16')
-    taken, rounded = [], gradient.Token.rounded
+    taken = []
     monkeypatch.setattr(
-        gradient.Token, 'rounded', lambda self: taken.append(rounded(self)) or taken[-1]
+        dynamic, 'pack_cells', lambda cells: taken.append(pack_cells(cells)) or taken[-1]
     )
     sample_map = SampleConv((1, 1), (0, 0), (1, 1))
 
@@ -663,10 +672,8 @@ def test_cells_are_rounded_once_for_all_layers_until_they_change(monkeypatch):
         cells += 1
     # The graph of the old cells still lives.
     after = layer(layer(x))
-    assert [one.data_ptr() == taken[0].data_ptr() for one in taken] == [True, True, False, False]
-    assert taken[2].data_ptr() == taken[3].data_ptr()
-    assert taken[2].equal(cells.bfloat16())
+    for panels, rounded in zip(taken, (cells - 1, cells), strict=True):
+        assert panels[0, :, :64].equal(rounded.flatten(1).bfloat16())
     # What the layers of the old graph hold goes with it.
     del before, after
-    taken.clear()
     assert not gradient._tokens

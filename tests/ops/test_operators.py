@@ -34,6 +34,15 @@ def backward(**changes):
     return dict(grad_kernels=list(kernels()), **mixing(), kernels=None, rows=None) | changes
 
 
+def panels(*shape, dtype=torch.bfloat16):
+    """One panel of 64 columns, and the rest of its rows."""
+    return floats(*(shape or (1, 6, 96))).to(dtype)
+
+
+def packing(**changes):
+    return dict(cells=floats(*CELLS), panels=panels()) | changes
+
+
 def addition(**changes):
     sizes = dict(weights=floats(5, 6), rows=floats(5, *CELLS[1:]), sum=floats(*CELLS), begin=False)
     return sizes | changes
@@ -113,13 +122,16 @@ CALLS = {
     'apply_to_image of tokens': ('apply_to_image', lambda: tokens()),
 }
 if MISSING is None and multiplies_bfloat16(floats(*CELLS)):
-    CALLS['mix_backward of half cells'] = (
-        'mix_backward',
-        lambda: backward(
-            cells=floats(*CELLS).bfloat16(), rows=floats(2, MIXTURES, *CELLS[1:]).bfloat16()
-        ),
+    CALLS['pack_cells'] = ('pack_cells', packing)
+    CALLS['mix_cells_into from panels'] = (
+        'mix_cells_into',
+        lambda: dict(mixing(), kernels=kernels().bfloat16(), panels=panels()),
     )
-    CALLS['add_to_cells of half rows'] = (
+    CALLS['mix_backward from panels'] = (
+        'mix_backward',
+        lambda: backward(rows=floats(2, MIXTURES, *CELLS[1:]).bfloat16(), panels=panels()),
+    )
+    CALLS['add_to_cells of half'] = (
         'add_to_cells',
         lambda: addition(rows=floats(5, *CELLS[1:]).bfloat16()),
     )
@@ -141,8 +153,14 @@ WRITING = (
     'mix_backward and kernels',
     'mix_backward of half',
     'mix_backward and rows',
+    'mix_cells_into from panels',
+    'mix_backward from panels',
 )
-LEARNING = [call for call in CALLS if call not in WRITING and not call.startswith('add_to_cells')]
+LEARNING = [
+    call
+    for call in CALLS
+    if call not in WRITING and not call.startswith(('add_to_cells', 'pack_cells'))
+]
 
 
 @pytest.mark.parametrize('call', CALLS)
@@ -380,13 +398,47 @@ WRONG = {
         'mix_backward',
         lambda: backward(cells=floats(*CELLS).to(torch.int8)),
     ),
-    'rows of other precision than the cells': (
+    'cells of half that learn': ('mix_backward', lambda: backward(cells=floats(*CELLS).bfloat16())),
+    'rows of half without panels': (
         'mix_backward',
-        lambda: backward(cells=floats(*CELLS).bfloat16(), rows=floats(2, MIXTURES, *CELLS[1:])),
+        lambda: backward(rows=floats(2, MIXTURES, *CELLS[1:]).bfloat16()),
     ),
-    'cells of half that learn of full kernels': (
+    'full rows and panels': (
         'mix_backward',
-        lambda: backward(cells=floats(*CELLS).bfloat16(), kernels=kernels()),
+        lambda: backward(rows=floats(2, MIXTURES, *CELLS[1:]), panels=panels()),
+    ),
+    'full kernels and panels': (
+        'mix_backward',
+        lambda: backward(kernels=kernels(), panels=panels()),
+    ),
+    'panels of other cells': ('pack_cells', lambda: packing(panels=panels(1, 7, 96))),
+    'too few panels': ('pack_cells', lambda: packing(cells=floats(6, 8, 16, 1, 1))),
+    'narrow panels': ('pack_cells', lambda: packing(panels=panels(1, 6, 64))),
+    'panels without columns': ('pack_cells', lambda: packing(panels=panels(1, 6, 32))),
+    'panels of two dimensions': ('pack_cells', lambda: packing(panels=panels(6, 96))),
+    'full panels': ('pack_cells', lambda: packing(panels=panels(dtype=torch.float32))),
+    'transposed panels': ('pack_cells', lambda: packing(panels=panels(1, 96, 6).transpose(1, 2))),
+    'cells of other sizes than vectors': (
+        'pack_cells',
+        lambda: packing(cells=floats(6, 3, 4, 1, 1)),
+    ),
+    'double cells to pack': ('pack_cells', lambda: packing(cells=floats(*CELLS).double())),
+    'no cells to pack': ('pack_cells', lambda: packing(cells=floats(0, 8, 4, 1, 1))),
+    'panels that do not fit': (
+        'mix_cells_into',
+        lambda: dict(mixing(), kernels=kernels().bfloat16(), panels=panels(1, 5, 96)),
+    ),
+    'full kernels from panels': (
+        'mix_cells_into',
+        lambda: dict(mixing(), kernels=kernels(), panels=panels()),
+    ),
+    'panels for integers': (
+        'mix_cells_into',
+        lambda: dict(
+            mixing(cells=floats(*CELLS).to(torch.int8)),
+            kernels=kernels().bfloat16(),
+            panels=panels(),
+        ),
     ),
     'half rows of other sizes than vectors': (
         'add_to_cells',
@@ -446,7 +498,9 @@ WRONG = {
 def test_wrong_calls_are_refused_and_change_nothing(wrong):
     name, arguments = WRONG[wrong]
     given = arguments()
-    written = [given[key] for key in ('kernels', 'rows', 'sum') if given.get(key) is not None]
+    written = [
+        given[key] for key in ('kernels', 'rows', 'sum', 'panels') if given.get(key) is not None
+    ]
     before = [tensor.clone() for tensor in written]
     with pytest.raises(RuntimeError):
         getattr(ops, name)(**given)

@@ -82,7 +82,7 @@ class Weights {
     if constexpr (std::is_same_v<Value, BFloat16>)
       if (!pairs_.empty())
         return sbgemm::gemm(rows_, columns, terms, pairs_.data() + first * rows_, values, stride,
-                            beta, result, result_stride);
+                            beta, result, result_stride, next);
     const Gemm<Value> gemm = std::get<Gemm<Value>>(blocks().gemm);
     gemm(rows_, columns, terms, packed_.data() + first * rows_, values, stride, beta, result,
          result_stride, next);
@@ -177,14 +177,13 @@ void move_columns(Kernel* kernel, Rows* rows, int64_t stride, const Places& p, i
 // The columns of a block are a multiple of this number. It is itself a multiple of every `width`.
 constexpr int64_t COLUMNS_STEP = 64;
 // The most columns of a block. Long runs help if rows are read directly, also in pairs, but not for
-// copies. In float32 gradients take as much of a cache as the mixtures.
+// copies.
 constexpr int64_t STREAMED_COLUMNS = 2048, PAIRED_COLUMNS = 4096;
-constexpr int64_t BACKWARD_COLUMNS = 1024;
 constexpr int64_t COPIED_COLUMNS = 256;
 // Terms that a product sums up at a time, for rows that are read directly, also in pairs, and for
 // copied rows. A tile's columns of COPIED_TERMS rows fit into the innermost cache.
 constexpr int64_t STREAMED_TERMS = 8;
-constexpr int64_t PAIRED_TERMS = 16;
+constexpr int64_t PAIRED_TERMS = 16, PANEL_TERMS = 128;
 constexpr int64_t COPIED_TERMS = 192;
 // The same where matrix instructions mix, and the mixtures from which on they do: with fewer the
 // time goes to reading memory, which long runs do faster.
@@ -278,6 +277,33 @@ void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work,
   });
 }
 
+// Cells in bfloat16 that all layers of a pass read: panels of some columns, one after the other. In a panel
+// lie all cells, so it is read like one row, and stays in the caches for all that is computed of it. Its
+// rows are no power of two apart.
+struct Panels {
+  int64_t stride, columns, num_cells;
+  BFloat16* values;
+
+  // From Tensor (panels, n, columns and a cache line), of cells (n, cell_out, cell_in, ...).
+  Panels(const at::Tensor& panels, const at::Tensor& cells)
+      : stride(panels.size(-1)),
+        columns(stride - LINE / sizeof(BFloat16)),
+        num_cells(cells.size(0)),
+        values(panels.mutable_data_ptr<BFloat16>()) {
+    const int64_t size = cells.numel() / num_cells;
+    TORCH_CHECK(sbgemm::is_available() && size % sbgemm::COLUMNS == 0 && panels.dim() == 3 &&
+                    columns > 0 && columns % COLUMNS_STEP == 0 && panels.is_contiguous() &&
+                    panels.size(0) == num_parts(size, columns) && panels.size(1) == num_cells &&
+                    cells.scalar_type() == at::kFloat,
+                "panels of ", panels.sizes(), " do not fit cells of ", cells.sizes());
+  }
+
+  // A cell in the panel that begins with a column.
+  BFloat16* at(int64_t column, int64_t cell = 0) const {
+    return values + (column / columns * num_cells + cell) * stride;
+  }
+};
+
 // Writes zeros after the last column, up to the end of the last tile.
 template <typename Value>
 void clear_rest(const Block<Value>& block, int64_t rows, int64_t count) {
@@ -314,16 +340,6 @@ bool is_dense(const at::Tensor& tensor, at::IntArrayRef shape,
 bool is_paired(const at::Tensor& rows, int64_t size) {
   return rows.scalar_type() == at::kBFloat16 && size % sbgemm::COLUMNS == 0 &&
          sbgemm::is_available();
-}
-
-// C += A * B^T.
-void gemm_nt(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
-             int64_t ldb, float* c, int64_t ldc) {
-  blocks().gemm_nt(m, n, padded(k), a, lda, b, ldb, c, ldc);
-}
-void gemm_nt(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b,
-             int64_t ldb, float* c, int64_t ldc) {
-  sbgemm::gemm_nt(m, n, k, a, lda, b, ldb, c, ldc);
 }
 
 // Calls work(pointer) with a pointer to the values, which are of float32 or bfloat16.
@@ -372,7 +388,7 @@ struct Mixing {
   Weights weights;
 
   Mixing(const at::Tensor& attention_of_images, const at::Tensor& warehouse, at::IntArrayRef grid,
-         bool rounds)
+         bool rounds, bool in_panels)
       : p(places(grid, warehouse.sizes())),
         batch(attention_of_images.dim() ? attention_of_images.size(0) : 0),
         rows(batch * p.rows()),
@@ -380,15 +396,18 @@ struct Mixing {
         size(p.size()),
         kernel_size(p.rows() * size),
         aligned(size % blocks().width == 0),
-        paired(rounds && is_paired(warehouse, size)),
+        paired(in_panels || (rounds && is_paired(warehouse, size))),
         streamed(paired || (aligned && rows < MANY_ROWS)),
         cells(warehouse.contiguous()),
         attention(checked(attention_of_images, grid).contiguous()),
         scales(paired ? largest(attention.const_data_ptr<float>(), rows, num_cells)
                       : std::vector<float>()),
         weights(attention.const_data_ptr<float>(), rows, num_cells, num_cells, 1,
-                paired ? PAIRED_TERMS : streamed ? STREAMED_TERMS : COPIED_TERMS, paired,
-                scales.data()) {}
+                in_panels  ? PANEL_TERMS
+                : paired   ? PAIRED_TERMS
+                : streamed ? STREAMED_TERMS
+                           : COPIED_TERMS,
+                paired, scales.data()) {}
 
   const at::Tensor& checked(const at::Tensor& given, at::IntArrayRef grid) const {
     TORCH_CHECK(given.dim() == 3 && given.size(1) == p.rows() && given.size(2) == num_cells &&
@@ -400,8 +419,9 @@ struct Mixing {
 
   void check_kernels(const at::Tensor& kernels, at::IntArrayRef grid) const {
     TORCH_CHECK(kernels.sizes() == kernel_shape(batch, cells, grid) && kernels.is_contiguous() &&
-                    is_stored(kernels),
-                "kernels of ", kernels.sizes(), " for ", batch, " images, grid ", grid,
+                    is_stored(kernels) &&
+                    (!paired || kernels.scalar_type() == at::kBFloat16),
+                kernels.scalar_type(), " kernels of ", kernels.sizes(), " for ", batch, " images, grid ", grid,
                 " and cells of ", cells.sizes());
   }
 
@@ -410,6 +430,14 @@ struct Mixing {
     const bool is_short = cells.scalar_type() != at::kFloat;
     return rows >= (is_short ? AMX_ROWS_OF_SHORT : AMX_ROWS) &&
            (is_short || kernels.scalar_type() == at::kBFloat16) && amx::is_available();
+  }
+
+  // The same of cells of a panel. What lies behind them is asked for if it is `next`.
+  void mix_part(const Block<float>& mixed, Span span, int64_t first, int64_t count,
+                const BFloat16* rows, int64_t stride, bool next) const {
+    const BFloat16* const behind = next ? rows + count * stride : nullptr;
+    weights.multiply(first, count, mixed.values, mixed.stride, rows, stride, span.count,
+                     first == 0, {reinterpret_cast<const char*>(behind)});
   }
 
   // mixed (+)= the contribution of a part of the cells, which are read directly.
@@ -479,11 +507,26 @@ std::vector<int64_t> kernel_shape(int64_t batch, const at::Tensor& cells, at::In
 
 // --- the operators -----------------------------------------------------------------------------
 
+// Rounds cells (n, cell_out, cell_in, ...) of float32 to panels.
+void pack_cells(const at::Tensor& cells, at::Tensor panels) {
+  TORCH_CHECK(cells.dim() > 0 && cells.numel() > 0 && is_dense(cells, cells.sizes()), "cells of ",
+              cells.sizes(), " must be dense float32");
+  const Panels to(panels, cells);
+  const int64_t size = cells.numel() / to.num_cells;
+  const float* const from = cells.const_data_ptr<float>();
+  for_blocks(size, to.columns, 0, [&](Span span, float*, int64_t) {
+    BFloat16* row = to.at(span.begin);
+    for (int64_t cell = 0; cell < to.num_cells; cell++, row += to.stride)
+      blocks().narrow(span.count, 1, from + cell * size + span.begin, row);
+  });
+}
+
 // Fills kernels (batch, out, in, ...) from attention (batch, mixtures, n) and cells (n, cell_out,
 // cell_in, ...). Kernels are of float32 or bfloat16, cells of these or integers of eight bits.
 void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid,
-                    at::Tensor kernels) {
-  const Mixing m(attention, cells, grid, kernels.scalar_type() == at::kBFloat16);
+                    at::Tensor kernels, std::optional<at::Tensor> panels) {
+  const Mixing m(attention, cells, grid, kernels.scalar_type() == at::kBFloat16,
+                 panels.has_value());
   m.check_kernels(kernels, grid);
   if (m.uses_amx(kernels)) {
     const amx::Left weights(m.attention.const_data_ptr<float>(), m.rows, m.num_cells);
@@ -498,6 +541,18 @@ void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::In
         amx::pair(m.num_cells, whole, span.count, warehouse + span.begin, m.size, pairs);
       });
       weights.multiply(pairs, whole, mixed.values, mixed.stride);
+      m.into_kernels(kernels, mixed, span);
+    });
+    return;
+  }
+  if (panels) {
+    const Panels from(*panels, cells);
+    const int64_t columns = from.columns, values = Block<float>::floats(m.rows, columns);
+    for_blocks(m.size, columns, values, [&](Span span, float* memory, int64_t) {
+      const Block<float> mixed(memory, columns);
+      m.weights.for_parts([&](int64_t first, int64_t count) {
+        m.mix_part(mixed, span, first, count, from.at(span.begin, first), from.stride, true);
+      });
       m.into_kernels(kernels, mixed, span);
     });
     return;
@@ -584,19 +639,20 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
 // of every image's kernel. If given, kernels (batch, out, in, ...) is filled with the mixed
 // kernels. If given, rows (batch, mixtures, cell_out, cell_in, ...) is filled with the gradients,
 // cut into cells, for add_to_cells. Returns the gradient of the attention. Gradients and kernels are
-// of float32 or bfloat16; cells and rows, which sums are made of, of float32, or both of bfloat16 where
-// its instructions multiply.
+// of float32 or bfloat16; cells and rows, which sums are made of, of float32. With panels of the cells
+// all is multiplied in bfloat16, and kernels and rows are of it.
 at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention,
                         const at::Tensor& cells, at::IntArrayRef grid,
-                        std::optional<at::Tensor> kernels, std::optional<at::Tensor> rows) {
-  const Mixing m(attention, cells, grid, !kernels || kernels->scalar_type() == at::kBFloat16);
+                        std::optional<at::Tensor> kernels, std::optional<at::Tensor> rows,
+                        std::optional<at::Tensor> panels) {
+  const Mixing m(attention, cells, grid, false, panels.has_value());
+  const at::ScalarType precision = panels ? at::kBFloat16 : at::kFloat;
   if (kernels) m.check_kernels(*kernels, grid);
   std::vector<int64_t> rows_shape = cells.sizes().slice(1).vec();
   rows_shape.insert(rows_shape.begin(), {m.batch, m.p.rows()});
-  TORCH_CHECK(m.cells.scalar_type() == at::kFloat || m.paired, "cells of ", cells.sizes(),
-              " must be of float32");
-  TORCH_CHECK(!rows || is_dense(*rows, rows_shape, m.cells.scalar_type()), "rows must be dense ",
-              m.cells.scalar_type(), " of ", rows_shape);
+  TORCH_CHECK(m.cells.scalar_type() == at::kFloat, "cells must be of float32");
+  TORCH_CHECK(!rows || is_dense(*rows, rows_shape, precision), "rows must be dense ", precision,
+              " of ", rows_shape);
   TORCH_CHECK(static_cast<int64_t>(grad_kernels.size()) == m.batch, grad_kernels.size(),
               " gradients for ", m.batch, " images");
   const std::vector<int64_t> whole = kernel_shape(m.batch, cells, grid);
@@ -610,14 +666,17 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
   }
   const bool to = kernels.has_value();
   at::Tensor result;
-  // Everything is read in the precision of the cells.
-  with_values(m.cells, [&]<typename Value>(const Value* warehouse) {
+  std::optional<Panels> of_cells;
+  if (panels) of_cells.emplace(*panels, cells);
+  // `none` says in which precision gradients are multiplied.
+  const auto run = [&]<typename Value>(Value none) {
+    constexpr bool IN_PANELS = std::is_same_v<Value, BFloat16>;
     Value* const row = rows ? rows->mutable_data_ptr<Value>() : nullptr;
     // With few mixtures, there are blocks for the gradients and for the mixtures. With many, the
     // mixtures overwrite the gradients, a few columns at a time.
-    const int64_t of_gradients = m.rows * sizeof(Value) / sizeof(float);
-    const int64_t columns = block_columns(m.size, of_gradients + (m.streamed ? m.rows : 0),
-                                          m.paired ? PAIRED_COLUMNS : BACKWARD_COLUMNS);
+    const int64_t num_rows = m.streamed ? 2 * m.rows : m.rows;
+    const int64_t columns = of_cells ? of_cells->columns
+                                     : block_columns(m.size, num_rows, STREAMED_COLUMNS / 2);
     const int64_t floats = Block<Value>::floats(m.rows, columns);
     const int64_t others = m.streamed ? Block<float>::floats(m.rows, columns)
                                       : Block<float>::floats(m.num_cells, COLUMNS_STEP);
@@ -638,37 +697,50 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
         std::memcpy(row + r * m.size + span.begin, gradient.values + r * gradient.stride,
                     span.count * sizeof(Value));
 
-      // Adds the inner products of some columns of some cells.
       float* const grad_attention = part + share * m.rows * m.num_cells;
-      const auto add_dots = [&](int64_t first, int64_t count, const Value* from,
-                                int64_t from_stride, int64_t column, int64_t width) {
-        gemm_nt(m.rows, count, width, gradient.values + column, gradient.stride, from, from_stride,
-                grad_attention + first, m.num_cells);
-      };
-      const Value* from = warehouse + span.begin;
-      if (m.streamed) {
-        const Block<float> mixed(memory + floats, columns);
+      const Block<float> other(memory + floats, m.streamed ? columns : COLUMNS_STEP);
+      if constexpr (IN_PANELS) {
         m.weights.for_parts([&](int64_t first, int64_t count) {
-          if (to) m.mix_part(mixed, span, first, count);
-          add_dots(first, count, from + first * m.size, m.size, 0, span.count);
+          const BFloat16* const from = of_cells->at(span.begin, first);
+          sbgemm::gemm_nt(m.rows, count, span.count, gradient.values, gradient.stride, from,
+                          of_cells->stride, grad_attention + first, m.num_cells);
+          if (to) m.mix_part(other, span, first, count, from, of_cells->stride, false);
         });
-        if (to) m.into_kernels(*kernels, mixed, span);
-      } else if constexpr (std::is_same_v<Value, float>) {
+        if (to) m.into_kernels(*kernels, other, span);
+      } else {
+        // Adds the inner products of some columns of some cells.
+        const auto add_dots = [&](int64_t first, int64_t count, const float* from,
+                                  int64_t from_stride, int64_t column, int64_t width) {
+          blocks().gemm_nt(m.rows, count, padded(width), gradient.values + column, gradient.stride,
+                           from, from_stride, grad_attention + first, m.num_cells);
+        };
+        const float* from = m.cells.const_data_ptr<float>() + span.begin;
+        if (m.streamed) {
+          m.weights.for_parts([&](int64_t first, int64_t count) {
+            if (to) m.mix_part(other, span, first, count);
+            add_dots(first, count, from + first * m.size, m.size, 0, span.count);
+          });
+          if (to) m.into_kernels(*kernels, other, span);
+          return;
+        }
         // Inner products of long rows are the fastest, so all columns of the span go at once.
         if (m.aligned) add_dots(0, m.num_cells, from, m.size, 0, span.count);
         if (m.aligned && !to) return;
-        const Block<float> copy(memory + floats, COLUMNS_STEP);
         for (int64_t c = 0; c < span.count; c += COLUMNS_STEP) {
           const Span some{span.begin + c, std::min(COLUMNS_STEP, span.count - c)};
-          m.copy_cells(copy, some);
-          if (!m.aligned) add_dots(0, m.num_cells, copy.values, copy.stride, c, some.count);
-          if (to) m.mix_copied(gradient.from(c), copy, some);
+          m.copy_cells(other, some);
+          if (!m.aligned) add_dots(0, m.num_cells, other.values, other.stride, c, some.count);
+          if (to) m.mix_copied(gradient.from(c), other, some);
         }
         if (to) m.into_kernels(*kernels, gradient, span);
       }
     }, m.rows * m.num_cells);
     result = parts.sum(0).view(attention.sizes());
-  });
+  };
+  if (panels)
+    run(BFloat16());
+  else
+    run(0.f);
   return result;
 }
 

@@ -2,9 +2,9 @@
 // gradients and counts of operations.
 
 #include "operators.h"
-#include "sbgemm.h"
 
 #include "blocks.h"
+#include "sbgemm.h"
 
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
@@ -14,10 +14,12 @@
 TORCH_LIBRARY(mmkw, library) {
   library.def("mix_cells(Tensor attention, Tensor cells, int[] grid) -> Tensor");
   library.def(
-      "mix_cells_into(Tensor attention, Tensor cells, int[] grid, Tensor(a!) kernels) -> ()");
+      "mix_cells_into(Tensor attention, Tensor cells, int[] grid, Tensor(a!) kernels, "
+      "Tensor? panels=None) -> ()");
   library.def(
       "mix_backward(Tensor[] grad_kernels, Tensor attention, Tensor cells, int[] grid, "
-      "Tensor(a!)? kernels, Tensor(b!)? rows) -> Tensor");
+      "Tensor(a!)? kernels, Tensor(b!)? rows, Tensor? panels=None) -> Tensor");
+  library.def("pack_cells(Tensor cells, Tensor(a!) panels) -> ()");
   library.def("bmm(Tensor a, Tensor b, bool? by_tiles=None) -> Tensor");
   library.def("add_to_cells(Tensor weights, Tensor rows, Tensor(a!) sum, bool begin) -> ()");
   library.def(
@@ -32,6 +34,7 @@ TORCH_LIBRARY(mmkw, library) {
 }
 
 TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
+  library.impl("pack_cells", &mmkw::pack_cells);
   library.impl("mix_cells", &mmkw::mix_cells);
   library.impl("mix_cells_into", &mmkw::mix_cells_into);
   library.impl("mix_backward", &mmkw::mix_backward);
@@ -45,7 +48,8 @@ TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
 // mmkw/ops/compiled.py registers the gradient of mix_cells.
 TORCH_LIBRARY_IMPL(mmkw, Autograd, library) {
   for (const char* name :
-       {"mix_cells_into", "mix_backward", "add_to_cells", "bmm", "attend", "apply_to_image"})
+       {"pack_cells", "mix_cells_into", "mix_backward", "add_to_cells", "bmm", "attend",
+        "apply_to_image"})
     library.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 
@@ -56,7 +60,6 @@ PyMODINIT_FUNC PyInit__native() {
   if (made) {
     PyModule_AddStringConstant(made, "CPU_LEVEL", mmkw::blocks().cpu_level);
     PyModule_AddIntConstant(made, "MULTIPLIES_BFLOAT16", mmkw::sbgemm::is_available());
-    PyModule_AddIntConstant(made, "COLUMNS_OF_BFLOAT16", mmkw::sbgemm::COLUMNS);
     PyModule_AddStringConstant(made, "TORCH", MMKW_TORCH);
   }
   return made;

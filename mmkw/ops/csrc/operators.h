@@ -18,12 +18,15 @@ std::vector<int64_t> kernel_shape(int64_t batch, const at::Tensor& cells, at::In
 
 at::Tensor mix_cells(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid);
 
+void pack_cells(const at::Tensor& cells, at::Tensor panels);
+
 void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::IntArrayRef grid,
-                    at::Tensor kernels);
+                    at::Tensor kernels, std::optional<at::Tensor> panels = {});
 
 at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention,
                         const at::Tensor& cells, at::IntArrayRef grid,
-                        std::optional<at::Tensor> kernels, std::optional<at::Tensor> rows);
+                        std::optional<at::Tensor> kernels, std::optional<at::Tensor> rows,
+                        std::optional<at::Tensor> panels);
 
 void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor sum, bool begin);
 

@@ -2,8 +2,6 @@
 
 #include "sbgemm.h"
 
-#include "blocks.h"
-
 #include <cstring>
 #include <string>
 
@@ -32,7 +30,9 @@ namespace {
 
 // Sums in a register, and the size of a tile of gemm_nt.
 constexpr int64_t WIDTH = 16;
-constexpr int NT_ROWS = 4, NT_COLUMNS = 6;
+constexpr int NT_ROWS = 6, NT_COLUMNS = 4;
+// The rows of B that gemm_nt asks for before it reads them.
+constexpr int64_t AHEAD = 8;
 
 // Where the numbers of two rows lie in turn, from a column on.
 INLINE __m512i order_of_pairs(int first) {
@@ -90,32 +90,46 @@ INLINE void gemm_tile(int64_t k, const BFloat16* a, const BFloat16* b, int64_t l
 // The same for m <= M rows and n columns.
 template <int M>
 TARGET void gemm_tiles(int64_t m, int64_t n, int64_t k, const BFloat16* a, const BFloat16* b,
-                       int64_t ldb, float beta, float* c, int64_t ldc) {
+                       int64_t ldb, float beta, float* c, int64_t ldc, int64_t next) {
   if constexpr (M > 1)
-    if (m < M) return gemm_tiles<M - 1>(m, n, k, a, b, ldb, beta, c, ldc);
+    if (m < M) return gemm_tiles<M - 1>(m, n, k, a, b, ldb, beta, c, ldc, next);
   for (int64_t j = 0; j < n; j += COLUMNS)
-    gemm_tile<M>(k, a, b + j, ldb, ahead_of<BFloat16>(j, n, k, ldb), beta, c + j, ldc);
+    gemm_tile<M>(k, a, b + j, ldb, next ? next : ahead_of<BFloat16>(j, n, k, ldb), beta, c + j, ldc);
+}
+
+// The sums of the numbers of four registers.
+INLINE __m128 sums_of(const __m512 (&x)[4]) {
+  const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+  const __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  const __m512 four = _mm512_add_ps(_mm512_shuffle_ps(low, high, _MM_SHUFFLE(1, 0, 1, 0)),
+                                    _mm512_shuffle_ps(low, high, _MM_SHUFFLE(3, 2, 3, 2)));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four),
+                                    _mm512_castps512_ps256(_mm512_shuffle_f32x4(four, four, 0x4e)));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
 // C (M, N) += A (M, k) * B (N, k)^T.
 template <int M, int N>
 INLINE void gemm_nt_tile(int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b, int64_t ldb,
                          float* c, int64_t ldc) {
-  __m512 sum[M][N];
+  __m512 sum[M][NT_COLUMNS];
   for (int i = 0; i < M; i++)
-    for (int j = 0; j < N; j++) sum[i][j] = _mm512_setzero_ps();
+    for (int j = 0; j < NT_COLUMNS; j++) sum[i][j] = _mm512_setzero_ps();
   for (int64_t p = 0; p < k; p += COLUMNS) {
-    const int64_t ahead = ahead_of<BFloat16>(p, k, N, ldb);
     __m512bh left[M];
     for (int i = 0; i < M; i++) left[i] = as_pairs(_mm512_loadu_si512(a + i * lda + p));
     for (int j = 0; j < N; j++) {
       const __m512bh right = as_pairs(_mm512_loadu_si512(b + j * ldb + p));
-      __builtin_prefetch(b + j * ldb + p + ahead, 0, 2);
+      __builtin_prefetch(b + (j + AHEAD) * ldb + p, 0, 2);
       for (int i = 0; i < M; i++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left[i], right);
     }
   }
-  for (int i = 0; i < M; i++)
-    for (int j = 0; j < N; j++) c[i * ldc + j] += _mm512_reduce_add_ps(sum[i][j]);
+  constexpr __mmask8 columns = (1 << N) - 1;
+  for (int i = 0; i < M; i++) {
+    float* const to = c + i * ldc;
+    const __m128 before = _mm_maskz_loadu_ps(columns, to);
+    _mm_mask_storeu_ps(to, columns, _mm_add_ps(before, sums_of(sum[i])));
+  }
 }
 
 // The same for m <= M and n <= N.
@@ -129,13 +143,19 @@ TARGET void gemm_nt_tiles(int64_t m, int64_t n, int64_t k, const BFloat16* a, in
   gemm_nt_tile<M, N>(k, a, lda, b, ldb, c, ldc);
 }
 
+// The way from B to what is read next, in values; 0 if there is none.
+int64_t from(const BFloat16* b, Next next) {
+  return next.rows ? reinterpret_cast<const BFloat16*>(next.rows) - b : 0;
+}
+
 }  // namespace
 
 void gemm(int64_t m, int64_t n, int64_t k, const BFloat16* a, const BFloat16* b, int64_t ldb,
-          float beta, float* c, int64_t ldc) {
-  const int64_t terms = (k + 1) / 2 * 2;
+          float beta, float* c, int64_t ldc, Next next) {
+  const int64_t terms = (k + 1) / 2 * 2, ahead = from(b, next);
   for_tiles(m, ROWS, [&](int64_t i, int64_t rows) {
-    gemm_tiles<ROWS>(rows, n, k, a + i * terms, b, ldb, beta, c + i * ldc, ldc);
+    gemm_tiles<ROWS>(rows, n, k, a + i * terms, b, ldb, beta, c + i * ldc, ldc,
+                     i ? 0 : ahead);
   });
 }
 
@@ -153,7 +173,7 @@ void gemm_nt(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, co
 
 bool is_available() { return false; }
 void gemm(int64_t, int64_t, int64_t, const BFloat16*, const BFloat16*, int64_t, float, float*,
-          int64_t) {}
+          int64_t, Next) {}
 void gemm_nt(int64_t, int64_t, int64_t, const BFloat16*, int64_t, const BFloat16*, int64_t, float*,
              int64_t) {}
 
