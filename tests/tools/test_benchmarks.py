@@ -308,7 +308,7 @@ def test_the_limit_takes_the_shorter_way_to_convolve(tool):
 
     variants = {'static': lambda: network(False), 'kw 1x': lambda: network(True)}
     cases = harness.make_cases(args, variants, lambda model: model(x))
-    speed = dict(bandwidth=1e9, peak=1e9)
+    speed = dict(bandwidth=1e9, peak=1e9, bytes=4)
     static, products, dynamic = harness.measure('2x9x9', cases, 2, args, speed)
     assert [static.name, products.name, dynamic.name] == ['static', 'static by products', 'kw 1x']
     assert static.limit is None and products.limit is None

@@ -55,6 +55,8 @@ def main() -> None:
     )
     args = options.parse_args()
     half = 'bfloat16' in args.precision
+    # Under autocast cells are of float32, and packed in bfloat16 to learn.
+    multiplied_in_half = half or (args.precision == 'autocast' and args.mode == 'train')
 
     def made(budget: float | None) -> nn.Module:
         network = build(args.backbone, budget)
@@ -76,7 +78,7 @@ def main() -> None:
         return make_cases(args, variants, loss, only)
 
     title = args.backbone if args.precision == 'float32' else f'{args.backbone}, {args.precision}'
-    compare(title, args, cases_of)
+    compare(title, args, cases_of, torch.bfloat16 if multiplied_in_half else torch.float32)
 
 
 if __name__ == '__main__':

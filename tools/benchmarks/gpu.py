@@ -155,7 +155,7 @@ def speeds(device: str, precisions: Sequence[str]) -> dict[str, dict[str, float]
         square = torch.randn(size, size, device=device).to(PRECISIONS[precision] or torch.float32)
         with in_precision(precision, device):
             seconds = _shortest(device, lambda: square @ square)  # noqa: B023
-        found[precision] = dict(bandwidth=bandwidth, peak=2 * size**3 / seconds)
+        found[precision] = dict(bandwidth=bandwidth, peak=2 * size**3 / seconds, bytes=4)
     return found
 
 

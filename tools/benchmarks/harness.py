@@ -146,16 +146,21 @@ def timed(
     return seconds
 
 
-def machine(clock: Callable[[], float]) -> dict[str, float]:
-    """Measured bandwidth of reading (bytes/s) and speed of a product of matrices (operations/s)."""
-    values, square = torch.ones(200_000_000), torch.randn(2048, 2048)
+def machine(clock: Callable[[], float], dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """Measured bandwidth of reading (bytes/s) and speed of a product of matrices (operations/s).
+
+    Args:
+        clock: Gives seconds.
+        dtype: Of the matrices, whose numbers have so many ``bytes``.
+    """
+    values, square = torch.ones(200_000_000), torch.randn(2048, 2048).to(dtype)
     best = {}
     for name, work, amount in (
         ('bandwidth', values.sum, values.numel() * 4),
         ('peak', lambda: torch.mm(square, square), 2 * 2048**3),
     ):
         best[name] = amount / least([work], 7, clock)[0]
-    return best
+    return {**best, 'bytes': dtype.itemsize}
 
 
 def least(
@@ -197,7 +202,7 @@ def mixing_limit(model: nn.Module, batch: int, train: bool, speed: dict[str, flo
         speed: Of :func:`machine`.
     """
     layers = [m for m in model.modules() if isinstance(m, DynamicLayer)]
-    read = sum(layer.cells.numel() * 4 for layer in layers)
+    read = speed['bytes'] * sum(layer.cells.numel() for layer in layers)
     products = sum(layer.attention.num_mixtures * layer.cells.numel() for layer in layers)
     written = 4 * sum(cells.numel() for cells in {layer.cells for layer in layers})
     if train:
@@ -243,7 +248,10 @@ def make_cases(
 
 
 def compare(
-    title: str, args: argparse.Namespace, cases_of: Callable[[str, str | None], list[Case]]
+    title: str,
+    args: argparse.Namespace,
+    cases_of: Callable[[str, str | None], list[Case]],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Measures every setting and reports, or does what :func:`peak_memory` asks for.
 
@@ -251,13 +259,14 @@ def compare(
         title: What is measured.
         args: Of :func:`parser`, with ``shapes`` such as ``8x224x224``.
         cases_of: Makes the cases of a shape, or the one of them that is named.
+        dtype: In which cells are read and multiplied at best, for the limit.
     """
     if args.peak_of:
         print_peak(*cases_of(*args.peak_of))
         return
     if args.processor_time and torch.get_num_threads() > 1:
         raise SystemExit('--processor-time adds up threads; run with OMP_NUM_THREADS=1')
-    speed, rows = machine(clock_of(args)), []
+    speed, rows = machine(clock_of(args), dtype), []
     for shape in args.shapes:
         rows += measure(shape, cases_of(shape, None), parse_shape(shape)[0], args, speed)
     report(title, rows, args, speed)
