@@ -7,6 +7,7 @@ values, the gradient, floating-point operations. :class:`CompiledMixing` is
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -58,15 +59,21 @@ def cpu_level() -> str:
     return _native.CPU_LEVEL
 
 
+@cache
+def _has_bfloat16() -> bool:
+    """Whether this processor multiplies numbers of bfloat16 by instructions."""
+    from . import _native  # type: ignore[attr-defined]
+
+    return bool(_native.MULTIPLIES_BFLOAT16)
+
+
 def multiplies_bfloat16(cells: Tensor) -> bool:
     """Whether this processor multiplies so large cells in bfloat16 faster than in float32.
 
     Args:
         cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
     """
-    from . import _native  # type: ignore[attr-defined]
-
-    return bool(_native.MULTIPLIES_BFLOAT16) and cells[0].numel() % _LINE == 0
+    return _has_bfloat16() and cells.shape[1:].numel() % _LINE == 0
 
 
 def pack_cells(cells: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ def apply_mixed(
 
     Args:
         x: Tensor[batch, ...], the images or tokens. Under autocast the images and the kernels are
-            cast, but mixing has the precision of the cells.
+            cast. Mixing has the precision of the cells, but a layer that learns multiplies in
+            bfloat16, with sums in float32, where the processor does.
         attention: Tensor[batch, mixtures, cells].
         cells: ``Tensor[cells, cell_out, cell_in, *cell_kernel]``, or integers, as
             :func:`~mmkw.ops.backend.mixes_integers` allows.
