@@ -6,7 +6,7 @@ values, the gradient, floating-point operations. :class:`CompiledMixing` is
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -105,7 +105,7 @@ class CompiledMixing(Mixing):
         cells: See :class:`~mmkw.ops.mixing.Mixing`.
         grid: See there.
         dtype: See there.
-        panels: The cells as :func:`pack_cells` lays them, if they are multiplied in bfloat16.
+        packed: Gives the cells as :func:`pack_cells` lays them, if they are multiplied in bfloat16.
     """
 
     def __init__(
@@ -113,10 +113,10 @@ class CompiledMixing(Mixing):
         cells: Tensor,
         grid: Sequence[int],
         dtype: torch.dtype,
-        panels: Tensor | None = None,
+        packed: Callable[[], Tensor] | None = None,
     ) -> None:
         super().__init__(cells, grid, dtype)
-        self._panels = panels
+        self._panels = None if packed is None else packed()
 
     def parts(self, attention: Tensor) -> list[slice]:
         """All images in one part."""
@@ -145,7 +145,7 @@ class CompiledMixing(Mixing):
     ) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
         """See :class:`Mixing`. The same pass over the warehouse mixes the kernels, if needed."""
         precision = self.cells.dtype if self._panels is None else torch.bfloat16
-        place = rows = None if total is None else total.place(attention, precision)
+        place = rows = None if total is None else total.place(self, attention, precision)
         if total is not None and place is None:
             rows = self._rows(attention, 'rows', precision)
         gradients = [

@@ -144,7 +144,7 @@ def _apply(
         return _apply_in_parts(x, attention, bias, taps, settings, mixing_of(cells))
     token = Token.of(cells) if cells.requires_grad else None
     if token is not None and backend.packs(mixing_of, cells):
-        mixing_of = partial(mixing_of, panels=token.packed(pack_cells))
+        mixing_of = partial(mixing_of, packed=partial(token.packed, pack_cells))
     tensor = None if token is None else token.tensor
     return _ApplyMixed.apply(x, attention, cells, bias, taps, tensor, token, settings, mixing_of)
 

@@ -90,7 +90,7 @@ class FusedMixing(Mixing):
         (gradients,) = grad_kernels
         if not isinstance(gradients, Tensor):
             gradients = torch.stack(tuple(gradients))
-        place = rows = None if total is None else total.place(attention, gradients.dtype)
+        place = rows = None if total is None else total.place(self, attention, gradients.dtype)
         if total is not None and rows is None:
             shape = (*attention.shape[:2], *self.cells.shape[1:])
             rows = self.cells.new_empty(shape, dtype=gradients.dtype)

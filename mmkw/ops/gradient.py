@@ -40,9 +40,9 @@ class Token:
     def __init__(self, cells: Tensor) -> None:
         # Held, so that no other tensor has the same identity.
         self._cells = cells
-        self._packed: tuple[int, Tensor] | None = None
         self._sums: dict[int, CellSum] = {}
-        self.tensor = _HandOver.apply(cells, self._sums)
+        self._packed: dict[tuple[int, int], Tensor] = {}
+        self.tensor = _HandOver.apply(cells, self._sums, self._packed)
 
     @staticmethod
     def of(cells: Tensor) -> 'Token':
@@ -62,35 +62,42 @@ class Token:
         return modes.will_run(self.tensor.grad_fn)
 
     def packed(self, pack: Callable[[Tensor], Tensor]) -> Tensor:
-        """What is made of the cells once for all layers, unless they change in between.
+        """What is made of the cells once for all layers of a pass.
+
+        It is made anew when the cells change, and goes when their gradient is complete: fused
+        optimizers, and what writes to ``cells.data``, change them without a trace.
 
         Args:
             pack: Makes it, the same for all layers.
         """
-        version = self._cells._version
-        if self._packed is None or self._packed[0] != version:
-            self._packed = version, pack(self._cells.detach())
-        return self._packed[1]
+        state = self._cells._version, self._cells.data_ptr()
+        if state not in self._packed:
+            self._packed.clear()
+            self._packed[state] = pack(self._cells.detach())
+        return self._packed[state]
 
     def sum(self, mixing: Mixing) -> 'CellSum':
         """The sum of the current backward pass."""
         task = modes.backward_pass()
         if task not in self._sums:
-            self._sums[task] = CellSum(mixing)
+            self._sums[task] = CellSum(mixing.cells)
         return self._sums[task]
 
 
 class _HandOver(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cells: Tensor, sums: dict[int, 'CellSum']) -> Tensor:
+    def forward(
+        ctx: Any, cells: Tensor, sums: dict[int, 'CellSum'], packed: dict[Any, Tensor]
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.sums = sums
+        ctx.sums, ctx.packed = sums, packed
         return cells.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        ctx.packed.clear()
         total = ctx.sums.pop(modes.backward_pass(), None)
-        return (total if total is None else total.total()), None
+        return (total if total is None else total.total()), None, None
 
 
 class CellSum:
@@ -101,25 +108,26 @@ class CellSum:
     wait until there are enough, and one product adds them all.
 
     Args:
-        mixing: The :class:`Mixing` of the first layer; it holds the cells.
+        cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
     """
 
     # The most bytes of kernel gradients that wait.
     WAITING_BYTES = 48 << 20
 
-    def __init__(self, mixing: Mixing) -> None:
-        self._add_to_cells = mixing.add_to_cells
+    def __init__(self, cells: Tensor) -> None:
         # Detached, because the graph holds this sum: the sum must not hold the graph.
-        self._cells = mixing.cells.detach()
+        self._cells = cells.detach()
+        self._add_to_cells = Mixing.add_to_cells
         self._sum: Tensor | None = None
         self._rows: Tensor | None = None
         self._weights: list[Tensor] = []
         self._waiting = 0
 
-    def place(self, attention: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def place(self, mixing: Mixing, attention: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Gives memory in which the gradients of some kernels, cut into cells, can wait.
 
         Args:
+            mixing: What calls, and adds them to the gradient of the cells.
             attention: Tensor[images, mixtures, cells], the attentions of these kernels.
             dtype: Precision of the gradients.
 
@@ -127,6 +135,9 @@ class CellSum:
             Tensor[images, mixtures, cell_out, cell_in, *cell_kernel]. The caller fills it and then
             calls :meth:`add`. ``None`` if the gradients are too large to wait.
         """
+        if mixing.add_to_cells is not self._add_to_cells:
+            self._flush()
+            self._add_to_cells = mixing.add_to_cells
         cell = self._cells[0]
         count = attention.shape[:2].numel()
         fitting = self.WAITING_BYTES // (cell.numel() * dtype.itemsize)

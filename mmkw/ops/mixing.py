@@ -135,7 +135,7 @@ class Mixing:
         Returns:
             The gradient of ``attention``, and the kernels as from :meth:`mixed`.
         """
-        place = None if total is None else total.place(attention, self.cells.dtype)
+        place = None if total is None else total.place(self, attention, self.cells.dtype)
         rows = self._rows(attention, 'mixing') if place is None else place
         cut_kernels(grad_kernels, self.grid, rows)
         grad_attention = rows.flatten(0, 1).flatten(1) @ self.cells.flatten(1).t()

@@ -155,7 +155,7 @@ def test_compiled_kernels_equal_pytorch(threads, batch, cells, blocks, channels,
     compiled = CompiledMixing(store, grid, store.dtype)
     kernels = compiled.kernels(attention)
     gradients = list(torch.randn_like(kernels))
-    total = gradient.CellSum(compiled)
+    total = gradient.CellSum(compiled.cells)
     for _ in range(2):
         grad_attention, parts = compiled.backward([gradients], attention, total, None, True)
     [(_, mixed)] = parts
@@ -183,7 +183,7 @@ def check_half(compiled, attention, kernels, gradients):
     rounded = [one.to(half) for one in gradients]
     found = []
     for one, grads in ((into_half, rounded), (compiled, [grad.float() for grad in rounded])):
-        total = gradient.CellSum(one)
+        total = gradient.CellSum(one.cells)
         grad_attention, [(_, mixed)] = one.backward([grads], attention, total, None, True)
         found.append([grad_attention, total.total(), mixed.to(half)])
     assert all(map(torch.equal, *found))
@@ -201,8 +201,8 @@ def check_packed(compiled, attention, gradients):
     if not multiplies_bfloat16(compiled.cells):
         return
     half, grid = torch.bfloat16, compiled.grid
-    packed = CompiledMixing(compiled.cells, grid, half, pack_cells(compiled.cells))
-    kernels, total = packed.kernels(attention), gradient.CellSum(packed)
+    packed = CompiledMixing(compiled.cells, grid, half, lambda: pack_cells(compiled.cells))
+    kernels, total = packed.kernels(attention), gradient.CellSum(packed.cells)
     gradients = [one.to(half) for one in gradients]
     for _ in range(2):
         grad_attention, parts = packed.backward([gradients], attention, total, None, True)
@@ -321,7 +321,7 @@ def test_compiled_kernels_give_the_same_bits_every_time(threads, batch):
     found = set()
     for _ in range(30):
         compiled = CompiledMixing(cells, (3, 3, 1, 1), cells.dtype)
-        total = gradient.CellSum(compiled)
+        total = gradient.CellSum(compiled.cells)
         result, parts = compiled.backward([gradients], attention, total, None, True)
         [(_, mixed)] = parts
         tensors = (result, mixed, total.total())
@@ -674,6 +674,62 @@ def test_cells_are_packed_once_for_all_layers_until_they_change(monkeypatch):
     after = layer(layer(x))
     for panels, rounded in zip(taken, (cells - 1, cells), strict=True):
         assert panels[0, :, :64].equal(rounded.flatten(1).bfloat16())
-    # What the layers of the old graph hold goes with it.
+    after.sum().backward()
+    assert len(taken) == 2
+    # Packed cells go with the gradient, whether the graph does or not.
+    assert not gradient.Token.of(cells)._packed
+    # What the layers of the old graphs hold goes with them.
     del before, after
     assert not gradient._tokens
+
+
+def fused(cells):
+    torch.optim.AdamW([cells], lr=0.5, fused=True).step()
+
+
+def by_hand(cells):
+    cells.data -= 0.5 * cells.grad.sign()
+
+
+def exchanged(cells):
+    cells.data = cells.data - 0.5 * cells.grad.sign()
+
+
+def in_place(cells):
+    with torch.no_grad():
+        cells -= 0.5 * cells.grad.sign()
+
+
+@pytest.mark.parametrize('change', [fused, by_hand, exchanged, in_place])
+def test_layers_that_learned_compute_with_new_cells(change):
+    """Though the last graph lives, as in loops that print its loss; beside the static layer."""
+    static, dynamic = nn.Conv2d(8, 8, 1), KWConv2d(8, 8, 1)
+    x = torch.randn(2, 8, 3, 3)
+    for layer, weight in ((static, 'weight'), (dynamic, 'warehouse_manager.weights.0')):
+        before = copy.deepcopy(layer)
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = layer(x).float().square().sum()
+        loss.backward()
+        change(layer.get_parameter(weight))
+        with torch.autocast('cpu', torch.bfloat16):
+            found, right, old = layer(x), copy.deepcopy(layer)(x), before(x)
+        assert found.equal(right) and not found.equal(old)
+
+
+def test_layers_of_a_warehouse_may_compute_in_two_ways(monkeypatch):
+    grid, sample_map = (3, 3, 1, 1), SampleConv((1, 1), (1, 1), (1, 1))
+    cells = torch.randn(6, 8, 8, 1, 1, requires_grad=True)
+    attention, x = torch.randn(2, 9, 6), torch.randn(2, 8, 5, 5)
+
+    def gradient_of(*ways):
+        y = x
+        for switched_on in ways:
+            monkeypatch.setattr(backend, '_switched_on', switched_on)
+            with torch.autocast('cpu', torch.bfloat16):
+                y = apply_mixed(y, attention, cells, grid, sample_map)
+        return torch.autograd.grad(y.float().sum(), cells)[0]
+
+    right = gradient_of(False, False, False)
+    for ways in ((True, False, True), (False, True, False), (True, True, True)):
+        found = gradient_of(*ways)
+        assert float((found - right).norm()) <= 2e-2 * float(right.norm())

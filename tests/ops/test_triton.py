@@ -149,7 +149,7 @@ def test_few_mixtures_and_many(grid, images, channels_last):
     assert kernels.dtype == HALF
     assert distance(kernels, exact) < 1e-2
     gradients = torch.randn_like(exact).to(HALF)
-    total = CellSum(fast)
+    total = CellSum(fast.cells)
     grad_attention, parts = fast.backward([list(gradients)], attention, total, None, True)
     fast.backward([gradients], attention, total, kernels, False)
     assert all(distance(kernels, exact) < 1e-2 for _, kernels in parts)

@@ -285,17 +285,20 @@ struct Panels {
   BFloat16* values;
 
   // From Tensor (panels, n, columns and a cache line), of cells (n, cell_out, cell_in, ...).
-  Panels(const at::Tensor& panels, const at::Tensor& cells)
-      : stride(panels.size(-1)),
-        columns(stride - LINE / sizeof(BFloat16)),
-        num_cells(cells.size(0)),
-        values(panels.mutable_data_ptr<BFloat16>()) {
+  Panels(const at::Tensor& panels, const at::Tensor& cells) : num_cells(cells.size(0)) {
     const int64_t size = cells.numel() / num_cells;
-    TORCH_CHECK(sbgemm::is_available() && size % sbgemm::COLUMNS == 0 && panels.dim() == 3 &&
-                    columns > 0 && columns % COLUMNS_STEP == 0 && panels.is_contiguous() &&
-                    panels.size(0) == num_parts(size, columns) && panels.size(1) == num_cells &&
-                    cells.scalar_type() == at::kFloat,
+    TORCH_CHECK(sbgemm::is_available(), "this processor does not multiply panels of bfloat16");
+    TORCH_CHECK(panels.dim() == 3 && panels.is_contiguous() && cells.scalar_type() == at::kFloat &&
+                    size % sbgemm::COLUMNS == 0,
+                "panels of ", panels.sizes(), ", which must be dense, do not fit cells of ",
+                cells.sizes(), " in ", cells.scalar_type(), ": it must be float32, a multiple of ",
+                sbgemm::COLUMNS, " numbers a cell");
+    stride = panels.size(2);
+    columns = stride - LINE / sizeof(BFloat16);
+    TORCH_CHECK(columns > 0 && columns % COLUMNS_STEP == 0 &&
+                    panels.size(0) == num_parts(size, columns) && panels.size(1) == num_cells,
                 "panels of ", panels.sizes(), " do not fit cells of ", cells.sizes());
+    values = panels.mutable_data_ptr<BFloat16>();
   }
 
   // A cell in the panel that begins with a column.
@@ -377,9 +380,11 @@ struct Mixing {
   int64_t batch, rows, num_cells, size, kernel_size;
   // Whether products can read the warehouse directly: blocks of its columns fill whole tiles.
   bool aligned;
-  // Whether instructions for bfloat16 multiply, as cells and kernels are of it.
+  // Whether matrix instructions mix: they round cells to bfloat16, which holds shorter ones exactly.
+  bool by_amx;
+  // Whether instructions for vectors of bfloat16 multiply, as cells and kernels are of it.
   bool paired;
-  // Whether products do read the warehouse directly to mix: it is aligned, and mixtures are few.
+  // Whether products do read the cells directly to mix: they are aligned, and paired or the mixtures few.
   bool streamed;
   at::Tensor cells, attention;
   // If paired, the largest weight of every mixture: its weights are divided by that, and the mixture is
@@ -388,7 +393,7 @@ struct Mixing {
   Weights weights;
 
   Mixing(const at::Tensor& attention_of_images, const at::Tensor& warehouse, at::IntArrayRef grid,
-         bool rounds, bool in_panels)
+         bool rounds, bool in_panels = false)
       : p(places(grid, warehouse.sizes())),
         batch(attention_of_images.dim() ? attention_of_images.size(0) : 0),
         rows(batch * p.rows()),
@@ -396,9 +401,11 @@ struct Mixing {
         size(p.size()),
         kernel_size(p.rows() * size),
         aligned(size % blocks().width == 0),
-        paired(in_panels || (rounds && is_paired(warehouse, size))),
+        by_amx(!in_panels && uses_amx(warehouse.scalar_type() != at::kFloat, rounds)),
+        paired(in_panels || (rounds && !by_amx && is_paired(warehouse, size))),
         streamed(paired || (aligned && rows < MANY_ROWS)),
-        cells(warehouse.contiguous()),
+        // What lies in panels is not read.
+        cells(in_panels ? warehouse : warehouse.contiguous()),
         attention(checked(attention_of_images, grid).contiguous()),
         scales(paired ? largest(attention.const_data_ptr<float>(), rows, num_cells)
                       : std::vector<float>()),
@@ -419,25 +426,16 @@ struct Mixing {
 
   void check_kernels(const at::Tensor& kernels, at::IntArrayRef grid) const {
     TORCH_CHECK(kernels.sizes() == kernel_shape(batch, cells, grid) && kernels.is_contiguous() &&
-                    is_stored(kernels) &&
-                    (!paired || kernels.scalar_type() == at::kBFloat16),
-                kernels.scalar_type(), " kernels of ", kernels.sizes(), " for ", batch, " images, grid ", grid,
+                    is_stored(kernels),
+                "kernels of ", kernels.sizes(), " for ", batch, " images, grid ", grid,
                 " and cells of ", cells.sizes());
+    TORCH_CHECK(!paired || kernels.scalar_type() == at::kBFloat16, "kernels from panels must be of bfloat16, not ",
+                kernels.scalar_type());
   }
 
-  // Whether matrix instructions mix: they round cells to bfloat16, which holds shorter ones exactly.
-  bool uses_amx(const at::Tensor& kernels) const {
-    const bool is_short = cells.scalar_type() != at::kFloat;
-    return rows >= (is_short ? AMX_ROWS_OF_SHORT : AMX_ROWS) &&
-           (is_short || kernels.scalar_type() == at::kBFloat16) && amx::is_available();
-  }
-
-  // The same of cells of a panel. What lies behind them is asked for if it is `next`.
-  void mix_part(const Block<float>& mixed, Span span, int64_t first, int64_t count,
-                const BFloat16* rows, int64_t stride, bool next) const {
-    const BFloat16* const behind = next ? rows + count * stride : nullptr;
-    weights.multiply(first, count, mixed.values, mixed.stride, rows, stride, span.count,
-                     first == 0, {reinterpret_cast<const char*>(behind)});
+  bool uses_amx(bool is_short, bool rounds) const {
+    return rows >= (is_short ? AMX_ROWS_OF_SHORT : AMX_ROWS) && (is_short || rounds) &&
+           amx::is_available();
   }
 
   // mixed (+)= the contribution of a part of the cells, which are read directly.
@@ -446,6 +444,14 @@ struct Mixing {
       weights.multiply(first, count, mixed.values, mixed.stride,
                        warehouse + first * size + span.begin, size, span.count, first == 0);
     });
+  }
+
+  // The same of rows of a panel. What lies behind them is asked for if it is `next`.
+  void mix_part(const Block<float>& mixed, Span span, int64_t first, int64_t count,
+                const BFloat16* rows, int64_t stride, bool next) const {
+    const BFloat16* const behind = next ? rows + count * stride : nullptr;
+    weights.multiply(first, count, mixed.values, mixed.stride, rows, stride, span.count,
+                     first == 0, {reinterpret_cast<const char*>(behind)});
   }
 
   void copy_cells(const Block<float>& block, Span span) const {
@@ -528,7 +534,7 @@ void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::In
   const Mixing m(attention, cells, grid, kernels.scalar_type() == at::kBFloat16,
                  panels.has_value());
   m.check_kernels(kernels, grid);
-  if (m.uses_amx(kernels)) {
+  if (m.by_amx) {
     const amx::Left weights(m.attention.const_data_ptr<float>(), m.rows, m.num_cells);
     const int64_t of_cell = amx::values_of(m.num_cells, 1) / 2;
     const int64_t columns = block_columns(m.size, m.rows + of_cell, AMX_COLUMNS);
@@ -594,7 +600,7 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
                   weights.scalar_type() == at::kFloat && rows.size(0) == weights.size(0) &&
                   sum.size(0) == weights.size(1) && rows.sizes().slice(1) == sum.sizes().slice(1),
               "weights of ", weights.sizes(), ", rows of ", rows.sizes(), " and a sum of ",
-              sum.sizes(), ", of float32, the last two dense");
+              sum.sizes(), ", the last two dense, all of float32 but the rows, which may be of bfloat16");
   const int64_t terms = weights.size(0), num_cells = weights.size(1);
   if (terms == 0) {
     if (begin) sum.zero_();
@@ -603,8 +609,9 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
   const at::Tensor given = weights.contiguous();
   const int64_t size = sum.numel() / num_cells, width = blocks().width;
   const bool paired = is_paired(rows, size);
-  TORCH_CHECK(paired || rows.scalar_type() == at::kFloat, "rows of ", rows.sizes(),
-              " must be of float32");
+  TORCH_CHECK(paired || rows.scalar_type() == at::kFloat, "rows of ", rows.sizes(), " in ",
+              rows.scalar_type(), ": this processor must multiply it, and rows have a multiple of ",
+              sbgemm::COLUMNS, " numbers");
   const Weights transposed(given.const_data_ptr<float>(), num_cells, 1, terms, num_cells,
                            COPIED_TERMS, paired);
   with_values(rows, [&]<typename Value>(const Value* from) {
@@ -650,7 +657,8 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
   if (kernels) m.check_kernels(*kernels, grid);
   std::vector<int64_t> rows_shape = cells.sizes().slice(1).vec();
   rows_shape.insert(rows_shape.begin(), {m.batch, m.p.rows()});
-  TORCH_CHECK(m.cells.scalar_type() == at::kFloat, "cells must be of float32");
+  TORCH_CHECK(m.cells.scalar_type() == at::kFloat, "cells that learn must be of float32, not ",
+              m.cells.scalar_type());
   TORCH_CHECK(!rows || is_dense(*rows, rows_shape, precision), "rows must be dense ", precision,
               " of ", rows_shape);
   TORCH_CHECK(static_cast<int64_t>(grad_kernels.size()) == m.batch, grad_kernels.size(),
@@ -668,11 +676,11 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
   at::Tensor result;
   std::optional<Panels> of_cells;
   if (panels) of_cells.emplace(*panels, cells);
-  // `none` says in which precision gradients are multiplied.
-  const auto run = [&]<typename Value>(Value none) {
+  // Value is what gradients are multiplied in.
+  const auto run = [&]<typename Value>() {
     constexpr bool IN_PANELS = std::is_same_v<Value, BFloat16>;
     Value* const row = rows ? rows->mutable_data_ptr<Value>() : nullptr;
-    // With few mixtures, there are blocks for the gradients and for the mixtures. With many, the
+    // If cells are read directly, there are blocks for the gradients and for the mixtures. Otherwise the
     // mixtures overwrite the gradients, a few columns at a time.
     const int64_t num_rows = m.streamed ? 2 * m.rows : m.rows;
     const int64_t columns = of_cells ? of_cells->columns
@@ -738,9 +746,9 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
     result = parts.sum(0).view(attention.sizes());
   };
   if (panels)
-    run(BFloat16());
+    run.template operator()<BFloat16>();
   else
-    run(0.f);
+    run.template operator()<float>();
   return result;
 }
 
