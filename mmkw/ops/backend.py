@@ -115,7 +115,7 @@ def mixing_of(
 
 
 def packs(mixing_of: 'partial[Any]', cells: Tensor) -> bool:
-    """Whether a layer that learns mixes packed cells in bfloat16, as its kernels are of it.
+    """Whether cells that learn are packed and mixed in bfloat16, as the kernels are of it.
 
     Args:
         mixing_of: The choice of :func:`mixing_of`.

@@ -53,7 +53,7 @@ def apply_mixed(
 
     Args:
         x: Tensor[batch, ...], the images or tokens. Under autocast the images and the kernels are
-            cast. Mixing has the precision of the cells, but a layer that learns multiplies in
+            cast. Mixing has the precision of the cells, but where cells learn it multiplies in
             bfloat16, with sums in float32, where the processor does.
         attention: Tensor[batch, mixtures, cells].
         cells: ``Tensor[cells, cell_out, cell_in, *cell_kernel]``, or integers, as
