@@ -277,9 +277,9 @@ void for_blocks(int64_t size, int64_t columns, int64_t values, const Work& work,
   });
 }
 
-// Cells in bfloat16 that all layers of a pass read: panels of some columns, one after the other. In a panel
-// lie all cells, so it is read like one row, and stays in the caches for all that is computed of it. Its
-// rows are no power of two apart.
+// Cells in bfloat16 that all layers of a pass read: panels of some columns, one after the other. In
+// a panel lie all cells, so it is read like one row, and its parts stay in the caches for all that is
+// computed of them. Its rows are no power of two apart.
 struct Panels {
   int64_t stride, columns, num_cells;
   BFloat16* values;
@@ -381,6 +381,7 @@ struct Mixing {
   // Whether products can read the warehouse directly: blocks of its columns fill whole tiles.
   bool aligned;
   // Whether matrix instructions mix: they round cells to bfloat16, which holds shorter ones exactly.
+  // They have their own weights, of which nothing is divided.
   bool by_amx;
   // Whether instructions for vectors of bfloat16 multiply, as cells and kernels are of it.
   bool paired;
@@ -429,8 +430,8 @@ struct Mixing {
                     is_stored(kernels),
                 "kernels of ", kernels.sizes(), " for ", batch, " images, grid ", grid,
                 " and cells of ", cells.sizes());
-    TORCH_CHECK(!paired || kernels.scalar_type() == at::kBFloat16, "kernels from panels must be of bfloat16, not ",
-                kernels.scalar_type());
+    TORCH_CHECK(!paired || kernels.scalar_type() == at::kBFloat16,
+                "kernels from panels must be of bfloat16, not ", kernels.scalar_type());
   }
 
   bool uses_amx(bool is_short, bool rounds) const {
