@@ -33,11 +33,14 @@ def _of_operators() -> list[tuple[str, str]]:
         import torch
 
         from .ops import backend
-        from .ops.compiled import cpu_level
+        from .ops.compiled import cpu_level, has_bfloat16
     except ImportError as error:
         return [('compiled kernels', f'not used: {error}')]
     missing = backend.why_not_compiled()
-    used = f'used on the CPU, for {cpu_level()}' if missing is None else None
+    used = None
+    if missing is None:
+        half = ' and its products of bfloat16' if has_bfloat16() else ''
+        used = f'used on the CPU, for {cpu_level()}{half}'
     gpu = 'none'
     if torch.cuda.is_available():
         lacking = backend.why_no_gpu_kernels()

@@ -60,7 +60,7 @@ def cpu_level() -> str:
 
 
 @cache
-def _has_bfloat16() -> bool:
+def has_bfloat16() -> bool:
     """Whether this processor multiplies numbers of bfloat16 by instructions."""
     from . import _native  # type: ignore[attr-defined]
 
@@ -73,7 +73,7 @@ def multiplies_bfloat16(cells: Tensor) -> bool:
     Args:
         cells: Tensor[cells, cell_out, cell_in, *cell_kernel].
     """
-    return _has_bfloat16() and cells.shape[1:].numel() % _LINE == 0
+    return has_bfloat16() and cells.shape[1:].numel() % _LINE == 0
 
 
 def pack_cells(cells: Tensor) -> Tensor:
