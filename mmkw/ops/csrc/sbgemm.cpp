@@ -34,15 +34,20 @@ constexpr int NT_ROWS = 6, NT_COLUMNS = 4;
 // The rows of B that gemm_nt asks for before it reads them.
 constexpr int64_t AHEAD = 8;
 
-// Where the numbers of two rows lie in turn, from a column on.
-INLINE __m512i order_of_pairs(int first) {
-  alignas(64) uint16_t order[COLUMNS];
-  for (int i = 0; i < WIDTH; i++) {
-    order[2 * i] = first + i;
-    order[2 * i + 1] = COLUMNS + first + i;
-  }
-  return _mm512_load_si512(order);
-}
+// Where the numbers of two rows are taken from, in turn: of the first columns of a tile, and of the
+// others. Computed beforehand, since a tile would take as long to compute them as for all else.
+struct Order {
+  alignas(64) uint16_t low[COLUMNS], high[COLUMNS];
+};
+constexpr Order ORDER = [] {
+  Order order{};
+  for (int i = 0; i < WIDTH; i++)
+    for (int row = 0; row < 2; row++) {
+      order.low[2 * i + row] = row * COLUMNS + i;
+      order.high[2 * i + row] = row * COLUMNS + WIDTH + i;
+    }
+  return order;
+}();
 
 INLINE __m512bh as_pairs(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
 
@@ -70,7 +75,7 @@ INLINE void add_pair(__m512 (&sum)[M][2], const BFloat16* a, __m512i first, __m5
 template <int M>
 INLINE void gemm_tile(int64_t k, const BFloat16* a, const BFloat16* b, int64_t ldb, int64_t ahead,
                       float beta, float* c, int64_t ldc) {
-  const __m512i low = order_of_pairs(0), high = order_of_pairs(WIDTH);
+  const __m512i low = _mm512_load_si512(ORDER.low), high = _mm512_load_si512(ORDER.high);
   __m512 sum[M][2];
   UNROLL for (int i = 0; i < M; i++)
     UNROLL for (int v = 0; v < 2; v++)
