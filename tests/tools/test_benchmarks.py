@@ -15,7 +15,7 @@ from mmengine.utils import is_installed
 
 import mmkw
 from mmkw.layers import KWConv2d, KWLinear
-from mmkw.ops.compiled import MISSING
+from mmkw.ops.compiled import MISSING, has_bfloat16
 
 
 def run(root, script, *arguments):
@@ -112,14 +112,15 @@ def test_a_layer_is_timed_against_the_static_one(root, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(MISSING is not None, reason=f'compiled kernels: {MISSING}')
 def test_mixing_is_timed(root):
+    precisions = ('float32', 'bfloat16', 'int8') + ('panels',) * has_bfloat16()
     options = ['--cells', '3x64x32', '5x8x8', '--mixtures', '1', '9', '--repeats', '2']
-    lines = run(root, 'mixing.py', *options).splitlines()
+    lines = run(root, 'mixing.py', *options, '--precisions', *precisions).splitlines()
     assert 'GB/s' in lines[0]
     assert [tuple(line.split(' | ')[:3]) for line in lines[4:]] == [
         (f'| {cells}', mixtures, precision)
         for cells in ('3x64x32', '5x8x8')
         for mixtures in '19'
-        for precision in ('float32', 'bfloat16', 'int8')
+        for precision in precisions
     ]
 
 

@@ -1,16 +1,19 @@
 """Times the compiled kernel that mixes the cells of a warehouse, for one image.
 
 ``mixing.py --cells 552x256x256 188x512x512 --mixtures 1 4 9 --precisions float32 bfloat16 int8``
+
+*panels* are cells of float32 that are packed in bfloat16, as where they learn under autocast.
 """
 
 import argparse
 import itertools
 import time
+from functools import partial
 
 import torch
 from harness import least, machine, parse_shape, processor
 
-from mmkw.ops.compiled import MISSING
+from mmkw.ops.compiled import MISSING, multiplies_bfloat16, pack_cells
 
 
 def main() -> None:
@@ -24,7 +27,9 @@ def main() -> None:
     )
     parser.add_argument('--mixtures', type=int, nargs='+', default=[4], help='of a kernel')
     precisions = ('float32', 'bfloat16', 'int8')
-    parser.add_argument('--precisions', nargs='+', choices=precisions, default=precisions)
+    parser.add_argument(
+        '--precisions', nargs='+', choices=(*precisions, 'panels'), default=precisions
+    )
     parser.add_argument('--repeats', type=int, default=12)
     args = parser.parse_args()
     if MISSING is not None:
@@ -44,16 +49,19 @@ def timed(cells: str, mixtures: int, precision: str, repeats: int) -> tuple[floa
     """The least time of mixing a kernel, in seconds, and the bytes of its warehouse."""
     torch.manual_seed(0)
     number, out, into = parse_shape(cells)
-    dtype = getattr(torch, precision)
+    in_panels = precision == 'panels'
+    dtype = torch.float32 if in_panels else getattr(torch, precision)
     warehouse = torch.randint(-9, 9, (number, out, into, 1, 1)).to(dtype)
     attention = torch.randn(1, mixtures, number)
-    stored = torch.float32 if precision == 'int8' else dtype
+    if in_panels and not multiplies_bfloat16(warehouse):
+        raise SystemExit('This processor does not multiply such cells in bfloat16.')
+    panels = pack_cells(warehouse) if in_panels else None
+    read = warehouse if panels is None else panels
+    stored = torch.float32 if precision == 'int8' else read.dtype
     kernels = torch.empty(1, mixtures * out, into, 1, 1, dtype=stored)
-    seconds = least(
-        [lambda: torch.ops.mmkw.mix_cells_into(attention, warehouse, (1, 1, mixtures, 1), kernels)],
-        repeats,
-    )[0]
-    return seconds, warehouse.numel() * warehouse.element_size()
+    grid = (1, 1, mixtures, 1)
+    mix = partial(torch.ops.mmkw.mix_cells_into, attention, warehouse, grid, kernels, panels)
+    return least([mix], repeats)[0], warehouse.numel() * read.element_size()
 
 
 if __name__ == '__main__':
