@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import backend, modes
+from ..ops import attending, backend, modes
 from ..ops.dynamic import Operands
 from .partition import MOST_CELLS, LayerShare, PlanError, WarehouseOptions, check_size
 
@@ -237,7 +237,7 @@ class Attention(LayerAttention):
         Returns:
             Tensor[batch, mixtures, cells], without the zero cell.
         """
-        quick = self._fused(pooled) if pooled.is_cuda else self._compiled(pooled)
+        quick = self._by_kernels(pooled)
         if quick is not None:
             return quick
         with without_autocast(pooled):
@@ -262,57 +262,69 @@ class Attention(LayerAttention):
             and all(map(_is_as_made, (fc1, norm, relu, fc2)))
             and norm._parameters.get('weight') is not None
             and norm._parameters.get('bias') is not None
+            and fc2._parameters.get('bias') is not None
         )
         return (fc1, norm, fc2) if is_as_made else None
 
-    def _fused(self, pooled: Tensor) -> Tensor | None:
-        """Computes :meth:`forward` by the GPU kernels, or returns None where they cannot."""
-        kernels, layers = backend.gpu_kernels(), self._layers()
-        if kernels is None or layers is None:
+    def _by_kernels(self, pooled: Tensor) -> Tensor | None:
+        """Computes :meth:`forward` by kernels of our own, or returns None where they cannot.
+
+        A few kernels are faster than many small operators.
+        """
+        layers = self._layers()
+        if layers is None:
             return None
+        if not pooled.is_cuda:
+            operands = self._operands(*layers)
+            if operands is not None and backend.computes_constants(pooled, *operands.tensors):
+                return torch.ops.mmkw.attend(pooled, *operands.tensors, *operands.numbers)
         fc1, norm, fc2 = layers
-        if len(pooled) > kernels.MOST_IMAGES or self.num_cells > kernels.MOST_CELLS:
+        description = None
+        # What is wrong PyTorch says.
+        if pooled.shape[1:] == fc1.weight.shape[1:] and norm.eps > 0:
+            description = self._description(norm, pooled)
+        if description is None or any(map(modes.is_hooked_backward, self._modules.values())):
             return None
-        parameters = kernels.Parameters(
+        parameters = attending.Parameters(
             fc1.weight, fc1.bias, norm.weight, norm.bias, fc2.weight, fc2.bias
         )
-        if not backend.is_fused(pooled, *parameters):
+        kernels = backend.attention_kernels(pooled, self.num_cells, *parameters)
+        if kernels is None:
             return None
+        start = attending.Start(self.temperature, self._assigned_on(pooled.device))
+        return attending.attend(kernels, pooled, parameters, description, start, DENOMINATOR_EPS)
+
+    @staticmethod
+    def _description(norm: Any, pooled: Tensor) -> attending.Norm | None:
+        """What the kernels take of the norm, or None if they do not take it."""
         if isinstance(norm, nn.LayerNorm):
-            description = kernels.Norm('layer', norm.eps)
-        elif norm.running_mean is None or (
-            norm.training and (norm.momentum is None or _joins_processes(norm))
+            return attending.Norm('layer', norm.eps)
+        mean, var, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        if mean is None or var is None:
+            return None
+        # A batch of one has no variance; see normalised.
+        by_batch = norm.training and len(pooled) > 1
+        if norm.training and (
+            norm.momentum is None or not norm.track_running_stats or _joins_processes(norm)
         ):
             return None
-        else:
-            # A batch of one has no variance; see normalised.
-            kind = 'batch' if norm.training and len(pooled) > 1 else 'running'
-            description = kernels.Norm(
-                kind,
-                norm.eps,
-                norm.momentum or 0.0,
-                norm.running_mean,
-                norm.running_var,
-                norm.num_batches_tracked,
-            )
-        start = kernels.Start(self.temperature, self._assigned_on(pooled.device))
-        return kernels.attend(pooled, parameters, description, start, DENOMINATOR_EPS)
+        if by_batch and batches is not None and batches.dtype != torch.int64:
+            return None
+        if not all(
+            t.dtype == torch.float32 and t.is_contiguous() and not t.requires_grad
+            for t in (mean, var)
+        ):
+            return None
+        if modes.is_seen_through(mean, var) or mean.device != pooled.device or mean.is_inference():
+            return None
+        kind, counted = ('batch', batches) if by_batch else ('running', None)
+        return attending.Norm(kind, norm.eps, norm.momentum or 0.0, mean, var, counted)
 
     def _assigned_on(self, device: torch.device) -> Tensor:
         """The cells of the one-to-one start, copied to a device once: a copy waits for the GPU."""
         if self._assigned_there is None or self._assigned_there.device != device:
             self._assigned_there = torch.tensor(self._assigned, device=device)
         return self._assigned_there
-
-    def _compiled(self, pooled: Tensor) -> Tensor | None:
-        """Computes :meth:`forward` by one compiled operator, or returns None where it cannot.
-
-        It can where nothing learns. One operator is faster than many small ones.
-        """
-        operands = self.operands()
-        if operands is None or not backend.computes_constants(pooled, *operands.tensors):
-            return None
-        return torch.ops.mmkw.attend(pooled, *operands.tensors, *operands.numbers)
 
     def operands(self) -> Operands | None:
         """What the compiled operators compute the attentions of constants from.
@@ -321,10 +333,12 @@ class Attention(LayerAttention):
             None where they cannot: with a temperature, with a norm by the batch, or where a layer
             has been changed.
         """
-        layers = None if self.temperature > 0 else self._layers()
-        if layers is None:
+        layers = self._layers()
+        return None if layers is None else self._operands(*layers)
+
+    def _operands(self, fc1: nn.Module, norm: nn.Module, fc2: nn.Module) -> Operands | None:
+        if self.temperature > 0:
             return None
-        fc1, norm, fc2 = layers
         mean = variance = None
         if isinstance(norm, modes.BATCH_NORM):
             mean, variance = norm._buffers['running_mean'], norm._buffers['running_var']

@@ -3,6 +3,8 @@
 - ``kernels`` defines mixing.
 - ``backend`` chooses what computes: PyTorch, ``mixing``, ``compiled`` (CPU) or ``fused`` (GPU).
 - ``dynamic`` is the whole operator with its gradient.
+- ``attending`` is an attention by kernels of our own with its gradient; ``learning_attention`` has
+  those for the CPU.
 - ``gradient`` sums up the gradient of a warehouse over its layers.
 - ``sample_conv`` applies kernels to images, in one of several ``ways``; ``choosing`` times them.
 - ``one_operator`` is the convolution in a compiled graph, ``exported`` that in an exported program.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import modes
+from . import learning_attention, modes
 from .compiled import MISSING, READ, CompiledMixing, multiplies_bfloat16
 from .kernels import assembled_shape, is_regular
 from .mixing import Mixing
@@ -173,16 +173,30 @@ def why_no_gpu_kernels() -> str | None:
     return None
 
 
-def is_fused(*tensors: Tensor | None) -> bool:
-    """Whether the GPU kernels can take these tensors: contiguous float32 on the current GPU.
+def attention_kernels(pooled: Tensor, cells: int, *parameters: Tensor | None) -> Any:
+    """The module whose kernels compute an attention that may learn, and its gradient.
 
     Args:
-        *tensors: Of any shapes.
+        pooled: Tensor[batch, channels].
+        cells: Of the warehouse.
+        *parameters: Of the attention.
+
+    Returns:
+        None if PyTorch's operators must: for tensors that are not dense, not of float32 or looked
+        into, and on a GPU for large batches or warehouses.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
-    return all(
-        _is_on_current_gpu(t) and t.dtype == torch.float32 and t.is_contiguous() for t in given
-    ) and not modes.is_seen_through(*given)
+    given = [tensor for tensor in (pooled, *parameters) if tensor is not None]
+    if modes.is_seen_through(*given) or any(
+        t.dtype != torch.float32 or not t.is_contiguous() for t in given
+    ):
+        return None
+    if all(t.is_cpu for t in given):
+        return learning_attention if why_not_compiled() is None else None
+    if not all(map(_is_on_current_gpu, given)) or (kernels := gpu_kernels()) is None:
+        return None
+    attention = kernels.attention
+    fits = len(pooled) <= attention.MOST_IMAGES and cells <= attention.MOST_CELLS
+    return attention if fits else None
 
 
 def is_one_operator(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> bool:

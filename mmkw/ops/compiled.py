@@ -218,6 +218,20 @@ def _register() -> None:
         *_, fc2_weight, _, mixtures, _, _ = rest
         return pooled.new_empty(len(pooled), mixtures, len(fc2_weight) // mixtures - 1)
 
+    @library.register_fake('mmkw::attend_to_learn')
+    def _(pooled: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        fc1_weight, _, _, _, fc2_weight, _, assigned, norm, *_ = rest
+        batch, width, outputs = len(pooled), len(fc1_weight), len(fc2_weight)
+        units, inverses = (batch, width), batch if norm == 'layer' else width
+        alpha = (batch, len(assigned), outputs // len(assigned) - 1)
+        return tuple(map(pooled.new_empty, (alpha, units, units, (inverses,), (batch, outputs))))
+
+    @library.register_fake('mmkw::attend_backward')
+    def _(grad: Tensor, pooled: Tensor, *rest: Any) -> list[Tensor]:
+        fc1, norm, fc2, *_ = (tensor.shape for tensor in rest[:3])
+        shapes = (pooled.shape, fc1, norm, norm, norm, fc2, fc2[:1])
+        return [pooled.new_empty(shape) for shape in shapes]
+
     @library.register_fake('mmkw::apply_to_image')
     def _(x: Tensor, *rest: Any) -> Tensor:
         cells, grid, bias, *settings = rest[-7:]
@@ -273,6 +287,16 @@ def _register() -> None:
     def _(pooled: Sequence[int], fc1: Sequence[int], *rest: Any, **__: Any) -> int:
         *_, fc2, _, _, _, _ = rest
         return 2 * pooled[0] * (math.prod(fc1) + math.prod(fc2))
+
+    @register_flop_formula(ops.attend_to_learn)
+    def _(pooled: Sequence[int], fc1: Sequence[int], *rest: Any, **__: Any) -> int:
+        fc2 = rest[3]
+        return 2 * pooled[0] * (math.prod(fc1) + math.prod(fc2))
+
+    @register_flop_formula(ops.attend_backward)
+    def _(grad: Any, pooled: Sequence[int], *rest: Any, **__: Any) -> int:
+        fc1, _, fc2, *_ = rest
+        return 4 * pooled[0] * (math.prod(fc1) + math.prod(fc2))
 
 
 if MISSING is None:

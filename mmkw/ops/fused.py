@@ -1,27 +1,24 @@
-"""Mixing and attention by the Triton kernels of ``mmkw.ops.triton``, for GPUs.
+"""Mixing by the Triton kernels of ``mmkw.ops.triton``, for GPUs, and the module of its attention.
 
 Importing this module fails where Triton is missing. :mod:`.backend` imports it when the first
 tensor on a GPU is computed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import modes
 from .kernels import assemble, assembled_shape
 from .mixing import Mixing
-from .triton import attention as attending
+from .triton import attention
 from .triton import mixing as kernels
-from .triton.attention import MOST_CELLS, MOST_IMAGES, Norm, Parameters, Saved, Start
 
 if TYPE_CHECKING:
     from .gradient import CellSum
 
-__all__ = ['MOST_CELLS', 'MOST_IMAGES', 'FusedMixing', 'Norm', 'Parameters', 'Start', 'attend']
+__all__ = ['FusedMixing', 'attention']
 
 
 class FusedMixing(Mixing):
@@ -123,93 +120,3 @@ def _padded(matrix: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     padded = matrix.new_zeros(size, dtype=dtype)
     padded.narrow(dim, 0, matrix.shape[dim]).copy_(matrix)
     return padded
-
-
-def attend(
-    pooled: Tensor, parameters: Parameters, norm: Norm, start: Start, denominator_eps: float
-) -> Tensor:
-    """Computes attentions, also under autocast in float32.
-
-    Autograd can differentiate the result, as often as needed.
-
-    Args:
-        pooled: Tensor[batch, channels] in float32, with at most ``MOST_IMAGES`` images.
-        parameters: The parameters, contiguous and in float32.
-        norm: What the norm does. Its running statistics change in place.
-        start: The one-to-one start.
-        denominator_eps: Added to the sum of the logits' magnitudes.
-
-    Returns:
-        Tensor[batch, mixtures, cells].
-    """
-    with torch.autocast(pooled.device.type, enabled=False):
-        return _Attend.apply(pooled, *parameters, norm, start, denominator_eps)
-
-
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pooled: Tensor, *arguments: Any) -> Tensor:
-        *parameters, norm, start, eps = arguments
-        pooled = pooled.contiguous()
-        alpha, saved = attending.forward(pooled, Parameters(*parameters), norm, start, eps)
-        ctx.save_for_backward(pooled, *parameters, *saved)
-        ctx.norm, ctx.start, ctx.eps = norm, start, eps
-        return alpha
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(Parameters._fields)
-        pooled, *tensors = ctx.saved_tensors
-        parameters, saved = Parameters(*tensors[:count]), Saved(*tensors[count:])
-        if torch.is_grad_enabled() or modes.is_seen_through(grad, pooled):
-            gradients = _backward_plainly(ctx, grad, pooled, parameters)
-        else:
-            grad_pooled, of_parameters = attending.backward(
-                grad.contiguous(),
-                pooled,
-                parameters,
-                ctx.norm.kind,
-                ctx.start.temperature,
-                ctx.eps,
-                saved,
-            )
-            gradients = (grad_pooled, *of_parameters)
-        needed = zip(gradients, ctx.needs_input_grad)
-        return *(value if need else None for value, need in needed), None, None, None
-
-
-def _backward_plainly(
-    ctx: Any, grad: Tensor, pooled: Tensor, parameters: Parameters
-) -> tuple[Tensor | None, ...]:
-    """Computes the gradients by autograd, so that they can be differentiated."""
-    with torch.enable_grad():
-        # New views, so that differentiation ends here.
-        pooled = pooled.view_as(pooled)
-        views: list[Any] = [None if t is None else t.view_as(t) for t in parameters]
-        result = attend_plainly(pooled, Parameters(*views), ctx.norm, ctx.start, ctx.eps)
-    operands = zip([pooled, *views], ctx.needs_input_grad)
-    needed = [tensor if need else None for tensor, need in operands]
-    inputs = [tensor for tensor in needed if tensor is not None]
-    gradients = iter(
-        torch.autograd.grad(result, inputs, grad, create_graph=torch.is_grad_enabled())
-    )
-    return tuple(None if tensor is None else next(gradients) for tensor in needed)
-
-
-def attend_plainly(
-    pooled: Tensor, parameters: Parameters, norm: Norm, start: Start, denominator_eps: float
-) -> Tensor:
-    """Computes :func:`attend` by PyTorch's operators. Running statistics do not change."""
-    hidden = F.linear(pooled, parameters.fc1_weight, parameters.fc1_bias)
-    affine = parameters.norm_weight, parameters.norm_bias
-    if norm.kind == 'layer':
-        hidden = F.layer_norm(hidden, hidden.shape[1:], *affine, norm.eps)
-    elif norm.kind == 'batch':
-        hidden = F.batch_norm(hidden, None, None, *affine, training=True, eps=norm.eps)
-    else:
-        hidden = F.batch_norm(hidden, norm.mean, norm.var, *affine, eps=norm.eps)
-    logits = F.linear(hidden.relu(), parameters.fc2_weight, parameters.fc2_bias)
-    logits = logits.unflatten(1, (len(start.assigned), -1))
-    alpha = logits / (logits.abs().sum(-1, keepdim=True) + denominator_eps)
-    beta = F.one_hot(start.assigned, alpha.shape[-1]).to(alpha)
-    return torch.lerp(alpha, beta.expand_as(alpha), start.temperature)[..., :-1]

@@ -109,6 +109,17 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(hooks or every._global_forward_hooks or every._global_forward_pre_hooks)
 
 
+def is_hooked_backward(module: nn.Module) -> bool:
+    """Whether a module has hooks on its backward pass, or hooks for all modules exist.
+
+    Args:
+        module: Any module.
+    """
+    every = nn.modules.module
+    hooks = module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks or every._global_backward_hooks or every._global_backward_pre_hooks)
+
+
 def is_patched(module: nn.Module) -> bool:
     """Whether a module computes something else than its class: by hooks, or by its own forward.
 

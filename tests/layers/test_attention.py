@@ -85,6 +85,162 @@ def test_compiled_attention_equals_the_modules(norm, channels, monkeypatch):
         assert len(calls) == 2 + (norm == 'LN')
 
 
+@pytest.mark.skipif(backend.why_not_compiled() is not None, reason='no compiled kernels')
+@pytest.mark.parametrize('tau', [0, 0.3, 1])
+@pytest.mark.parametrize('images', [0, 1, 2, 9])
+@pytest.mark.parametrize('frozen', ['nothing', 'norm', 'all'])
+@pytest.mark.parametrize('norm', ['BN1d', 'BN1d in evaluation', 'LN'])
+def test_learning_attention_equals_the_modules(norm, frozen, images, tau, monkeypatch):
+    """Attentions, all gradients and running statistics, as near as the modules are to float64."""
+    kind, *evaluation = norm.split(' ', 1)
+    options = dict(cell_num_ratio=2, attention_norm_cfg=dict(type=kind))
+    made = KWConv2d(40, 8, 3, **options).train(not evaluation).attention
+    for parameter in made.parameters():
+        parameter.data.uniform_(-1, 2)
+    made.temperature = tau
+    parts = dict(nothing=[], norm=[made.norm1], all=[made])[frozen]
+    for part in parts:
+        part.requires_grad_(False)
+    pooled, weights = torch.randn(images, 40), torch.randn(images, 9, made.num_cells)
+    calls = []
+    real = torch.ops.mmkw.attend_to_learn
+    spy = lambda *args: calls.append(1) or real(*args)  # noqa: E731
+    monkeypatch.setattr(torch.ops.mmkw, 'attend_to_learn', spy)
+
+    def computed(by_kernels, dtype=torch.float32):
+        monkeypatch.setattr(backend, '_switched_on', by_kernels)
+        attention = copy.deepcopy(made).to(dtype)
+        x = pooled.to(dtype, copy=True).requires_grad_()
+        alpha = attention(x)
+        (alpha * weights.to(dtype)).sum().backward()
+        learnt = [parameter.grad for parameter in attention.parameters()]
+        return [alpha, x.grad, *learnt, *attention.buffers()]
+
+    found, by_modules = computed(True), computed(False)
+    assert len(calls) == 1
+    for ours, theirs, exact in zip(found, by_modules, computed(False, torch.float64), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and ours.numel():
+            error, of_modules = ((y - exact).abs().max() for y in (ours, theirs))
+            assert error <= 4 * of_modules + 2e-5 * (1 + exact.abs().max())
+
+
+def untracked(attention):
+    attention.norm1.track_running_stats = False
+
+
+def gaps(attention):
+    attention.norm1.running_var = torch.ones(16, 2)[:, 0]
+
+
+def half(attention):
+    attention.bfloat16()
+
+
+def integers(attention):
+    attention.norm1.num_batches_tracked = attention.norm1.num_batches_tracked.int()
+
+
+def cumulative(attention):
+    attention.norm1.momentum = None
+
+
+def without_bias(attention):
+    attention.fc2.bias = None
+
+
+CALLED = []
+
+
+def hook(attention):
+    attention.fc1.register_forward_hook(lambda *_: CALLED.append('hook'))
+
+
+def backward_hook(attention):
+    attention.relu.register_full_backward_hook(lambda *_: CALLED.append('hook'))
+
+
+CHANGES = [untracked, gaps, half, integers, cumulative, without_bias, hook, backward_hook]
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_learning_attentions_that_are_not_as_made_are_as_the_modules(change, monkeypatch):
+    made = KWConv2d(8, 8, 3).attention
+    change(made)
+    pooled = torch.randn(4, 8, dtype=made.fc1.weight.dtype)
+    found = []
+    for on in (True, False):
+        monkeypatch.setattr(backend, '_switched_on', on)
+        attention, called = copy.deepcopy(made), len(CALLED)
+        attention(pooled).square().sum().backward()
+        tensors = [parameter.grad for parameter in attention.parameters()]
+        tensors += attention.buffers()
+        found.append([*tensors, torch.tensor(len(CALLED) - called)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert found[0][-1] == (change in (hook, backward_hook))
+
+
+def test_learning_attentions_complain_as_the_modules():
+    attention = KWConv2d(8, 8, 3).attention
+    with pytest.raises(RuntimeError, match='shapes cannot be multiplied'):
+        attention(torch.randn(4, 7))
+    attention.norm1.eps = 0
+    with pytest.raises(ValueError, match='eps must be positive'):
+        attention(torch.randn(4, 8))
+
+
+@pytest.mark.parametrize('on', [True, False], ids=['compiled', 'PyTorch'])
+@pytest.mark.parametrize('images', [2, 64])
+def test_backward_pass_inside_autocast(images, on, monkeypatch):
+    monkeypatch.setattr(backend, '_switched_on', on)
+    layer, grads = KWConv2d(256, 16, 3, cell_num_ratio=1), []
+    x = torch.randn(images, 256, 4, 4)
+    for inside in (True, False):
+        layer.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = layer(x).float().square().mean()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        grads.append([parameter.grad for parameter in layer.attention.parameters()])
+    for ours, right in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, right, atol=1e-2 * right.abs().max().item(), rtol=1e-2)
+
+
+@pytest.mark.parametrize('on', [True, False], ids=['compiled', 'PyTorch'])
+def test_parameters_that_the_gradient_does_not_need_may_change_before_it(on, monkeypatch):
+    monkeypatch.setattr(backend, '_switched_on', on)
+    attention = KWConv2d(8, 8, 3).attention
+    pooled = torch.randn(4, 8)
+
+    def changed(*parameters, learning=pooled, **options):
+        loss = attention(learning).square().sum()
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(1)
+        return torch.autograd.grad(loss, [attention.fc2.weight], **options)[0]
+
+    changed(attention.fc2.bias, attention.norm1.bias, attention.fc1.weight)
+    learning = pooled.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        changed(attention.fc2.weight, learning=learning)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        changed(attention.fc1.weight, learning=learning, create_graph=True).sum().backward()
+
+
+def test_gradients_of_gradients_are_by_the_statistics_of_the_forward_pass():
+    attention = KWConv2d(8, 8, 3).eval().attention
+    pooled = torch.randn(4, 8, requires_grad=True)
+    right = torch.autograd.grad(attention(pooled).square().sum(), pooled)[0]
+    loss = attention(pooled).square().sum()
+    if backend.why_not_compiled() is None:
+        attention.norm1.running_mean.add_(1)
+    again = torch.autograd.grad(loss, pooled, create_graph=True)[0]
+    torch.testing.assert_close(again, right)
+
+
 def test_autocast_training_step():
     layer = KWConv2d(8, 8, 3)
     with torch.autocast('cpu', dtype=torch.bfloat16):

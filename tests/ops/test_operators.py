@@ -55,6 +55,22 @@ def attention(**changes):
     return hidden | norm | output | dict(fc2_bias=floats(21), mixtures=3, eps=1e-3) | changes
 
 
+def to_learn(norm='batch', **changes):
+    given = attention(**dict.fromkeys(('mean', 'variance')) if norm == 'layer' else {})
+    del given['mixtures']
+    start = dict(assigned=torch.tensor([0, 6, 2]), temperature=0.3, batches=torch.tensor(3))
+    return given | start | dict(norm=norm, momentum=0.1) | changes
+
+
+def from_learning(norm='batch', **changes):
+    """The operands of attend_backward."""
+    names = ('pooled', 'fc1_weight', 'norm_weight', 'fc2_weight', 'norm', 'temperature', 'eps')
+    given = {name: to_learn(norm)[name] for name in names}
+    inverses = floats(2 if norm == 'layer' else 16).exp()
+    saved = dict(hidden=floats(2, 16), normed=floats(2, 16), inverses=inverses, z=floats(2, 21))
+    return given | dict(grad=floats(2, 3, 6)) | saved | changes
+
+
 def image(x=None, grid=GRID, cells=None, **changes):
     x = floats(1, 8, 7, 6) if x is None else x
     cells = floats(*CELLS) if cells is None else cells
@@ -106,6 +122,14 @@ CALLS = {
         'attend',
         lambda: attention(mean=None, variance=None, fc1_bias=floats(16)),
     ),
+    'attend_to_learn': ('attend_to_learn', to_learn),
+    'attend_to_learn by running statistics': ('attend_to_learn', lambda: to_learn('running')),
+    'attend_to_learn by own statistics': (
+        'attend_to_learn',
+        lambda: to_learn('layer', fc1_bias=floats(16)),
+    ),
+    'attend_backward': ('attend_backward', from_learning),
+    'attend_backward by own statistics': ('attend_backward', lambda: from_learning('layer')),
     'apply_to_image': ('apply_to_image', lambda: image()),
     'apply_to_image with channels last': (
         'apply_to_image',
@@ -155,6 +179,8 @@ WRITING = (
     'mix_backward and kernels',
     'mix_backward of half',
     'mix_backward and rows',
+    'attend_to_learn',
+    'attend_to_learn by running statistics',
     'mix_cells_into from panels',
     'mix_backward from panels',
 )
@@ -188,12 +214,15 @@ def test_gradients_are_what_their_registration_says(call):
 def test_what_has_no_gradient_says_so():
     for name, arguments, learning in (
         ('attend', attention(), 'pooled'),
+        ('attend_to_learn', to_learn('layer'), 'pooled'),
+        ('attend_backward', from_learning(), 'grad'),
         ('apply_to_image', image(), 'seen'),
         ('mix_backward', backward(), 'attention'),
         ('bmm', dict(a=floats(2, 3, 5), b=floats(2, 5, 7)), 'b'),
     ):
         arguments[learning].requires_grad_()
         result = getattr(ops, name)(**arguments)
+        result = result if torch.is_tensor(result) else result[0]
         with pytest.raises(RuntimeError, match=f'{name} is not implemented'):
             result.sum().backward()
 
@@ -347,7 +376,8 @@ def test_operations_are_counted():
     expected['mix_backward and kernels'] = 2 * mixed
     expected['add_to_cells'] = 2 * 5 * torch.Size(CELLS).numel()
     expected['bmm'] = 2 * 2 * 3 * 5 * 7
-    expected['attend'] = 2 * 2 * (16 * 8 + 21 * 16)
+    attended = 2 * 2 * (16 * 8 + 21 * 16)
+    expected |= dict(attend=attended, attend_to_learn=attended, attend_backward=2 * attended)
     for call, flops in expected.items():
         name, arguments = CALLS[call]
         with FlopCounterMode(display=False) as counter:
@@ -492,6 +522,26 @@ WRONG = {
     'one statistic': ('attend', lambda: attention(variance=None)),
     'a small bias': ('attend', lambda: attention(fc2_bias=floats(20))),
     'maps': ('attend', lambda: attention(pooled=floats(2, 8, 1))),
+    'an unknown norm': ('attend_to_learn', lambda: to_learn(norm='group')),
+    'statistics of images': ('attend_to_learn', lambda: to_learn(norm='layer', mean=floats(16))),
+    'no running statistics': ('attend_to_learn', lambda: to_learn(mean=None)),
+    'small running statistics': ('attend_to_learn', lambda: to_learn(variance=floats(4))),
+    'running statistics of half': (
+        'attend_to_learn',
+        lambda: to_learn(mean=floats(16).bfloat16()),
+    ),
+    'batches that are no number': (
+        'attend_to_learn',
+        lambda: to_learn(batches=torch.tensor([3, 4])),
+    ),
+    'the variance of one image': ('attend_to_learn', lambda: to_learn(pooled=floats(1, 8))),
+    'other mixtures': ('attend_to_learn', lambda: to_learn(assigned=torch.tensor([0, 1]))),
+    'cells that are no numbers': ('attend_to_learn', lambda: to_learn(assigned=floats(3))),
+    'half to learn': ('attend_to_learn', lambda: to_learn(pooled=floats(2, 8).bfloat16())),
+    'a small last bias': ('attend_to_learn', lambda: to_learn(fc2_bias=floats(20))),
+    'gradients of other cells': ('attend_backward', lambda: from_learning(grad=floats(2, 3, 7))),
+    'a gradient of two dimensions': ('attend_backward', lambda: from_learning(grad=floats(2, 18))),
+    'other deviations': ('attend_backward', lambda: from_learning(inverses=floats(2))),
     'a double weight': ('attend', lambda: attention(fc1_weight=floats(16, 8).double())),
 }
 
@@ -501,7 +551,9 @@ def test_wrong_calls_are_refused_and_change_nothing(wrong):
     name, arguments = WRONG[wrong]
     given = arguments()
     written = [
-        given[key] for key in ('kernels', 'rows', 'sum', 'panels') if given.get(key) is not None
+        given[key]
+        for key in ('kernels', 'rows', 'sum', 'panels', 'mean', 'variance', 'batches')
+        if given.get(key) is not None
     ]
     before = [tensor.clone() for tensor in written]
     with pytest.raises(RuntimeError):

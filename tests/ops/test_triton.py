@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from mmkw.ops.gradient import CellSum
 from mmkw.ops.kernels import cut, mix_cells
@@ -26,63 +25,6 @@ ROUNDING = 2e-3 if HAS_GPU else 1e-5
 def distance(result, exact):
     """The relative difference of two tensors."""
     return ((result.double() - exact.double()).norm() / exact.double().norm()).item()
-
-
-@pytest.mark.parametrize('tau', [0, 0.3, 1])
-@pytest.mark.parametrize(('images', 'width', 'mixtures', 'cells'), [(3, 16, 4, 87), (18, 20, 3, 9)])
-@pytest.mark.parametrize('kind', ['batch', 'running', 'layer'])
-def test_attention(kind, images, width, mixtures, cells, tau):
-    def values(*shape):
-        return torch.randn(*shape, device=DEVICE).requires_grad_()
-
-    pooled, outputs = values(images, 70), mixtures * (cells + 1)
-    bias = values(width) if kind == 'layer' else None
-    parameters = fused.Parameters(
-        values(width, 70),
-        bias,
-        values(width),
-        values(width),
-        values(outputs, width),
-        values(outputs),
-    )
-    norm = fused.Norm('layer', 1e-5)
-    if kind != 'layer':
-        statistics = torch.randn(width), torch.rand(width) + 0.5, torch.tensor(3)
-        norm = fused.Norm(kind, 1e-5, 0.1, *(tensor.to(DEVICE) for tensor in statistics))
-    start = fused.Start(tau, torch.randint(0, cells + 1, (mixtures,), device=DEVICE))
-    reference = torch.nn.BatchNorm1d(width, device=DEVICE)
-    if kind == 'batch':
-        reference.running_mean.copy_(norm.mean)
-        reference.running_var.copy_(norm.var)
-        reference(F.linear(pooled, parameters.fc1_weight))
-
-    exact = fused.attend_plainly(pooled, parameters, norm, start, 1e-3)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        result = fused.attend(pooled, parameters, norm, start, 1e-3)
-    assert distance(result, exact) < 1e-5
-    inputs = [pooled, *(p for p in parameters if p is not None)]
-    weights = torch.randn_like(exact)
-    gradients, exact_gradients = (
-        torch.autograd.grad((y * weights).sum(), inputs, retain_graph=True) for y in (result, exact)
-    )
-    for gradient, exact_gradient in zip(gradients, exact_gradients):
-        assert torch.allclose(gradient, exact_gradient, 1e-3, 1e-4 * exact_gradient.abs().max())
-    if kind == 'batch':
-        assert torch.allclose(norm.mean, reference.running_mean, 1e-4, 1e-5)
-        assert torch.allclose(norm.var, reference.running_var, 1e-4, 1e-5)
-        assert norm.batches == 4
-    elif kind == 'running':
-        assert norm.batches == 3
-    # A gradient of the gradient is computed by PyTorch, as the gradient of the same function.
-    again, exact_again = (
-        torch.autograd.grad((y * weights).sum(), pooled, create_graph=True)[0].square().sum()
-        for y in (result, exact)
-    )
-    if tau < 1:
-        second, exact_second = (
-            torch.autograd.grad(y, parameters.fc2_weight)[0] for y in (again, exact_again)
-        )
-        assert distance(second, exact_second) < 1e-3
 
 
 @pytest.mark.parametrize('channels_last', [False, True])

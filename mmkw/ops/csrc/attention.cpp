@@ -1,4 +1,5 @@
-// Computes attentions on the CPU, where nothing learns: in float32, also of bfloat16.
+// Computes attentions on the CPU: where nothing learns in float32, also of bfloat16; to learn, and their
+// gradients, in float32.
 
 #include "blocks.h"
 #include "operators.h"
@@ -9,6 +10,8 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
 namespace mmkw {
@@ -74,23 +77,135 @@ void linear(float* result, const float* values, int64_t rows, const at::Tensor& 
   });
 }
 
-// (hidden - mean) / sqrt(variance + eps) * weight + bias, then ReLU. Without given statistics this
-// is a LayerNorm: every row has its own statistics.
-void normalize(float* hidden, int64_t rows, int64_t width, const float* mean,
-               const float* variance, const float* weight, const float* bias, double eps) {
-  for (int64_t r = 0; r < rows; r++) {
-    float* row = hidden + r * width;
-    double own_mean = 0, own_variance = 0;
-    if (!mean) {
-      for (int64_t i = 0; i < width; i++) own_mean += row[i] / width;
-      for (int64_t i = 0; i < width; i++)
-        own_variance += (row[i] - own_mean) * (row[i] - own_mean) / width;
-    }
+// What the norm subtracts from the hidden units, and what it then multiplies them by: `shared` by the
+// images, one value a unit, or by the units, one value an image.
+struct Statistics {
+  bool shared;
+  std::vector<double> mean, inverse;
+};
+
+Statistics given_statistics(int64_t width, const float* mean, const float* variance, double eps) {
+  Statistics result{true, {mean, mean + width}, std::vector<double>(width)};
+  for (int64_t i = 0; i < width; i++) result.inverse[i] = 1 / std::sqrt(variance[i] + eps);
+  return result;
+}
+
+// The statistics of `groups` of `count` values, which lie `stride` apart. The groups lie `step` apart.
+Statistics own_statistics(bool shared, const float* values, int64_t groups, int64_t step, int64_t count,
+                          int64_t stride, double eps) {
+  Statistics result{shared, std::vector<double>(groups), std::vector<double>(groups)};
+  for (int64_t g = 0; g < groups; g++) {
+    const float* const group = values + g * step;
+    double mean = 0, variance = 0;
+    for (int64_t i = 0; i < count; i++) mean += group[i * stride] / count;
+    for (int64_t i = 0; i < count; i++)
+      variance += (group[i * stride] - mean) * (group[i * stride] - mean) / count;
+    result.mean[g] = mean;
+    result.inverse[g] = 1 / std::sqrt(variance + eps);
+  }
+  return result;
+}
+
+// A LayerNorm's: every image has its own.
+Statistics of_images(const float* values, int64_t rows, int64_t width, double eps) {
+  return own_statistics(false, values, rows, width, width, 1, eps);
+}
+
+// hidden (rows, width) = ReLU(norm(hidden) * weight + bias). What the norm gives goes to `normed`, which
+// may be the same memory.
+void normalize(const Statistics& by, float* hidden, float* normed, int64_t rows, int64_t width,
+               const float* weight, const float* bias) {
+  for (int64_t r = 0; r < rows; r++)
     for (int64_t i = 0; i < width; i++) {
-      const double center = mean ? mean[i] : own_mean, spread = variance ? variance[i] : own_variance;
-      row[i] = std::max<float>((row[i] - center) / std::sqrt(spread + eps) * weight[i] + bias[i], 0);
+      const int64_t at = r * width + i, group = by.shared ? i : r;
+      const double value = (hidden[at] - by.mean[group]) * by.inverse[group];
+      normed[at] = value;
+      hidden[at] = std::max<float>(value * weight[i] + bias[i], 0);
+    }
+}
+
+// The sum of value(i) for all i below `count`, several at a time.
+template <typename Value>
+float sum_of(int64_t count, const Value& value) {
+  constexpr int64_t PARTS = 8;
+  float parts[PARTS] = {};
+  int64_t i = 0;
+  for (; i + PARTS <= count; i += PARTS)
+    for (int64_t part = 0; part < PARTS; part++) parts[part] += value(i + part);
+  for (int64_t part = 0; i + part < count; part++) parts[part] += value(i + part);
+  float sum = 0;
+  for (const float part : parts) sum += part;
+  return sum;
+}
+
+// a (m, k) * b (k, n), b dense. In small layers a library takes longer to call than to multiply.
+at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
+  constexpr int64_t FEW_PRODUCTS = 1 << 16;
+  const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
+  if (m * k * n > FEW_PRODUCTS) return at::mm(a, b);
+  const at::Tensor result = at::zeros({m, n}, b.options());
+  float* to = result.mutable_data_ptr<float>();
+  const float* const values = a.const_data_ptr<float>();
+  for (int64_t i = 0; i < m; i++, to += n) {
+    const float* row = b.const_data_ptr<float>();
+    for (int64_t j = 0; j < k; j++, row += n) {
+      const float value = values[i * a.stride(0) + j * a.stride(1)];
+      for (int64_t c = 0; c < n; c++) to[c] += value * row[c];
     }
   }
+  return result;
+}
+
+// The sums of the columns of a dense matrix.
+at::Tensor sum_of_rows(const at::Tensor& matrix) {
+  const int64_t columns = matrix.size(1);
+  const at::Tensor result = at::zeros({columns}, matrix.options());
+  float* const to = result.mutable_data_ptr<float>();
+  const float* row = matrix.const_data_ptr<float>();
+  for (int64_t r = 0; r < matrix.size(0); r++, row += columns)
+    for (int64_t c = 0; c < columns; c++) to[c] += row[c];
+  return result;
+}
+
+// Calls work(mixture) for all mixtures, on all threads if they have many logits.
+template <typename Work>
+void for_mixtures(int64_t count, int64_t logits, const Work& work) {
+  constexpr int64_t GRAIN = 1 << 15;
+  at::parallel_for(0, count, GRAIN / logits + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t mixture = begin; mixture < end; mixture++) work(mixture);
+  });
+}
+
+// alpha (mixtures, n) = z / (sum |z| + eps), from z (mixtures, n + 1), whose last is the zero cell's.
+void divide_by_magnitudes(float* alpha, const float* z, int64_t mixtures, int64_t n, double eps) {
+  for_mixtures(mixtures, n + 1, [&](int64_t mixture) {
+    const float* const from = z + mixture * (n + 1);
+    const float sum =
+        sum_of(n + 1, [&](int64_t i) { return std::abs(from[i]); }) + static_cast<float>(eps);
+    for (int64_t i = 0; i < n; i++) alpha[mixture * n + i] = from[i] / sum;
+  });
+}
+
+// The sizes of an attention, which its operands must have.
+struct Sizes {
+  int64_t batch, in, width, logits;
+
+  Sizes(const at::Tensor& pooled, const at::Tensor& fc1_weight, const at::Tensor& fc2_weight,
+        int64_t mixtures) {
+    TORCH_CHECK(pooled.dim() == 2 && fc1_weight.dim() == 2 && fc2_weight.dim() == 2,
+                "pooled and weights must be matrices, got ", pooled.sizes(), ", ",
+                fc1_weight.sizes(), " and ", fc2_weight.sizes());
+    batch = pooled.size(0), in = fc1_weight.size(1);
+    width = fc1_weight.size(0), logits = fc2_weight.size(0);
+    TORCH_CHECK(mixtures > 0 && logits > 0 && logits % mixtures == 0, logits, " logits for ",
+                mixtures, " mixtures");
+  }
+};
+
+// As `dense`, of float32 alone.
+at::Tensor dense_floats(const at::Tensor& tensor, at::IntArrayRef shape) {
+  TORCH_CHECK(tensor.scalar_type() == at::kFloat, "expected float32, got ", tensor.scalar_type());
+  return dense(tensor, shape);
 }
 
 // result (channels) = averages of pixels (places, channels) of bfloat16. Channels fill whole tiles.
@@ -144,32 +259,179 @@ at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
                   const std::optional<at::Tensor>& variance, const at::Tensor& norm_weight,
                   const at::Tensor& norm_bias, const at::Tensor& fc2_weight,
                   const at::Tensor& fc2_bias, int64_t mixtures, double norm_eps, double eps) {
-  TORCH_CHECK(pooled.dim() == 2 && fc1_weight.dim() == 2 && fc2_weight.dim() == 2,
-              "pooled and weights must be matrices, got ", pooled.sizes(), ", ",
-              fc1_weight.sizes(), " and ", fc2_weight.sizes());
-  const int64_t batch = pooled.size(0), width = fc1_weight.size(0), logits = fc2_weight.size(0);
-  TORCH_CHECK(mixtures > 0 && logits > 0 && logits % mixtures == 0, logits, " logits for ",
-              mixtures, " mixtures");
+  const auto [batch, in, width, logits] = Sizes(pooled, fc1_weight, fc2_weight, mixtures);
   TORCH_CHECK(mean.has_value() == variance.has_value(), "mean and variance come together");
   const int64_t n = logits / mixtures - 1;
-  const int64_t in = fc1_weight.size(1);
   const Floats values(pooled, {batch, in}), hidden_bias(fc1_bias, width), center(mean, width),
       spread(variance, width), by(norm_weight, width), plus(norm_bias, width),
       logits_bias(fc2_bias, logits);
   std::vector<float> hidden(batch * width), z(batch * logits);
   linear(hidden.data(), values.data(), batch, dense(fc1_weight, {width, in}), hidden_bias.data());
-  normalize(hidden.data(), batch, width, center.data(), spread.data(), by.data(), plus.data(),
-            norm_eps);
+  const Statistics statistics =
+      mean ? given_statistics(width, center.data(), spread.data(), norm_eps)
+           : of_images(hidden.data(), batch, width, norm_eps);
+  normalize(statistics, hidden.data(), hidden.data(), batch, width, by.data(), plus.data());
   linear(z.data(), hidden.data(), batch, dense(fc2_weight, {logits, width}), logits_bias.data());
   const at::Tensor alpha = at::empty({batch, mixtures, n}, pooled.options().dtype(at::kFloat));
-  float* to = alpha.mutable_data_ptr<float>();
-  for (int64_t mixture = 0; mixture < batch * mixtures; mixture++) {
-    const float* from = z.data() + mixture * (n + 1);
-    float sum = 0;
-    for (int64_t i = 0; i <= n; i++) sum += std::abs(from[i]);
-    for (int64_t i = 0; i < n; i++) to[mixture * n + i] = from[i] / (sum + static_cast<float>(eps));
-  }
+  divide_by_magnitudes(alpha.mutable_data_ptr<float>(), z.data(), batch * mixtures, n, eps);
   return alpha.to(pooled.scalar_type());
+}
+
+// As `attend`, to learn: in float32, at any temperature, with a norm by the `batch`, by `running`
+// statistics or by `layer`. Statistics of the batch change the running ones, and count the batch. Returns alpha, and for the
+// backward pass the hidden units, what the norm gave before its weights, what it multiplied by, and the
+// logits.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attend_to_learn(
+    const at::Tensor& pooled, const at::Tensor& fc1_weight, const std::optional<at::Tensor>& fc1_bias,
+    const at::Tensor& norm_weight, const at::Tensor& norm_bias, const at::Tensor& fc2_weight,
+    const at::Tensor& fc2_bias, const at::Tensor& assigned, const std::string& norm, double norm_eps,
+    double momentum, std::optional<at::Tensor> mean, std::optional<at::Tensor> variance,
+    std::optional<at::Tensor> batches, double temperature, double eps) {
+  const int64_t mixtures = assigned.numel();
+  const auto [batch, in, width, logits] = Sizes(pooled, fc1_weight, fc2_weight, mixtures);
+  const bool is_layer = norm == "layer", by_batch = norm == "batch";
+  TORCH_CHECK(is_layer || by_batch || norm == "running", "unknown norm ", norm);
+  TORCH_CHECK(mean.has_value() != is_layer && variance.has_value() != is_layer,
+              "running statistics are a BatchNorm's");
+  TORCH_CHECK(!by_batch || batch > 1, "one image has no variance");
+  TORCH_CHECK(!batches || (batches->scalar_type() == at::kLong && batches->numel() == 1),
+              "batches are counted by an integer");
+  TORCH_CHECK(assigned.scalar_type() == at::kLong && assigned.is_contiguous(),
+              "the cells of the start must be dense integers");
+  const at::Tensor first = dense_floats(fc1_weight, {width, in}),
+                   last = dense_floats(fc2_weight, {logits, width}),
+                   values = dense_floats(pooled, {batch, in}), by = dense_floats(norm_weight, width),
+                   plus = dense_floats(norm_bias, width);
+  const Floats hidden_bias(fc1_bias, width), logits_bias(fc2_bias, logits);
+  const at::Tensor hidden = at::empty({batch, width}, values.options());
+  const at::Tensor normed = at::empty_like(hidden), z = at::empty({batch, logits}, values.options());
+  float* const units = hidden.mutable_data_ptr<float>();
+  linear(units, values.const_data_ptr<float>(), batch, first, hidden_bias.data());
+
+  Statistics statistics;
+  if (is_layer) {
+    statistics = of_images(units, batch, width, norm_eps);
+  } else {
+    for (const at::Tensor& running : {*mean, *variance})
+      TORCH_CHECK(running.is_contiguous() && running.scalar_type() == at::kFloat &&
+                      running.sizes() == at::IntArrayRef(width),
+                  "running statistics must be dense float32 of ", width);
+    float* const center = mean->mutable_data_ptr<float>();
+    float* const spread = variance->mutable_data_ptr<float>();
+    if (by_batch) {
+      statistics = own_statistics(true, units, width, 1, batch, width, norm_eps);
+      for (int64_t i = 0; i < width; i++) {
+        const double own = 1 / (statistics.inverse[i] * statistics.inverse[i]) - norm_eps;
+        center[i] += momentum * (statistics.mean[i] - center[i]);
+        spread[i] += momentum * (own * batch / (batch - 1) - spread[i]);
+      }
+      if (batches) {
+        ++*batches->mutable_data_ptr<int64_t>();
+        batches->unsafeGetTensorImpl()->bump_version();
+      }
+    } else {
+      statistics = given_statistics(width, center, spread, norm_eps);
+    }
+  }
+  normalize(statistics, units, normed.mutable_data_ptr<float>(), batch, width,
+            by.const_data_ptr<float>(), plus.const_data_ptr<float>());
+  const at::Tensor inverses =
+      at::empty({static_cast<int64_t>(statistics.inverse.size())}, values.options());
+  std::copy(statistics.inverse.begin(), statistics.inverse.end(), inverses.mutable_data_ptr<float>());
+
+  linear(z.mutable_data_ptr<float>(), units, batch, last, logits_bias.data());
+  const int64_t n = logits / mixtures - 1;
+  const at::Tensor alpha = at::empty({batch, mixtures, n}, values.options());
+  float* const to = alpha.mutable_data_ptr<float>();
+  divide_by_magnitudes(to, z.const_data_ptr<float>(), batch * mixtures, n, eps);
+  if (temperature > 0) {
+    const float tau = temperature;
+    const int64_t* const cells = assigned.const_data_ptr<int64_t>();
+    for (int64_t mixture = 0; mixture < batch * mixtures; mixture++)
+      for (int64_t i = 0; i < n; i++) {
+        float& value = to[mixture * n + i];
+        const float beta = i == cells[mixture % mixtures];
+        // Exact at both ends.
+        value = tau < 0.5f ? value + tau * (beta - value) : beta - (1 - tau) * (beta - value);
+      }
+  }
+  return {alpha, hidden, normed, inverses, z};
+}
+
+// The gradients of pooled and, in the order of `attend_to_learn`, of the parameters, also of a bias of
+// fc1. What attend_to_learn returns beside alpha comes last.
+std::vector<at::Tensor> attend_backward(
+    const at::Tensor& grad, const at::Tensor& pooled, const at::Tensor& fc1_weight,
+    const at::Tensor& norm_weight, const at::Tensor& fc2_weight, const std::string& norm,
+    double temperature, double eps, const at::Tensor& hidden, const at::Tensor& normed,
+    const at::Tensor& inverses, const at::Tensor& z) {
+  TORCH_CHECK(grad.dim() == 3, "the gradient of attentions has three dimensions, got ", grad.sizes());
+  const int64_t mixtures = grad.size(1), n = grad.size(2);
+  const auto [batch, in, width, logits] = Sizes(pooled, fc1_weight, fc2_weight, mixtures);
+  const bool of_images = norm == "layer", by_batch = norm == "batch";
+  const at::Tensor outer = dense_floats(grad, {batch, mixtures, logits / mixtures - 1}),
+                   values = dense_floats(pooled, {batch, in}),
+                   first = dense_floats(fc1_weight, {width, in}),
+                   last = dense_floats(fc2_weight, {logits, width}),
+                   by = dense_floats(norm_weight, width), after = dense_floats(hidden, {batch, width}),
+                   before = dense_floats(normed, {batch, width}),
+                   scales = dense_floats(inverses, of_images ? batch : width),
+                   given = dense_floats(z, {batch, logits});
+
+  const at::Tensor grad_z = at::empty_like(given);
+  const float* const all_g = outer.const_data_ptr<float>();
+  const float* const all_z = given.const_data_ptr<float>();
+  float* const all_grad = grad_z.mutable_data_ptr<float>();
+  for_mixtures(batch * mixtures, n + 1, [&](int64_t mixture) {
+    const float* const g = all_g + mixture * n;
+    const float* const from = all_z + mixture * (n + 1);
+    float* const to = all_grad + mixture * (n + 1);
+    const float sum =
+        sum_of(n + 1, [&](int64_t i) { return std::abs(from[i]); }) + static_cast<float>(eps);
+    const float along = sum_of(n, [&](int64_t i) { return g[i] * from[i]; }) / sum;
+    const float share = (1 - static_cast<float>(temperature)) / sum;
+    for (int64_t i = 0; i <= n; i++) {
+      const float sign = (from[i] > 0) - (from[i] < 0);
+      to[i] = share * ((i < n ? g[i] : 0) - sign * along);
+    }
+  });
+
+  const at::Tensor grad_units = product(grad_z, last);
+  const at::Tensor grad_weight = at::zeros({width}, by.options()), grad_bias = at::zeros_like(grad_weight);
+  float* const of_weight = grad_weight.mutable_data_ptr<float>();
+  float* const of_bias = grad_bias.mutable_data_ptr<float>();
+  float* const d = grad_units.mutable_data_ptr<float>();
+  const float* const units = after.const_data_ptr<float>();
+  const float* const x = before.const_data_ptr<float>();
+  const float* const weight = by.const_data_ptr<float>();
+  const float* const scale = scales.const_data_ptr<float>();
+  for (int64_t r = 0; r < batch; r++)
+    for (int64_t i = 0; i < width; i++) {
+      const int64_t at = r * width + i;
+      if (units[at] <= 0) d[at] = 0;
+      of_weight[i] += d[at] * x[at];
+      of_bias[i] += d[at];
+      d[at] *= weight[i];
+    }
+  // Of statistics that the units themselves have: groups of them, as in own_statistics.
+  const int64_t groups = of_images ? batch : by_batch ? width : 0, count = of_images ? width : batch;
+  const int64_t step = of_images ? width : 1, stride = of_images ? 1 : width;
+  for (int64_t g = 0; g < groups; g++) {
+    double mean = 0, along = 0;
+    for (int64_t i = 0; i < count; i++) {
+      mean += d[g * step + i * stride] / count;
+      along += d[g * step + i * stride] * x[g * step + i * stride] / count;
+    }
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t at = g * step + i * stride;
+      d[at] -= mean + x[at] * along;
+    }
+  }
+  for (int64_t r = 0; r < batch; r++)
+    for (int64_t i = 0; i < width; i++) d[r * width + i] *= scale[of_images ? r : i];
+
+  return {product(grad_units, first), product(grad_units.t(), values), sum_of_rows(grad_units),
+          grad_weight, grad_bias, product(grad_z.t(), after), sum_of_rows(grad_z)};
 }
 
 }  // namespace mmkw

@@ -27,6 +27,15 @@ TORCH_LIBRARY(mmkw, library) {
       "Tensor norm_weight, Tensor norm_bias, Tensor fc2_weight, Tensor fc2_bias, int mixtures, "
       "float norm_eps, float eps) -> Tensor");
   library.def(
+      "attend_to_learn(Tensor pooled, Tensor fc1_weight, Tensor? fc1_bias, Tensor norm_weight, "
+      "Tensor norm_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor assigned, str norm, "
+      "float norm_eps, float momentum, Tensor(a!)? mean, Tensor(b!)? variance, Tensor(c!)? batches, "
+      "float temperature, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "attend_backward(Tensor grad, Tensor pooled, Tensor fc1_weight, Tensor norm_weight, "
+      "Tensor fc2_weight, str norm, float temperature, float eps, Tensor hidden, Tensor normed, "
+      "Tensor inverses, Tensor z) -> Tensor[]");
+  library.def(
       "apply_to_image(Tensor x, Tensor seen, Tensor fc1_weight, Tensor? fc1_bias, Tensor? mean, "
       "Tensor? variance, Tensor norm_weight, Tensor norm_bias, Tensor fc2_weight, Tensor fc2_bias, "
       "int mixtures, float norm_eps, float eps, Tensor cells, int[] grid, Tensor? bias, "
@@ -41,6 +50,8 @@ TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
   library.impl("bmm", &mmkw::bmm);
   library.impl("add_to_cells", &mmkw::add_to_cells);
   library.impl("attend", &mmkw::attend);
+  library.impl("attend_to_learn", &mmkw::attend_to_learn);
+  library.impl("attend_backward", &mmkw::attend_backward);
   library.impl("apply_to_image", &mmkw::apply_to_image);
 }
 
@@ -49,7 +60,7 @@ TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
 TORCH_LIBRARY_IMPL(mmkw, Autograd, library) {
   for (const char* name :
        {"pack_cells", "mix_cells_into", "mix_backward", "add_to_cells", "bmm", "attend",
-        "apply_to_image"})
+        "attend_to_learn", "attend_backward", "apply_to_image"})
     library.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 

@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
 namespace mmkw {
@@ -41,6 +43,19 @@ at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
                   const std::optional<at::Tensor>& variance, const at::Tensor& norm_weight,
                   const at::Tensor& norm_bias, const at::Tensor& fc2_weight,
                   const at::Tensor& fc2_bias, int64_t mixtures, double norm_eps, double eps);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attend_to_learn(
+    const at::Tensor& pooled, const at::Tensor& fc1_weight, const std::optional<at::Tensor>& fc1_bias,
+    const at::Tensor& norm_weight, const at::Tensor& norm_bias, const at::Tensor& fc2_weight,
+    const at::Tensor& fc2_bias, const at::Tensor& assigned, const std::string& norm, double norm_eps,
+    double momentum, std::optional<at::Tensor> mean, std::optional<at::Tensor> variance,
+    std::optional<at::Tensor> batches, double temperature, double eps);
+
+std::vector<at::Tensor> attend_backward(
+    const at::Tensor& grad, const at::Tensor& pooled, const at::Tensor& fc1_weight,
+    const at::Tensor& norm_weight, const at::Tensor& fc2_weight, const std::string& norm,
+    double temperature, double eps, const at::Tensor& hidden, const at::Tensor& normed,
+    const at::Tensor& inverses, const at::Tensor& z);
 
 at::Tensor apply_to_image(const at::Tensor& x, const at::Tensor& seen, const at::Tensor& fc1_weight,
                           const std::optional<at::Tensor>& fc1_bias,

@@ -8,13 +8,13 @@ is small.
 The whole batch is one tile, so that a BatchNorm finds its statistics in one program.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..attending import Norm, Parameters, Saved, Start
 
 # Larger ones would not fit into the registers: the images of a batch, and the cells of a warehouse.
 MOST_IMAGES = 128
@@ -25,39 +25,6 @@ _LEAST = 16
 _TILE = 8192
 # Numbers whose values must not lead to another compilation.
 _VARYING = ['mixtures', 'outputs', 'temperature']
-
-
-class Norm(NamedTuple):
-    """What the norm of the hidden units does.
-
-    Args:
-        kind: ``batch``, ``running`` (a BatchNorm by its running statistics) or ``layer``.
-        eps: Added to the variance.
-        momentum: By which a ``batch`` changes the running statistics.
-        mean: Tensor[width], the running mean; None for ``layer``.
-        var: Tensor[width], the running variance; None for ``layer``.
-        batches: The number of batches seen, a tensor; None if it is not counted.
-    """
-
-    kind: str
-    eps: float
-    momentum: float = 0.0
-    mean: Tensor | None = None
-    var: Tensor | None = None
-    batches: Tensor | None = None
-
-
-class Start(NamedTuple):
-    """The one-to-one start.
-
-    Args:
-        temperature: tau, in [0, 1].
-        assigned: Tensor[mixtures] of integers, the cell of every mixture at the start; the number
-            of cells stands for none.
-    """
-
-    temperature: float
-    assigned: Tensor
 
 
 @triton.jit
@@ -234,35 +201,6 @@ def _hidden_backward_kernel(
             tl.dot(tl.trans(grad), x, input_precision='ieee'),
             mask=tl.trans(columns) & (channel < channels),
         )
-
-
-class Parameters(NamedTuple):
-    """The parameters of an attention.
-
-    Args:
-        fc1_weight: Tensor[width, channels].
-        fc1_bias: Tensor[width], or None.
-        norm_weight: Tensor[width].
-        norm_bias: Tensor[width].
-        fc2_weight: Tensor[mixtures * (cells + 1), width].
-        fc2_bias: Tensor[mixtures * (cells + 1)].
-    """
-
-    fc1_weight: Tensor
-    fc1_bias: Tensor | None
-    norm_weight: Tensor
-    norm_bias: Tensor
-    fc2_weight: Tensor
-    fc2_bias: Tensor
-
-
-class Saved(NamedTuple):
-    """What the backward pass needs: hidden units, before them what the norm gave, and logits."""
-
-    hidden: Tensor
-    normed: Tensor
-    inverses: Tensor
-    logits: Tensor
 
 
 def forward(

@@ -1,0 +1,219 @@
+"""An attention that may learn, by kernels of our own, as autograd sees it.
+
+These kernels are in ``mmkw.ops.triton.attention`` for GPUs, and in :mod:`.learning_attention` for
+the CPU.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import modes
+
+
+class Norm(NamedTuple):
+    """What the norm of the hidden units does.
+
+    Args:
+        kind: ``batch``, ``running`` (a BatchNorm by its running statistics) or ``layer``.
+        eps: Added to the variance.
+        momentum: By which a ``batch`` changes the running statistics.
+        mean: Tensor[width], the running mean; None for ``layer``.
+        var: Tensor[width], the running variance; None for ``layer``.
+        batches: The number of batches seen, a tensor; None if it is not counted.
+    """
+
+    kind: str
+    eps: float
+    momentum: float = 0.0
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    batches: Tensor | None = None
+
+
+class Start(NamedTuple):
+    """The one-to-one start.
+
+    Args:
+        temperature: tau, in [0, 1].
+        assigned: Tensor[mixtures] of integers, the cell of every mixture at the start; the number
+            of cells stands for none.
+    """
+
+    temperature: float
+    assigned: Tensor
+
+
+class Parameters(NamedTuple):
+    """The parameters of an attention.
+
+    Args:
+        fc1_weight: Tensor[width, channels].
+        fc1_bias: Tensor[width], or None.
+        norm_weight: Tensor[width].
+        norm_bias: Tensor[width].
+        fc2_weight: Tensor[mixtures * (cells + 1), width].
+        fc2_bias: Tensor[mixtures * (cells + 1)].
+    """
+
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    norm_weight: Tensor
+    norm_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs: hidden units, before them what the norm gave, and logits."""
+
+    hidden: Tensor
+    normed: Tensor
+    inverses: Tensor
+    logits: Tensor
+
+
+def attend(
+    kernels: Any,
+    pooled: Tensor,
+    parameters: Parameters,
+    norm: Norm,
+    start: Start,
+    denominator_eps: float,
+) -> Tensor:
+    """Computes attentions, also under autocast in float32.
+
+    Autograd can differentiate the result, as often as needed.
+
+    Args:
+        kernels: What computes them, as :func:`~mmkw.ops.backend.attention_kernels` gives it.
+        pooled: Tensor[batch, channels] in float32.
+        parameters: The parameters, contiguous and in float32.
+        norm: What the norm does. Its running statistics change in place.
+        start: The one-to-one start.
+        denominator_eps: Added to the sum of the logits' magnitudes.
+
+    Returns:
+        Tensor[batch, mixtures, cells].
+    """
+    with _without_autocast(pooled):
+        return _Attend.apply(pooled, *parameters, kernels, norm, start, denominator_eps)
+
+
+def _without_autocast(pooled: Tensor) -> AbstractContextManager:
+    # Switching off what is off takes as long as a small layer.
+    if modes.autocast_dtype(pooled) is None:
+        return nullcontext()
+    return torch.autocast(pooled.device.type, enabled=False)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pooled: Tensor, *arguments: Any) -> Tensor:
+        *given, kernels, norm, start, eps = arguments
+        pooled, parameters = pooled.contiguous(), Parameters(*given)
+        alpha, saved = kernels.forward(pooled, parameters, norm, start, eps)
+        # As with PyTorch's operators, what the gradient does not need may change before it.
+        unread = ['fc1_bias', 'norm_bias', 'fc2_bias']
+        if not ctx.needs_input_grad[0]:
+            unread.append('fc1_weight')
+        ctx.unread = {name: _Unread.of(getattr(parameters, name)) for name in unread}
+        read = [None if name in unread else t for name, t in parameters._asdict().items()]
+        ctx.save_for_backward(pooled, *read, *saved)
+        if norm.kind == 'running':
+            # A copy, since later batches change them.
+            norm = norm._replace(mean=norm.mean.clone(), var=norm.var.clone())
+        ctx.kernels, ctx.norm, ctx.start, ctx.eps = kernels, norm, start, eps
+        return alpha
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(Parameters._fields)
+        pooled, *tensors = ctx.saved_tensors
+        parameters, saved = Parameters(*tensors[:count]), Saved(*tensors[count:])
+        unread = {name: held.tensor for name, held in ctx.unread.items()}
+        parameters = parameters._replace(**unread)
+        with _without_autocast(pooled):
+            if torch.is_grad_enabled() or modes.is_seen_through(grad, pooled):
+                for held in ctx.unread.values():
+                    held.check()
+                gradients = _backward_plainly(ctx, grad, pooled, parameters)
+            else:
+                grad_pooled, of_parameters = ctx.kernels.backward(
+                    grad.contiguous(),
+                    pooled,
+                    parameters,
+                    ctx.norm.kind,
+                    ctx.start.temperature,
+                    ctx.eps,
+                    saved,
+                )
+                gradients = (grad_pooled, *of_parameters)
+        needed = zip(gradients, ctx.needs_input_grad)
+        return *(value if need else None for value, need in needed), None, None, None, None
+
+
+class _Unread(NamedTuple):
+    """A parameter whose values only gradients of gradients need.
+
+    Args:
+        tensor: The parameter; None if there is none.
+        version: Of its values; None if none is counted.
+    """
+
+    tensor: Any
+    version: int | None
+
+    @classmethod
+    def of(cls, tensor: Any) -> '_Unread':
+        """Notes a parameter as it is."""
+        uncounted = tensor is None or tensor.is_inference()
+        return cls(tensor, None if uncounted else tensor._version)
+
+    def check(self) -> None:
+        """Refuses to go on with other values, as autograd does."""
+        if self.tensor is not None and self.version not in (None, self.tensor._version):
+            raise RuntimeError(
+                'A parameter of an attention, which gradients of gradients need, has been modified '
+                'by an inplace operation. Compute them before the optimizer steps.'
+            )
+
+
+def _backward_plainly(
+    ctx: Any, grad: Tensor, pooled: Tensor, parameters: Parameters
+) -> tuple[Tensor | None, ...]:
+    """Computes the gradients by autograd, so that they can be differentiated."""
+    with torch.enable_grad():
+        # New views, so that differentiation ends here.
+        pooled = pooled.view_as(pooled)
+        views: list[Any] = [None if t is None else t.view_as(t) for t in parameters]
+        result = attend_plainly(pooled, Parameters(*views), ctx.norm, ctx.start, ctx.eps)
+    operands = zip([pooled, *views], ctx.needs_input_grad)
+    needed = [tensor if need else None for tensor, need in operands]
+    inputs = [tensor for tensor in needed if tensor is not None]
+    gradients = iter(
+        torch.autograd.grad(result, inputs, grad, create_graph=torch.is_grad_enabled())
+    )
+    return tuple(None if tensor is None else next(gradients) for tensor in needed)
+
+
+def attend_plainly(
+    pooled: Tensor, parameters: Parameters, norm: Norm, start: Start, denominator_eps: float
+) -> Tensor:
+    """Computes :func:`attend` by PyTorch's operators. Running statistics do not change."""
+    hidden = F.linear(pooled, parameters.fc1_weight, parameters.fc1_bias)
+    affine = parameters.norm_weight, parameters.norm_bias
+    if norm.kind == 'layer':
+        hidden = F.layer_norm(hidden, hidden.shape[1:], *affine, norm.eps)
+    elif norm.kind == 'batch':
+        hidden = F.batch_norm(hidden, None, None, *affine, training=True, eps=norm.eps)
+    else:
+        hidden = F.batch_norm(hidden, norm.mean, norm.var, *affine, eps=norm.eps)
+    logits = F.linear(hidden.relu(), parameters.fc2_weight, parameters.fc2_bias)
+    logits = logits.unflatten(1, (len(start.assigned), -1))
+    alpha = logits / (logits.abs().sum(-1, keepdim=True) + denominator_eps)
+    beta = F.one_hot(start.assigned, alpha.shape[-1]).to(alpha)
+    return torch.lerp(alpha, beta.expand_as(alpha), start.temperature)[..., :-1]
