@@ -120,12 +120,11 @@ class _Attend(torch.autograd.Function):
         unread = ['fc1_bias', 'norm_bias', 'fc2_bias']
         if not ctx.needs_input_grad[0]:
             unread.append('fc1_weight')
-        ctx.unread = {name: _Unread.of(getattr(parameters, name)) for name in unread}
+        ctx.unread = {name: getattr(parameters, name) for name in unread}
         read = [None if name in unread else t for name, t in parameters._asdict().items()]
         ctx.save_for_backward(pooled, *read, *saved)
-        if norm.kind == 'running':
-            # A copy, since later batches change them.
-            norm = norm._replace(mean=norm.mean.clone(), var=norm.var.clone())
+        statistics = (norm.mean, norm.var) if norm.kind == 'running' else ()
+        ctx.noted = [_Noted.of(tensor) for tensor in (*ctx.unread.values(), *statistics)]
         ctx.kernels, ctx.norm, ctx.start, ctx.eps = kernels, norm, start, eps
         return alpha
 
@@ -134,12 +133,11 @@ class _Attend(torch.autograd.Function):
         count = len(Parameters._fields)
         pooled, *tensors = ctx.saved_tensors
         parameters, saved = Parameters(*tensors[:count]), Saved(*tensors[count:])
-        unread = {name: held.tensor for name, held in ctx.unread.items()}
-        parameters = parameters._replace(**unread)
+        parameters = parameters._replace(**ctx.unread)
         with _without_autocast(pooled):
             if torch.is_grad_enabled() or modes.is_seen_through(grad, pooled):
-                for held in ctx.unread.values():
-                    held.check()
+                for noted in ctx.noted:
+                    noted.check()
                 gradients = _backward_plainly(ctx, grad, pooled, parameters)
             else:
                 grad_pooled, of_parameters = ctx.kernels.backward(
@@ -156,11 +154,11 @@ class _Attend(torch.autograd.Function):
         return *(value if need else None for value, need in needed), None, None, None, None
 
 
-class _Unread(NamedTuple):
-    """A parameter whose values only gradients of gradients need.
+class _Noted(NamedTuple):
+    """A tensor whose values only gradients of gradients need.
 
     Args:
-        tensor: The parameter; None if there is none.
+        tensor: The tensor; None if there is none.
         version: Of its values; None if none is counted.
     """
 
@@ -168,8 +166,8 @@ class _Unread(NamedTuple):
     version: int | None
 
     @classmethod
-    def of(cls, tensor: Any) -> '_Unread':
-        """Notes a parameter as it is."""
+    def of(cls, tensor: Any) -> '_Noted':
+        """Notes a tensor as it is."""
         uncounted = tensor is None or tensor.is_inference()
         return cls(tensor, None if uncounted else tensor._version)
 
@@ -177,8 +175,8 @@ class _Unread(NamedTuple):
         """Refuses to go on with other values, as autograd does."""
         if self.tensor is not None and self.version not in (None, self.tensor._version):
             raise RuntimeError(
-                'A parameter of an attention, which gradients of gradients need, has been modified '
-                'by an inplace operation. Compute them before the optimizer steps.'
+                'A tensor of an attention, which gradients of gradients need, has been modified by '
+                'an inplace operation. Compute them before the optimizer steps.'
             )
 
 
