@@ -16,6 +16,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from mmengine.runner import Runner, load_checkpoint, load_state_dict
 
+from mmkw import set_temperature
 from mmkw.checkpoints import CheckpointMismatchError
 from mmkw.engine.building import build_model
 from mmkw.engine.command_line import PUBLISHED_WEIGHTS
@@ -117,6 +118,8 @@ def test_recipe_and_a_step(row):
     samples = [DataSample().set_gt_label(label) for label in (3, 997)]
     batch = dict(inputs=[torch.randint(0, 255, (3, 64, 64)).byte()] * 2, data_samples=samples)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if dynamic:  # as the hook does before the first step: random cells start one to one
+        set_temperature(model, 1.0)
     data = model.train().data_preprocessor(batch, True)
     loss, _ = model.parse_losses(model(**data, mode='loss'))
     assert loss.isfinite()
