@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any
 
@@ -240,7 +239,7 @@ class Attention(LayerAttention):
         quick = self._by_kernels(pooled)
         if quick is not None:
             return quick
-        with without_autocast(pooled):
+        with modes.without_autocast(pooled):
             hidden = self.relu(normalised(self.norm1, self.fc1(as_precise(pooled, self.fc1))))
             logits = self._logits(hidden)
             alpha = logits / (logits.abs().sum(-1, keepdim=True) + DENOMINATOR_EPS)
@@ -271,7 +270,8 @@ class Attention(LayerAttention):
 
         A few kernels are faster than many small operators.
         """
-        layers = self._layers()
+        # Whoever looks at the operators sees PyTorch's, and no question about sizes and versions.
+        layers = None if modes.is_observed() else self._layers()
         if layers is None:
             return None
         if not pooled.is_cuda:
@@ -279,11 +279,13 @@ class Attention(LayerAttention):
             if operands is not None and backend.computes_constants(pooled, *operands.tensors):
                 return torch.ops.mmkw.attend(pooled, *operands.tensors, *operands.numbers)
         fc1, norm, fc2 = layers
+        if any(map(modes.is_hooked_backward, (*layers, self.relu))):
+            return None
         description = None
-        # What is wrong PyTorch says.
+        # What is wrong with the sizes of these PyTorch says.
         if pooled.shape[1:] == fc1.weight.shape[1:] and norm.eps > 0:
             description = self._description(norm, pooled)
-        if description is None or any(map(modes.is_hooked_backward, self._modules.values())):
+        if description is None:
             return None
         parameters = attending.Parameters(
             fc1.weight, fc1.bias, norm.weight, norm.bias, fc2.weight, fc2.bias
@@ -303,22 +305,26 @@ class Attention(LayerAttention):
         if mean is None or var is None:
             return None
         # A batch of one has no variance; see normalised.
-        by_batch = norm.training and len(pooled) > 1
+        kind = 'batch' if norm.training and pooled.shape[0] > 1 else 'running'
         if norm.training and (
             norm.momentum is None or not norm.track_running_stats or _joins_processes(norm)
         ):
             return None
-        if by_batch and batches is not None and batches.dtype != torch.int64:
-            return None
-        if not all(
-            t.dtype == torch.float32 and t.is_contiguous() and not t.requires_grad
-            for t in (mean, var)
+        if batches is not None and (
+            batches.dtype != torch.int64 or batches.numel() != 1 or batches.is_inference()
         ):
             return None
-        if modes.is_seen_through(mean, var) or mean.device != pooled.device or mean.is_inference():
-            return None
-        kind, counted = ('batch', batches) if by_batch else ('running', None)
-        return attending.Norm(kind, norm.eps, norm.momentum or 0.0, mean, var, counted)
+        for statistic in (mean, var):
+            if (
+                statistic.dtype != torch.float32
+                or not statistic.is_contiguous()
+                or statistic.requires_grad
+                or statistic.is_inference()
+                or statistic.device != pooled.device
+                or not modes.is_plain(statistic)
+            ):
+                return None
+        return attending.Norm(kind, norm.eps, norm.momentum or 0.0, mean, var, batches)
 
     def _assigned_on(self, device: torch.device) -> Tensor:
         """The cells of the one-to-one start, copied to a device once: a copy waits for the GPU."""
@@ -432,17 +438,6 @@ def norm_of(norm_cfg: dict, width: int) -> nn.Module:
             'normalise a batch of one image by.'
         )
     return norm
-
-
-def without_autocast(pooled: Tensor) -> AbstractContextManager:
-    """Switches autocast off: attentions are computed in the precision of their parameters.
-
-    Args:
-        pooled: The input of the attention.
-    """
-    # torch has no autocast for the meta device.
-    device = pooled.device.type
-    return nullcontext() if pooled.is_meta else torch.autocast(device, enabled=False)
 
 
 def as_precise(pooled: Tensor, first: nn.Module) -> Tensor:

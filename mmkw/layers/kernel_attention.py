@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops import modes
 from .attention import (
     LayerAttention,
     as_precise,
@@ -18,7 +19,6 @@ from .attention import (
     check_width,
     norm_of,
     normalised,
-    without_autocast,
 )
 from .partition import LayerShare, WarehouseOptions
 
@@ -90,7 +90,7 @@ class KernelAttention(LayerAttention):
         Returns:
             Tensor[batch, 1, kernels], or :class:`Scales`.
         """
-        with without_autocast(pooled):
+        with modes.without_autocast(pooled):
             first = next(module for module in self.children() if isinstance(module, nn.Linear))
             return self._attend(as_precise(pooled, first))
 

@@ -3,7 +3,7 @@
 - ``kernels`` defines mixing.
 - ``backend`` chooses what computes: PyTorch, ``mixing``, ``compiled`` (CPU) or ``fused`` (GPU).
 - ``dynamic`` is the whole operator with its gradient.
-- ``attending`` is an attention by kernels of our own with its gradient; ``learning_attention`` has
+- ``attending`` is an attention by kernels of our own with its gradient; ``compiled_attention`` has
   those for the CPU.
 - ``gradient`` sums up the gradient of a warehouse over its layers.
 - ``sample_conv`` applies kernels to images, in one of several ``ways``; ``choosing`` times them.

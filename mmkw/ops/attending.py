@@ -1,10 +1,9 @@
 """An attention that may learn, by kernels of our own, as autograd sees it.
 
-These kernels are in ``mmkw.ops.triton.attention`` for GPUs, and in :mod:`.learning_attention` for
+These kernels are in ``mmkw.ops.triton.attention`` for GPUs, and in :mod:`.compiled_attention` for
 the CPU.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,8 @@ class Norm(NamedTuple):
         momentum: By which a ``batch`` changes the running statistics.
         mean: Tensor[width], the running mean; None for ``layer``.
         var: Tensor[width], the running variance; None for ``layer``.
-        batches: The number of batches seen, a tensor; None if it is not counted.
+        batches: The number of batches seen, a tensor that a ``batch`` raises; None if it is not
+            counted.
     """
 
     kind: str
@@ -99,15 +99,8 @@ def attend(
     Returns:
         Tensor[batch, mixtures, cells].
     """
-    with _without_autocast(pooled):
+    with modes.without_autocast(pooled):
         return _Attend.apply(pooled, *parameters, kernels, norm, start, denominator_eps)
-
-
-def _without_autocast(pooled: Tensor) -> AbstractContextManager:
-    # Switching off what is off takes as long as a small layer.
-    if modes.autocast_dtype(pooled) is None:
-        return nullcontext()
-    return torch.autocast(pooled.device.type, enabled=False)
 
 
 class _Attend(torch.autograd.Function):
@@ -116,14 +109,20 @@ class _Attend(torch.autograd.Function):
         *given, kernels, norm, start, eps = arguments
         pooled, parameters = pooled.contiguous(), Parameters(*given)
         alpha, saved = kernels.forward(pooled, parameters, norm, start, eps)
+        if norm.kind == 'batch' and norm.batches is not None:
+            torch.autograd.graph.increment_version(norm.batches)
         # As with PyTorch's operators, what the gradient does not need may change before it.
+        needs = ctx.needs_input_grad[: 1 + len(Parameters._fields)]
         unread = ['fc1_bias', 'norm_bias', 'fc2_bias']
-        if not ctx.needs_input_grad[0]:
-            unread.append('fc1_weight')
+        # Each weight is for the gradients of what comes before it: pooled, fc1, the norm.
+        for name, before in (('fc1_weight', 1), ('norm_weight', 3), ('fc2_weight', 5)):
+            if not any(needs[:before]):
+                unread.append(name)
         ctx.unread = {name: getattr(parameters, name) for name in unread}
         read = [None if name in unread else t for name, t in parameters._asdict().items()]
         ctx.save_for_backward(pooled, *read, *saved)
-        statistics = (norm.mean, norm.var) if norm.kind == 'running' else ()
+        # A batch changes the statistics without a trace, other than that it is counted.
+        statistics = (norm.mean, norm.var, norm.batches) if norm.kind == 'running' else ()
         ctx.noted = [_Noted.of(tensor) for tensor in (*ctx.unread.values(), *statistics)]
         ctx.kernels, ctx.norm, ctx.start, ctx.eps = kernels, norm, start, eps
         return alpha
@@ -134,7 +133,7 @@ class _Attend(torch.autograd.Function):
         pooled, *tensors = ctx.saved_tensors
         parameters, saved = Parameters(*tensors[:count]), Saved(*tensors[count:])
         parameters = parameters._replace(**ctx.unread)
-        with _without_autocast(pooled):
+        with modes.without_autocast(pooled):
             if torch.is_grad_enabled() or modes.is_seen_through(grad, pooled):
                 for noted in ctx.noted:
                     noted.check()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import learning_attention, modes
+from . import compiled_attention, modes
 from .compiled import MISSING, READ, CompiledMixing, multiplies_bfloat16
 from .kernels import assembled_shape, is_regular
 from .mixing import Mixing
@@ -191,7 +191,7 @@ def attention_kernels(pooled: Tensor, cells: int, *parameters: Tensor | None) ->
     ):
         return None
     if all(t.is_cpu for t in given):
-        return learning_attention if why_not_compiled() is None else None
+        return compiled_attention if why_not_compiled() is None else None
     if not all(map(_is_on_current_gpu, given)) or (kernels := gpu_kernels()) is None:
         return None
     attention = kernels.attention

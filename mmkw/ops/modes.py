@@ -4,6 +4,7 @@ PyTorch's private names, and names that differ between its releases, are in this
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -29,6 +30,20 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
         # Autocast leaves double precision as it is, and what are no real numbers.
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Switches autocast off where a tensor is, if it is on.
+
+    Args:
+        x: Any tensor.
+    """
+    device = x.device.type
+    # torch has no autocast for the meta device. Switching off what is off takes as long as a small
+    # layer.
+    if device == 'meta' or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def is_compiling() -> bool:

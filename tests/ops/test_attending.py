@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmkw.ops import attending, backend, learning_attention
+from mmkw.ops import attending, backend, compiled_attention
 
 
 def distance(result, exact):
@@ -19,7 +19,7 @@ def place(request):
     if request.param == 'CPU':
         if (missing := backend.why_not_compiled()) is not None:
             pytest.skip(missing)
-        return learning_attention, 'cpu'
+        return compiled_attention, 'cpu'
     pytest.importorskip('triton', reason='Triton is not installed')
     from mmkw.ops.triton import attention
 

@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace mmkw {
@@ -81,11 +82,11 @@ void linear(float* result, const float* values, int64_t rows, const at::Tensor& 
 // images, one value a unit, or by the units, one value an image.
 struct Statistics {
   bool shared;
-  std::vector<double> mean, inverse;
+  std::vector<double> mean, variance, inverse;
 };
 
 Statistics given_statistics(int64_t width, const float* mean, const float* variance, double eps) {
-  Statistics result{true, {mean, mean + width}, std::vector<double>(width)};
+  Statistics result{true, {mean, mean + width}, {variance, variance + width}, std::vector<double>(width)};
   for (int64_t i = 0; i < width; i++) result.inverse[i] = 1 / std::sqrt(variance[i] + eps);
   return result;
 }
@@ -93,7 +94,8 @@ Statistics given_statistics(int64_t width, const float* mean, const float* varia
 // The statistics of `groups` of `count` values, which lie `stride` apart. The groups lie `step` apart.
 Statistics own_statistics(bool shared, const float* values, int64_t groups, int64_t step, int64_t count,
                           int64_t stride, double eps) {
-  Statistics result{shared, std::vector<double>(groups), std::vector<double>(groups)};
+  Statistics result{shared, std::vector<double>(groups), std::vector<double>(groups),
+                    std::vector<double>(groups)};
   for (int64_t g = 0; g < groups; g++) {
     const float* const group = values + g * step;
     double mean = 0, variance = 0;
@@ -101,6 +103,7 @@ Statistics own_statistics(bool shared, const float* values, int64_t groups, int6
     for (int64_t i = 0; i < count; i++)
       variance += (group[i * stride] - mean) * (group[i * stride] - mean) / count;
     result.mean[g] = mean;
+    result.variance[g] = variance;
     result.inverse[g] = 1 / std::sqrt(variance + eps);
   }
   return result;
@@ -176,12 +179,16 @@ void for_mixtures(int64_t count, int64_t logits, const Work& work) {
   });
 }
 
+// What a mixture's `count` logits are divided by.
+float magnitude(const float* z, int64_t count, double eps) {
+  return sum_of(count, [&](int64_t i) { return std::abs(z[i]); }) + static_cast<float>(eps);
+}
+
 // alpha (mixtures, n) = z / (sum |z| + eps), from z (mixtures, n + 1), whose last is the zero cell's.
 void divide_by_magnitudes(float* alpha, const float* z, int64_t mixtures, int64_t n, double eps) {
   for_mixtures(mixtures, n + 1, [&](int64_t mixture) {
     const float* const from = z + mixture * (n + 1);
-    const float sum =
-        sum_of(n + 1, [&](int64_t i) { return std::abs(from[i]); }) + static_cast<float>(eps);
+    const float sum = magnitude(from, n + 1, eps);
     for (int64_t i = 0; i < n; i++) alpha[mixture * n + i] = from[i] / sum;
   });
 }
@@ -201,6 +208,12 @@ struct Sizes {
                 mixtures, " mixtures");
   }
 };
+
+// Whether a norm is a LayerNorm, and whether a BatchNorm by the batch.
+std::pair<bool, bool> kind_of(const std::string& norm) {
+  TORCH_CHECK(norm == "layer" || norm == "batch" || norm == "running", "unknown norm ", norm);
+  return {norm == "layer", norm == "batch"};
+}
 
 // As `dense`, of float32 alone.
 at::Tensor dense_floats(const at::Tensor& tensor, at::IntArrayRef shape) {
@@ -278,19 +291,18 @@ at::Tensor attend(const at::Tensor& pooled, const at::Tensor& fc1_weight,
 }
 
 // As `attend`, to learn: in float32, at any temperature, with a norm by the `batch`, by `running`
-// statistics or by `layer`. Statistics of the batch change the running ones, and count the batch. Returns alpha, and for the
-// backward pass the hidden units, what the norm gave before its weights, what it multiplied by, and the
-// logits.
+// statistics or by `layer`. Statistics of the batch change the running ones, and count the batch. Returns
+// alpha, and for the backward pass the hidden units, what the norm gave before its weights, what it
+// multiplied by, and the logits.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attend_to_learn(
     const at::Tensor& pooled, const at::Tensor& fc1_weight, const std::optional<at::Tensor>& fc1_bias,
     const at::Tensor& norm_weight, const at::Tensor& norm_bias, const at::Tensor& fc2_weight,
     const at::Tensor& fc2_bias, const at::Tensor& assigned, const std::string& norm, double norm_eps,
-    double momentum, std::optional<at::Tensor> mean, std::optional<at::Tensor> variance,
-    std::optional<at::Tensor> batches, double temperature, double eps) {
+    double momentum, const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& variance,
+    const std::optional<at::Tensor>& batches, double temperature, double eps) {
   const int64_t mixtures = assigned.numel();
   const auto [batch, in, width, logits] = Sizes(pooled, fc1_weight, fc2_weight, mixtures);
-  const bool is_layer = norm == "layer", by_batch = norm == "batch";
-  TORCH_CHECK(is_layer || by_batch || norm == "running", "unknown norm ", norm);
+  const auto [is_layer, by_batch] = kind_of(norm);
   TORCH_CHECK(mean.has_value() != is_layer && variance.has_value() != is_layer,
               "running statistics are a BatchNorm's");
   TORCH_CHECK(!by_batch || batch > 1, "one image has no variance");
@@ -316,21 +328,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attend_to
       TORCH_CHECK(running.is_contiguous() && running.scalar_type() == at::kFloat &&
                       running.sizes() == at::IntArrayRef(width),
                   "running statistics must be dense float32 of ", width);
-    float* const center = mean->mutable_data_ptr<float>();
-    float* const spread = variance->mutable_data_ptr<float>();
     if (by_batch) {
+      float* const center = mean->mutable_data_ptr<float>();
+      float* const spread = variance->mutable_data_ptr<float>();
       statistics = own_statistics(true, units, width, 1, batch, width, norm_eps);
       for (int64_t i = 0; i < width; i++) {
-        const double own = 1 / (statistics.inverse[i] * statistics.inverse[i]) - norm_eps;
-        center[i] += momentum * (statistics.mean[i] - center[i]);
-        spread[i] += momentum * (own * batch / (batch - 1) - spread[i]);
+        const double unbiased = statistics.variance[i] * batch / (batch - 1);
+        center[i] = (1 - momentum) * center[i] + momentum * statistics.mean[i];
+        spread[i] = (1 - momentum) * spread[i] + momentum * unbiased;
       }
-      if (batches) {
-        ++*batches->mutable_data_ptr<int64_t>();
-        batches->unsafeGetTensorImpl()->bump_version();
-      }
+      if (batches) ++*batches->mutable_data_ptr<int64_t>();
     } else {
-      statistics = given_statistics(width, center, spread, norm_eps);
+      statistics = given_statistics(width, mean->const_data_ptr<float>(),
+                                    variance->const_data_ptr<float>(), norm_eps);
     }
   }
   normalize(statistics, units, normed.mutable_data_ptr<float>(), batch, width,
@@ -368,14 +378,14 @@ std::vector<at::Tensor> attend_backward(
   TORCH_CHECK(grad.dim() == 3, "the gradient of attentions has three dimensions, got ", grad.sizes());
   const int64_t mixtures = grad.size(1), n = grad.size(2);
   const auto [batch, in, width, logits] = Sizes(pooled, fc1_weight, fc2_weight, mixtures);
-  const bool of_images = norm == "layer", by_batch = norm == "batch";
+  const auto [is_layer, by_batch] = kind_of(norm);
   const at::Tensor outer = dense_floats(grad, {batch, mixtures, logits / mixtures - 1}),
                    values = dense_floats(pooled, {batch, in}),
                    first = dense_floats(fc1_weight, {width, in}),
                    last = dense_floats(fc2_weight, {logits, width}),
                    by = dense_floats(norm_weight, width), after = dense_floats(hidden, {batch, width}),
                    before = dense_floats(normed, {batch, width}),
-                   scales = dense_floats(inverses, of_images ? batch : width),
+                   scales = dense_floats(inverses, is_layer ? batch : width),
                    given = dense_floats(z, {batch, logits});
 
   const at::Tensor grad_z = at::empty_like(given);
@@ -386,8 +396,7 @@ std::vector<at::Tensor> attend_backward(
     const float* const g = all_g + mixture * n;
     const float* const from = all_z + mixture * (n + 1);
     float* const to = all_grad + mixture * (n + 1);
-    const float sum =
-        sum_of(n + 1, [&](int64_t i) { return std::abs(from[i]); }) + static_cast<float>(eps);
+    const float sum = magnitude(from, n + 1, eps);
     const float along = sum_of(n, [&](int64_t i) { return g[i] * from[i]; }) / sum;
     const float share = (1 - static_cast<float>(temperature)) / sum;
     for (int64_t i = 0; i <= n; i++) {
@@ -414,8 +423,8 @@ std::vector<at::Tensor> attend_backward(
       d[at] *= weight[i];
     }
   // Of statistics that the units themselves have: groups of them, as in own_statistics.
-  const int64_t groups = of_images ? batch : by_batch ? width : 0, count = of_images ? width : batch;
-  const int64_t step = of_images ? width : 1, stride = of_images ? 1 : width;
+  const int64_t groups = is_layer ? batch : by_batch ? width : 0, count = is_layer ? width : batch;
+  const int64_t step = is_layer ? width : 1, stride = is_layer ? 1 : width;
   for (int64_t g = 0; g < groups; g++) {
     double mean = 0, along = 0;
     for (int64_t i = 0; i < count; i++) {
@@ -428,7 +437,7 @@ std::vector<at::Tensor> attend_backward(
     }
   }
   for (int64_t r = 0; r < batch; r++)
-    for (int64_t i = 0; i < width; i++) d[r * width + i] *= scale[of_images ? r : i];
+    for (int64_t i = 0; i < width; i++) d[r * width + i] *= scale[is_layer ? r : i];
 
   return {product(grad_units, first), product(grad_units.t(), values), sum_of_rows(grad_units),
           grad_weight, grad_bias, product(grad_z.t(), after), sum_of_rows(grad_z)};

@@ -48,8 +48,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attend_to
     const at::Tensor& pooled, const at::Tensor& fc1_weight, const std::optional<at::Tensor>& fc1_bias,
     const at::Tensor& norm_weight, const at::Tensor& norm_bias, const at::Tensor& fc2_weight,
     const at::Tensor& fc2_bias, const at::Tensor& assigned, const std::string& norm, double norm_eps,
-    double momentum, std::optional<at::Tensor> mean, std::optional<at::Tensor> variance,
-    std::optional<at::Tensor> batches, double temperature, double eps);
+    double momentum, const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& variance,
+    const std::optional<at::Tensor>& batches, double temperature, double eps);
 
 std::vector<at::Tensor> attend_backward(
     const at::Tensor& grad, const at::Tensor& pooled, const at::Tensor& fc1_weight,

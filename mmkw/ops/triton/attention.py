@@ -75,10 +75,10 @@ def _norm_kernel(
         centred, mean, var, inverse = _normalised(total, rows, columns, images, width, eps, KIND)
         if KIND == 'batch':
             old = tl.load(running_mean + unit, mask=columns, other=0.0)
-            tl.store(running_mean + unit, old + momentum * (mean - old), mask=columns)
+            tl.store(running_mean + unit, (1 - momentum) * old + momentum * mean, mask=columns)
             old = tl.load(running_var + unit, mask=columns, other=0.0)
             unbiased = var * images / (images - 1)
-            tl.store(running_var + unit, old + momentum * (unbiased - old), mask=columns)
+            tl.store(running_var + unit, (1 - momentum) * old + momentum * unbiased, mask=columns)
             if COUNTS and tl.program_id(0) == 0:
                 tl.store(num_batches, tl.load(num_batches) + 1)
     if KIND == 'layer':

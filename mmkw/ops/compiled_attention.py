@@ -72,5 +72,4 @@ def backward(
         denominator_eps,
         *saved,
     )
-    found = Parameters(*gradients)
-    return grad_pooled, found if parameters.fc1_bias is not None else found._replace(fc1_bias=None)
+    return grad_pooled, Parameters(*gradients)
