@@ -101,7 +101,7 @@ def test_at_temperature_1_every_mixture_is_one_cell(tool, trained, photographs):
     layers = {n: m for n, m in model.named_modules() if isinstance(m, DynamicLayer)}
     assert records.keys() == layers.keys() and len(layers) == 14
     for name, one in records.items():
-        assert one.spread == 0 and one.count == 2
+        assert one.spread == one.directions == 0 and one.count == 2
         expected = torch.zeros_like(one.mean)
         for mixture, cell in enumerate(layers[name].share.assigned):
             expected[mixture, cell] = 1
@@ -141,6 +141,10 @@ def test_means_equal_a_loop_over_the_library_s_own_inference(tool, trained, phot
         assert own['magnitude'] == pytest.approx(np.abs(alphas).mean(), rel=1e-5)
         spread = alphas.std(0).mean() / np.abs(alphas).mean()
         assert own['spread'] == pytest.approx(spread, rel=1e-3) and spread > 1e-3
+        differing = (alphas - alphas.mean(0)).reshape(4, -1)
+        variances = np.linalg.svd(differing, compute_uv=False) ** 2
+        directions = variances.sum() ** 2 / (variances**2).sum()
+        assert own['directions'] == pytest.approx(directions, rel=1e-3) and 1 <= directions <= 3
         part = classes.setdefault(own['warehouse'], {'cat': 0, 'coffee': 0, 'usage': 0})
         part['cat'] += alphas[:2].mean(0).sum(0)
         part['coffee'] += alphas[2:].mean(0).sum(0)
@@ -151,6 +155,17 @@ def test_means_equal_a_loop_over_the_library_s_own_inference(tool, trained, phot
         for label in ('cat', 'coffee'):
             np.testing.assert_allclose(own['classes'][label], part[label], atol=1e-5)
         np.testing.assert_allclose(own['usage'], part['usage'], atol=1e-5)
+
+
+def test_directions_are_counted(tool):
+    attention = tool('attention')
+    for count in (1, 2, 5):
+        one = attention.Record('', 0)
+        for image in range(60):
+            alpha = torch.full((3, 4), 0.5, dtype=torch.float64)
+            alpha.view(-1)[image // 2 % count] += (-1) ** image
+            one.add(alpha, None)
+        assert one.directions == pytest.approx(count)
 
 
 @pytest.mark.parametrize('method', ['kernelwarehouse', 'dyconv', 'odconv'])

@@ -35,6 +35,9 @@ from mmkw.engine.images import IMAGE_TYPES, images_in, test_pipeline
 from mmkw.layers import LayerAttention
 from mmkw.layers.dynamic_layers import DynamicLayer
 
+# Of so many images the attentions are kept, to be compared with each other.
+MOST_COMPARED = 256
+
 
 @dataclass(frozen=True)
 class Image:
@@ -55,6 +58,7 @@ class Record:
         total: Tensor[mixtures, cells], the sum of the attentions.
         squares: Tensor[mixtures, cells], the sum of their squares.
         magnitudes: Tensor[mixtures, cells], the sum of their magnitudes.
+        first: The attentions of the first images: Tensor[mixtures * cells] in float32.
         by_class: For every class Tensor[cells], the sum of the attentions over its images and over
             the mixtures.
     """
@@ -65,6 +69,7 @@ class Record:
     total: Tensor | float = 0.0
     squares: Tensor | float = 0.0
     magnitudes: Tensor | float = 0.0
+    first: list[Tensor] = field(default_factory=list)
     by_class: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, alpha: Tensor, label: str | None) -> None:
@@ -73,6 +78,8 @@ class Record:
         self.total = self.total + alpha
         self.squares = self.squares + alpha.square()
         self.magnitudes = self.magnitudes + alpha.abs()
+        if len(self.first) < MOST_COMPARED:
+            self.first.append(alpha.flatten().float())
         if label is not None:
             self.by_class[label] = self.by_class.get(label, 0.0) + alpha.sum(0)
 
@@ -96,6 +103,20 @@ class Record:
         """The standard deviation over images relative to the mean magnitude; 0 if none differ."""
         variance = self.squares / self.count - self.mean.square()
         return float(variance.clamp(min=0).sqrt().mean()) / self.magnitude
+
+    @property
+    def directions(self) -> float:
+        """In how many directions the attentions of images differ, of the first MOST_COMPARED.
+
+        With the variances v along their principal axes, (sum of v)^2 / (sum of v^2): k if k of them
+        are alike and the others 0; 0 if no images differ.
+        """
+        values = torch.stack(self.first).double()
+        values -= values.mean(0)
+        # Its eigenvalues are the variances: their sum is its trace, that of their squares its norm.
+        products = values @ values.T
+        squares = float(products.square().sum())
+        return float(products.trace().square()) / squares if squares > 0 else 0.0
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Image]:
@@ -245,6 +266,7 @@ def numbers(records: dict[str, Record], counts: dict[str, int]) -> dict[str, Any
                 warehouse=one.warehouse,
                 magnitude=one.magnitude,
                 spread=one.spread,
+                directions=one.directions,
                 mean=listed(one.mean),
             )
             for name, one in records.items()
@@ -260,16 +282,21 @@ def numbers(records: dict[str, Record], counts: dict[str, int]) -> dict[str, Any
 
 
 def table(records: dict[str, Record]) -> Iterator[str]:
-    """The lines of a table: the mean spread of layers, and usage relative to the mean of cells."""
-    yield '| warehouse | layers | mixtures | cells | spread | least used cell | most used cell |'
-    yield '|---|---|---|---|---|---|---|'
+    """The lines of a table: means over layers, and usage relative to the mean of cells."""
+    yield (
+        '| warehouse | layers | mixtures | cells | spread | directions | least used cell '
+        '| most used cell |'
+    )
+    yield '|---|---|---|---|---|---|---|---|'
     for warehouse, layers in by_warehouse(records).items():
         usage = sum(one.usage for one in layers.values())
         values = list(layers.values())
         spread = sum(one.spread for one in values) / len(values)
+        directions = sum(one.directions for one in values) / len(values)
         yield (
             f'| {warehouse} | {len(layers)} | {sum(len(one.mean) for one in values)} '
-            f'| {len(usage)} | {spread:.2f} | {float(usage.min() / usage.mean()):.2f} '
+            f'| {len(usage)} | {spread:.2f} | {directions:.1f} '
+            f'| {float(usage.min() / usage.mean()):.2f} '
             f'| {float(usage.max() / usage.mean()):.2f} |'
         )
 
