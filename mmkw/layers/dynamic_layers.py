@@ -597,8 +597,7 @@ class _Average(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, first: int, last: int) -> Tensor:
         ctx.first, ctx.last, ctx.like = first, last, (x.shape, x.dtype)
-        total = x.sum(tuple(range(first, last)), dtype=torch.float32)
-        return total / math.prod(x.shape[first:last])
+        return x.mean(tuple(range(first, last)), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
