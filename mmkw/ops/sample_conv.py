@@ -27,8 +27,9 @@ _WAYS: dict[str, type[Way]] = dict(images=Images, groups=Groups, tiles=Tiles)
 class SampleConv(Geometry):
     """Convolves every image with its own kernel.
 
-    For kernels of size one without padding, a batched product of matrices computes the result.
-    Others are convolved one image after the other, by one convolution with the groups of all
+    For kernels of size one without padding, a batched product of matrices computes the result, or
+    on a CPU that convolves faster one convolution after the other, which is measured once. Others
+    are convolved one image after the other, by one convolution with the groups of all
     images, or on a GPU by a kernel of our own. There the fastest is found by measurement, for every
     kind of shape; see :mod:`.choosing`. On the CPU depthwise convolutions are joined, if images are
     small or their channels lie first, and others with small kernels where PyTorch would take a
@@ -101,7 +102,12 @@ class SampleConv(Geometry):
     def _by_best_way(self, what: str, x: Tensor, kernels: Tensor, *operands: Any) -> Any:
         """Computes one of the methods of a way."""
         if self.is_pointwise(kernels):
-            return getattr(Products, what)(self, *operands)
+            way: type[Way] = Images if self._is_convolved(what, x, kernels) else Products
+            return getattr(way, what)(self, *operands)
+        return getattr(self._way(what, x, kernels, operands), what)(self, *operands)
+
+    def _way(self, what: str, x: Tensor, kernels: Tensor, operands: Sequence[Any]) -> type[Way]:
+        """The way for kernels larger than one."""
         way = 'groups' if self._is_joined(what, x, kernels.shape[1:]) else 'images'
         if choosing.may_choose(x) and not modes.is_seen_through(x, kernels):
             recorded = torch.is_grad_enabled() and any(
@@ -111,7 +117,23 @@ class SampleConv(Geometry):
             way = choosing.chosen(kind, x) or choosing.choose(
                 kind, x, way, self._ways(what, x, operands, recorded)
             )
-        return getattr(_WAYS[way], what)(self, *operands)
+        return _WAYS[way]
+
+    def _is_convolved(self, what: str, x: Tensor, kernels: Tensor) -> bool:
+        """Whether PyTorch convolves by kernels of size one faster than it multiplies them."""
+        return (
+            self.groups == 1
+            and not torch.is_grad_enabled()
+            and x.is_contiguous()
+            and x.dtype == torch.float32
+            and modes.autocast_dtype(x) is None
+            and backend.computes_constants(x, kernels)
+            and torch.ops.mmkw.is_convolution_faster(
+                what,
+                *kernels.shape[:3],
+                math.prod(-(-size // step) for size, step in zip(x.shape[2:], self.stride)),
+            )
+        )
 
     def _ways(
         self, what: str, x: Tensor, operands: Sequence[Any], recorded: bool

@@ -79,14 +79,15 @@ void linear(float* result, const float* values, int64_t rows, const at::Tensor& 
 }
 
 // What the norm subtracts from the hidden units, and what it then multiplies them by: `shared` by the
-// images, one value a unit, or by the units, one value an image.
+// images, one value a unit, or by the units, one value an image. The variance is that of the units
+// themselves, and absent where it was given.
 struct Statistics {
   bool shared;
   std::vector<double> mean, variance, inverse;
 };
 
 Statistics given_statistics(int64_t width, const float* mean, const float* variance, double eps) {
-  Statistics result{true, {mean, mean + width}, {variance, variance + width}, std::vector<double>(width)};
+  Statistics result{true, {mean, mean + width}, {}, std::vector<double>(width)};
   for (int64_t i = 0; i < width; i++) result.inverse[i] = 1 / std::sqrt(variance[i] + eps);
   return result;
 }

@@ -24,6 +24,15 @@ at::Tensor memory_of_thread(at::IntArrayRef shape, const at::Tensor& like) {
   return memory.narrow(0, 0, size).view(shape);
 }
 
+// Whether PyTorch convolves by a kernel of size one faster than it is multiplied.
+bool is_convolved(const at::Tensor& x, const at::Tensor& kernel, at::IntArrayRef stride) {
+  if (x.scalar_type() != at::kFloat || !x.is_contiguous()) return false;
+  int64_t pixels = 1;
+  for (size_t dim = 0; dim < stride.size(); dim++)
+    pixels *= (x.size(2 + dim) - 1) / stride[dim] + 1;
+  return is_convolution_faster("forward", 1, kernel.size(0), x.size(1), pixels);
+}
+
 // A convolution by kernels of size one is a product of matrices, whether channels lie last or not.
 at::Tensor convolve_pixels(at::Tensor x, const at::Tensor& kernel,
                            const std::optional<at::Tensor>& bias, at::IntArrayRef stride) {
@@ -42,9 +51,10 @@ at::Tensor convolve_pixels(at::Tensor x, const at::Tensor& kernel,
   }
   shape[1] = kernel.size(0);
   const at::Tensor pixels = x.reshape({x.size(1), -1});
-  const at::Tensor y = is_faster_by_tiles(weights, pixels, 1)
-                           ? mmkw::bmm(weights.unsqueeze(0), pixels.unsqueeze(0), true)
-                           : at::mm(weights, pixels);
+  const bool by_tiles = x.scalar_type() == at::kFloat &&
+                        are_tiles_faster(1, weights.size(0), weights.size(1), pixels.size(1));
+  const at::Tensor y = by_tiles ? mmkw::bmm(weights.unsqueeze(0), pixels.unsqueeze(0), true)
+                                : at::mm(weights, pixels);
   if (bias) y.add_(bias->unsqueeze(1));
   return y.view(shape);
 }
@@ -75,7 +85,7 @@ at::Tensor apply_to_image(const at::Tensor& x, const at::Tensor& seen, const at:
   if (is_tokens) return at::linear(x, kernel.flatten(1), bias);
   const bool is_pointwise = c10::multiply_integers(kernel.sizes().slice(2)) == 1 && groups == 1 &&
                             std::all_of(padding.begin(), padding.end(), [](int64_t p) { return !p; });
-  if (is_pointwise) return convolve_pixels(x, kernel, bias, stride);
+  if (is_pointwise && !is_convolved(x, kernel, stride)) return convolve_pixels(x, kernel, bias, stride);
   const std::vector<int64_t> no_output_padding(stride.size(), 0);
   return at::convolution(x, kernel, bias, stride, padding, dilation, false, no_output_padding,
                          groups);

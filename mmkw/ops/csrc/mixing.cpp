@@ -407,10 +407,11 @@ struct Mixing {
         streamed(paired || (aligned && rows < MANY_ROWS)),
         // What lies in panels is not read.
         cells(in_panels ? warehouse : warehouse.contiguous()),
-        attention(checked(attention_of_images, grid).contiguous()),
+        attention(dense(checked(attention_of_images, grid))),
         scales(paired ? largest(attention.const_data_ptr<float>(), rows, num_cells)
                       : std::vector<float>()),
-        weights(attention.const_data_ptr<float>(), rows, num_cells, num_cells, 1,
+        weights(attention.const_data_ptr<float>(), rows, attention.stride(1), num_cells,
+                attention.stride(2),
                 in_panels  ? PANEL_TERMS
                 : paired   ? PAIRED_TERMS
                 : streamed ? STREAMED_TERMS
@@ -423,6 +424,11 @@ struct Mixing {
                     (is_stored(cells) || cells.scalar_type() == at::kChar),
                 "attention of ", given.sizes(), " does not fit grid ", grid, " and cells of ", cells.sizes());
     return given;
+  }
+
+  // Of one image attentions are read as they lie, unless they are rounded.
+  at::Tensor dense(const at::Tensor& given) const {
+    return batch > 1 || by_amx || paired ? given.contiguous() : given;
   }
 
   void check_kernels(const at::Tensor& kernels, at::IntArrayRef grid) const {

@@ -21,6 +21,9 @@ TORCH_LIBRARY(mmkw, library) {
       "Tensor(a!)? kernels, Tensor(b!)? rows, Tensor? panels=None) -> Tensor");
   library.def("pack_cells(Tensor cells, Tensor(a!) panels) -> ()");
   library.def("bmm(Tensor a, Tensor b, bool? by_tiles=None) -> Tensor");
+  library.def(
+      "is_convolution_faster(str what, int batch, int rows, int terms, int pixels) -> bool",
+      &mmkw::is_convolution_faster);
   library.def("add_to_cells(Tensor weights, Tensor rows, Tensor(a!) sum, bool begin) -> ()");
   library.def(
       "attend(Tensor pooled, Tensor fc1_weight, Tensor? fc1_bias, Tensor? mean, Tensor? variance, "

@@ -34,7 +34,10 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
 
 at::Tensor bmm(const at::Tensor& a, const at::Tensor& b, std::optional<bool> by_tiles = {});
 
-bool is_faster_by_tiles(const at::Tensor& a, const at::Tensor& b, int64_t batch);
+bool are_tiles_faster(int64_t batch, int64_t m, int64_t k, int64_t n);
+
+bool is_convolution_faster(const std::string& what, int64_t batch, int64_t out, int64_t in,
+                           int64_t pixels);
 
 at::Tensor average(const at::Tensor& seen, bool is_tokens);
 

@@ -122,20 +122,20 @@ template <int M, int N>
 INLINE void gemm_nt_tile(int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
                          float* c, int64_t ldc) {
   Vec sum[M][N];
-  for (int i = 0; i < M; i++)
-    for (int j = 0; j < N; j++) sum[i][j] = Vec{};
+  UNROLL for (int i = 0; i < M; i++)
+    UNROLL for (int j = 0; j < N; j++) sum[i][j] = Vec{};
   for (int64_t p = 0; p < k; p += LANES) {
     const int64_t ahead = ahead_of<float>(p, k, N, ldb);
     Vec left[M];
-    for (int i = 0; i < M; i++) left[i] = load(a + i * lda + p);
-    for (int j = 0; j < N; j++) {
+    UNROLL for (int i = 0; i < M; i++) left[i] = load(a + i * lda + p);
+    UNROLL for (int j = 0; j < N; j++) {
       const Vec right = load(b + j * ldb + p);
       __builtin_prefetch(b + j * ldb + p + ahead, 0, 2);
-      for (int i = 0; i < M; i++) sum[i][j] += left[i] * right;
+      UNROLL for (int i = 0; i < M; i++) sum[i][j] += left[i] * right;
     }
   }
-  for (int i = 0; i < M; i++)
-    for (int first = 0; first < N; first += 4) {
+  UNROLL for (int i = 0; i < M; i++)
+    UNROLL for (int first = 0; first < N; first += 4) {
       Vec four[4] = {};
       for (int j = first; j < N && j < first + 4; j++) four[j - first] = sum[i][j];
       const Four sums = sums_of(four);
