@@ -167,6 +167,8 @@ def test_every_operator_is_checked():
     }
     # The convolution, which needs no compiled kernels, has a test of its own.
     names = {name for name in names if not name.startswith('convolve')}
+    # It takes sizes.
+    names.remove('is_convolution_faster')
     if not has_bfloat16():
         names.remove('pack_cells')
     assert names == {name for name, _ in CALLS.values()}

@@ -1,6 +1,7 @@
 """All ways of convolving give the same, and the fastest is chosen and remembered."""
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -301,6 +302,57 @@ def test_many_pixels_are_multiplied_as_in_float64(kind, batch, stride):
         torch.testing.assert_close(found.double(), right, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize('kind', [(KWConv1d, (600,)), (KWConv2d, (20, 30)), (KWConv3d, (5, 8, 15))])
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('batch', [1, 3])
+def test_kernels_of_size_one_are_convolved_as_they_are_multiplied(kind, stride, batch, monkeypatch):
+    make, size = kind
+    layer = make(48, 64, 1, stride=stride, bias=True)
+    x = torch.randn(batch, 48, *(stride * side - (stride - 1) for side in size)).requires_grad_()
+    precise = copy.deepcopy(layer).double()
+
+    def compute(layer, images):
+        y = layer(images)
+        learned = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        return [y, *torch.autograd.grad(y.sin().sum(), [images, *learned])]
+
+    right = compute(precise, x.double())
+    calls = {}
+    for convolved in (True, False):
+        monkeypatch.setattr(SampleConv, '_is_convolved', Mock(return_value=convolved))
+        with torch.profiler.profile() as profile:
+            found = compute(layer, x)
+        calls[convolved] = sum('convolution' in event.key for event in profile.key_averages())
+        for ours, exact in zip(found, right, strict=True):
+            torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=1e-4)
+    assert calls[True] and not calls[False]
+
+
+@pytest.mark.skipif(backend.why_not_compiled() is not None, reason='the compiled kernels measure')
+@pytest.mark.filterwarnings('ignore:TF32 acceleration')
+def test_kernels_of_size_one_are_convolved_where_that_may_be_faster():
+    faster = torch.ops.mmkw.is_convolution_faster
+    of_few = [('forward', 1, 64, 64, 49), ('x', 2, 64, 64, 49), ('kernels', 2, 64, 64, 49)]
+    of_many = [
+        ('forward', 2, 512, 512, 196),
+        ('x', 2, 512, 512, 196),
+        ('kernels', 2, 512, 512, 196),
+    ]
+    assert not any(faster(*sizes) for sizes in of_few)
+    # PyTorch gives these to no library.
+    assert not faster('forward', 1, 4096, 256, 49)
+    assert not faster('kernels', 1, 512, 2048, 49)
+    measured = [faster(*sizes) for sizes in of_many]
+    assert measured == [faster(*sizes) for sizes in of_many], 'once for the process'
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not any(faster(*sizes) for sizes in of_many)
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert not any(faster(*sizes) for sizes in of_many)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_products_under_autocast_are_those_of_pytorch():
     """Whether or not their number of pixels is one of those that tiles of our own multiply."""
     conv = SampleConv((1, 1), (0, 0), (1, 1))
@@ -311,20 +363,37 @@ def test_products_under_autocast_are_those_of_pytorch():
 
 
 class Pointwise(nn.Module):
-    def __init__(self):
+    def __init__(self, into=64, out=40, stride=1):
         super().__init__()
-        self.conv = nn.Conv2d(64, 40, 1, bias=False)
+        self.conv = nn.Conv2d(into, out, 1, stride, bias=False)
 
     def forward(self, x):
         return self.conv(x)
 
 
+# Of many pixels, and of many channels.
+POINTWISE = {
+    'pixels': ((64, 40), (48, 33)),
+    'channels': ((512, 256), (14, 15)),
+    'stride': ((512, 256, 2), (27, 30)),
+}
+
+
 @pytest.mark.parametrize('batch', [1, 2])
-def test_many_pixels_beside_the_static_layer(batch):
+@pytest.mark.parametrize('sizes', POINTWISE)
+def test_products_beside_the_static_layer(sizes, batch):
     """A dynamic layer starts as its static one, whose 1x1 convolution PyTorch computes."""
-    static = Pointwise().eval()
-    dynamic = mmkw.convert(copy.deepcopy(static)).eval()
+    args, size = POINTWISE[sizes]
+    static = Pointwise(*args)
+    dynamic = mmkw.convert(copy.deepcopy(static))
     assert isinstance(dynamic.conv, KWConv2d)
-    x = torch.randn(batch, 64, 48, 33)
-    with torch.no_grad():
-        torch.testing.assert_close(dynamic(x), static(x), atol=1e-5, rtol=1e-4)
+    results = []
+    for network in (static, dynamic):
+        x = torch.randn(batch, args[0], *size, generator=torch.Generator().manual_seed(0))
+        x.requires_grad_()
+        y = network.train()(x)
+        gradients = torch.autograd.grad(y.sin().sum(), [x])
+        with torch.no_grad():
+            results.append([y, network.eval()(x), *gradients])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
