@@ -121,19 +121,19 @@ class SampleConv(Geometry):
 
     def _is_convolved(self, what: str, x: Tensor, kernels: Tensor) -> bool:
         """Whether PyTorch convolves by kernels of size one faster than it multiplies them."""
-        return (
-            self.groups == 1
-            and not torch.is_grad_enabled()
-            and x.is_contiguous()
-            and x.dtype == torch.float32
-            and modes.autocast_dtype(x) is None
-            and backend.computes_constants(x, kernels)
-            and torch.ops.mmkw.is_convolution_faster(
-                what,
-                *kernels.shape[:3],
-                math.prod(-(-size // step) for size, step in zip(x.shape[2:], self.stride)),
-            )
-        )
+        if (
+            self.groups > 1
+            or torch.is_grad_enabled()
+            or x.dtype != torch.float32
+            or modes.autocast_dtype(x) is not None
+            or not backend.computes_constants(x, kernels)
+        ):
+            return False
+        channels_last = not x.is_contiguous()
+        if channels_last and not (x.dim() == 4 and x.movedim(1, -1).is_contiguous()):
+            return False
+        pixels = math.prod(-(-size // step) for size, step in zip(x.shape[2:], self.stride))
+        return torch.ops.mmkw.is_convolution_faster(what, *kernels.shape[:3], pixels, channels_last)
 
     def _ways(
         self, what: str, x: Tensor, operands: Sequence[Any], recorded: bool

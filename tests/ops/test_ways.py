@@ -302,13 +302,24 @@ def test_many_pixels_are_multiplied_as_in_float64(kind, batch, stride):
         torch.testing.assert_close(found.double(), right, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize('kind', [(KWConv1d, (600,)), (KWConv2d, (20, 30)), (KWConv3d, (5, 8, 15))])
+@pytest.mark.parametrize(
+    'kind',
+    [
+        (KWConv1d, (600,), False),
+        (KWConv2d, (20, 30), False),
+        (KWConv2d, (20, 30), True),
+        (KWConv3d, (5, 8, 15), False),
+    ],
+)
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('batch', [1, 3])
 def test_kernels_of_size_one_are_convolved_as_they_are_multiplied(kind, stride, batch, monkeypatch):
-    make, size = kind
+    make, size, channels_last = kind
     layer = make(48, 64, 1, stride=stride, bias=True)
-    x = torch.randn(batch, 48, *(stride * side - (stride - 1) for side in size)).requires_grad_()
+    x = torch.randn(batch, 48, *(stride * side - (stride - 1) for side in size))
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
     precise = copy.deepcopy(layer).double()
 
     def compute(layer, images):
@@ -323,6 +334,7 @@ def test_kernels_of_size_one_are_convolved_as_they_are_multiplied(kind, stride, 
         with torch.profiler.profile() as profile:
             found = compute(layer, x)
         calls[convolved] = sum('convolution' in event.key for event in profile.key_averages())
+        assert found[0].is_contiguous() != channels_last
         for ours, exact in zip(found, right, strict=True):
             torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=1e-4)
     assert calls[True] and not calls[False]
@@ -330,25 +342,24 @@ def test_kernels_of_size_one_are_convolved_as_they_are_multiplied(kind, stride, 
 
 @pytest.mark.skipif(backend.why_not_compiled() is not None, reason='the compiled kernels measure')
 @pytest.mark.filterwarnings('ignore:TF32 acceleration')
-def test_kernels_of_size_one_are_convolved_where_that_may_be_faster():
-    faster = torch.ops.mmkw.is_convolution_faster
-    of_few = [('forward', 1, 64, 64, 49), ('x', 2, 64, 64, 49), ('kernels', 2, 64, 64, 49)]
-    of_many = [
-        ('forward', 2, 512, 512, 196),
-        ('x', 2, 512, 512, 196),
-        ('kernels', 2, 512, 512, 196),
-    ]
-    assert not any(faster(*sizes) for sizes in of_few)
-    # PyTorch gives these to no library.
-    assert not faster('forward', 1, 4096, 256, 49)
-    assert not faster('kernels', 1, 512, 2048, 49)
-    measured = [faster(*sizes) for sizes in of_many]
-    assert measured == [faster(*sizes) for sizes in of_many], 'once for the process'
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_kernels_of_size_one_are_convolved_where_that_may_be_faster(channels_last):
+    def faster(what, *sizes):
+        return torch.ops.mmkw.is_convolution_faster(what, *sizes, channels_last)
+
+    parts = 'forward', 'x', 'kernels'
+    few, many = (2, 64, 64, 49), (2, 512, 512, 196)
+    assert not any(faster(part, *few) for part in parts)
+    assert not faster('forward', 1, 4096, 256, 49), 'PyTorch gives these to no library'
+    assert not faster('kernels', 1, 512, 2048, 49), 'of few pixels'
+    assert not faster('kernels', 1, 3072, 768, 196), 'of many weights'
+    measured = [faster(part, *many) for part in parts]
+    assert measured == [faster(part, *many) for part in parts], 'once for the process'
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not any(faster(*sizes) for sizes in of_many)
+        assert not any(faster(part, *many) for part in parts)
     try:
         torch.use_deterministic_algorithms(True)
-        assert not any(faster(*sizes) for sizes in of_many)
+        assert not any(faster(part, *many) for part in parts)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -380,8 +391,9 @@ POINTWISE = {
 
 
 @pytest.mark.parametrize('batch', [1, 2])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('sizes', POINTWISE)
-def test_products_beside_the_static_layer(sizes, batch):
+def test_products_beside_the_static_layer(sizes, memory_format, batch):
     """A dynamic layer starts as its static one, whose 1x1 convolution PyTorch computes."""
     args, size = POINTWISE[sizes]
     static = Pointwise(*args)
@@ -390,8 +402,9 @@ def test_products_beside_the_static_layer(sizes, batch):
     results = []
     for network in (static, dynamic):
         x = torch.randn(batch, args[0], *size, generator=torch.Generator().manual_seed(0))
-        x.requires_grad_()
+        x = x.contiguous(memory_format=memory_format).requires_grad_()
         y = network.train()(x)
+        assert y.is_contiguous(memory_format=memory_format)
         gradients = torch.autograd.grad(y.sin().sum(), [x])
         with torch.no_grad():
             results.append([y, network.eval()(x), *gradients])

@@ -24,25 +24,29 @@ at::Tensor memory_of_thread(at::IntArrayRef shape, const at::Tensor& like) {
   return memory.narrow(0, 0, size).view(shape);
 }
 
+bool is_channels_last(const at::Tensor& x) {
+  return x.dim() == 4 && !x.is_contiguous() && x.movedim(1, -1).is_contiguous();
+}
+
 // Whether PyTorch convolves by a kernel of size one faster than it is multiplied.
 bool is_convolved(const at::Tensor& x, const at::Tensor& kernel, at::IntArrayRef stride) {
-  if (x.scalar_type() != at::kFloat || !x.is_contiguous()) return false;
+  const bool channels_last = !x.is_contiguous();
+  if (x.scalar_type() != at::kFloat || (channels_last && !is_channels_last(x))) return false;
   int64_t pixels = 1;
   for (size_t dim = 0; dim < stride.size(); dim++)
     pixels *= (x.size(2 + dim) - 1) / stride[dim] + 1;
-  return is_convolution_faster("forward", 1, kernel.size(0), x.size(1), pixels);
+  return is_convolution_faster("forward", 1, kernel.size(0), x.size(1), pixels, channels_last);
 }
 
 // A convolution by kernels of size one is a product of matrices, whether channels lie last or not.
 at::Tensor convolve_pixels(at::Tensor x, const at::Tensor& kernel,
                            const std::optional<at::Tensor>& bias, at::IntArrayRef stride) {
-  const bool is_channels_last =
-      x.dim() == 4 && !x.is_contiguous() && x.movedim(1, -1).is_contiguous();
+  const bool channels_last = is_channels_last(x);
   for (size_t dim = 0; dim < stride.size(); dim++)
     if (stride[dim] > 1) x = x.slice(2 + dim, 0, x.size(2 + dim), stride[dim]);
   const at::Tensor weights = kernel.flatten(1);
   std::vector<int64_t> shape = x.sizes().vec();
-  if (is_channels_last) {
+  if (channels_last) {
     shape.erase(shape.begin() + 1);
     shape.push_back(kernel.size(0));
     const at::Tensor y = at::mm(x.movedim(1, -1).reshape({-1, x.size(1)}), weights.t());

@@ -25,10 +25,11 @@ namespace {
 // be more. With fewer rows or terms copying B is too much beside the product.
 constexpr int64_t PACKING_COLUMNS = 150, LEAST_ROWS = 32, LEAST_TERMS = 64;
 // What a convolution must save, and the multiplications below which its preparations take longer than
-// that. The gradient of a kernel is slow if there are fewer pixels; and PyTorch gives no image of so few
-// values to its library for convolutions.
+// that. The gradient of a kernel is slow of few pixels, also if there are more weights for each; and
+// PyTorch gives no image of so few values to its library for convolutions.
 constexpr double SAVED = 0.05;
-constexpr int64_t FEW_PRODUCTS = 1 << 24, FEW_PIXELS = 192, SMALL_IMAGE = 20480;
+constexpr int64_t FEW_PRODUCTS = 12 << 20, FEW_PIXELS = 192, MANY_WEIGHTS = 1 << 13,
+                  SMALL_IMAGE = 20480;
 // How often each is timed.
 constexpr int TIMED_RUNS = 5;
 
@@ -89,9 +90,13 @@ double saved_by_tiles() {
   return saved;
 }
 
+template <bool CHANNELS_LAST>
 double saved_by_convolution() {
   static const double saved = saved_by(512, 512, 576, [](const at::Tensor& a, const at::Tensor& b) {
-    at::conv2d(b.unsqueeze(2), a[0].unsqueeze(2).unsqueeze(3));
+    // As many rows as columns: of channels that lie last the pixels are rows.
+    const at::Tensor image = b.view({1, 512, 24, 24});
+    at::conv2d(CHANNELS_LAST ? b.view({1, 24, 24, 512}).movedim(-1, 1) : image,
+               a[0].unsqueeze(2).unsqueeze(3));
   });
   return saved;
 }
@@ -107,18 +112,21 @@ bool are_tiles_faster(int64_t batch, int64_t m, int64_t k, int64_t n) {
          !at::globalContext().deterministicAlgorithms() && n * saved_by_tiles() > packed;
 }
 
-// Whether PyTorch convolves images (batch, in, pixels) of float32, channels first, faster by kernels (batch,
-// out, in), one image after the other, than they are multiplied: to get the result, the gradient of the
-// `kernels`, or of `x`.
+// Whether PyTorch convolves images (batch, in, pixels) of float32 faster by kernels (batch, out, in), one
+// image after the other, than they are multiplied: to get the result, the gradient of the `kernels`, or of
+// `x`. Channels lie last or first.
 bool is_convolution_faster(const std::string& what, int64_t batch, int64_t out, int64_t in,
-                           int64_t pixels) {
+                           int64_t pixels, bool channels_last) {
   if (out * in * pixels < FEW_PRODUCTS || in * pixels <= SMALL_IMAGE ||
-      (what == "kernels" && pixels < FEW_PIXELS) || !at::globalContext().userEnabledMkldnn() ||
-      at::globalContext().deterministicAlgorithms())
+      !at::globalContext().userEnabledMkldnn() || at::globalContext().deterministicAlgorithms())
     return false;
-  if (what != "kernels" && are_tiles_faster(batch, what == "x" ? in : out, what == "x" ? out : in, pixels))
-    return false;
-  return saved_by_convolution() > SAVED;
+  if (what == "kernels") {
+    if (pixels < FEW_PIXELS || out * in > MANY_WEIGHTS * pixels) return false;
+  } else if (!channels_last) {
+    const bool back = what == "x";
+    if (are_tiles_faster(batch, back ? in : out, back ? out : in, pixels)) return false;
+  }
+  return (channels_last ? saved_by_convolution<true>() : saved_by_convolution<false>()) > SAVED;
 }
 
 // C (batch, m, n) = A (batch, m, k) * B (batch, k, n), by tiles or by PyTorch as by_tiles says; else by
