@@ -1,5 +1,7 @@
 """Times the product of an image with a kernel of size one: by tiles of our own, and by PyTorch.
 
+Also by PyTorch where the channels of the image lie last.
+
 ``products.py --sizes 64x256x160 512x128x80``: output and input channels, and the image's side.
 """
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from mmkw.ops.compiled import MISSING
 
-COLUMNS = ('by tiles', 'torch.bmm', 'F.conv2d')
+COLUMNS = ('by tiles', 'torch.bmm', 'F.conv2d', 'channels last, torch.mm', 'F.conv2d')
 
 
 def main() -> None:
@@ -49,10 +51,14 @@ def timed(out: int, into: int, side: int, repeats: int) -> list[float]:
     torch.manual_seed(0)
     kernel, image = torch.randn(1, out, into), torch.randn(1, into, side, side)
     pixels = image.flatten(2)
+    last = image.contiguous(memory_format=torch.channels_last)
+    rows = last.movedim(1, -1).flatten(0, 2)
     ways: list[Callable[[], Tensor]] = [
         lambda: torch.ops.mmkw.bmm(kernel, pixels, True),
         lambda: torch.bmm(kernel, pixels),
         lambda: F.conv2d(image, kernel.view(out, into, 1, 1)),
+        lambda: torch.mm(rows, kernel[0].t()),
+        lambda: F.conv2d(last, kernel.view(out, into, 1, 1)),
     ]
     return least(ways, repeats)
 
