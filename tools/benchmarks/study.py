@@ -473,6 +473,7 @@ TABLES = {
             'KW 1x, one to one, 4e-3, LN': by_recipe(1, {**FASTER, **KEPT}),
             'KW 4x, one to one, 4e-3, LN': by_recipe(4, {**FASTER, **KEPT}),
             'KW 1x, 1 to 0 in one epoch, 4e-3': Arm(1, {**FASTER, **annealed(1)}),
+            'KW 1x, 1 to 0 in four epochs, 4e-3': Arm(1, {**FASTER, **annealed(4)}),
         },
         task='conditions, half as wide',
         epochs=12,
