@@ -585,7 +585,7 @@ def _average(x: Tensor, channel_dim: int) -> Tensor:
         return x
     first, last = (2, x.dim()) if channel_dim == 1 else (1, x.dim() - 1)
     precise = torch.promote_types(x.dtype, torch.float32)
-    if precise != x.dtype and x.requires_grad and not modes.is_seen_through(x):
+    if precise != x.dtype and not modes.is_seen_through(x):
         return _Average.apply(x, first, last)
     total = x.sum(tuple(range(first, last)), dtype=precise)
     return total / math.prod(x.shape[first:last])
@@ -597,6 +597,8 @@ class _Average(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, first: int, last: int) -> Tensor:
         ctx.first, ctx.last, ctx.like = first, last, (x.shape, x.dtype)
+        if x.dtype == torch.bfloat16 and backend.computes_constants(x):
+            return torch.ops.mmkw.average(x, first == 1)
         return x.mean(tuple(range(first, last)), dtype=torch.float32)
 
     @staticmethod

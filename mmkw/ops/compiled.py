@@ -213,6 +213,11 @@ def _register() -> None:
     def _(a: Tensor, b: Tensor, by_tiles: bool | None = None) -> Tensor:
         return a.new_empty(*a.shape[:2], b.shape[2])
 
+    @library.register_fake('mmkw::average')
+    def _(seen: Tensor, is_tokens: bool) -> Tensor:
+        channels = seen.shape[-1 if is_tokens else 1]
+        return seen.new_empty(seen.shape[0], channels, dtype=torch.float32)
+
     @library.register_fake('mmkw::attend')
     def _(pooled: Tensor, *rest: Any) -> Tensor:
         *_, fc2_weight, _, mixtures, _, _ = rest

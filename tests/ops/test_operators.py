@@ -113,6 +113,8 @@ CALLS = {
     'bmm': ('bmm', lambda: dict(a=floats(2, 3, 5), b=floats(2, 5, 7))),
     'bmm of many columns': ('bmm', lambda: dict(a=floats(2, 32, 64), b=floats(2, 64, 1600))),
     'bmm by tiles': ('bmm', lambda: dict(a=floats(2, 3, 5), b=floats(2, 5, 7), by_tiles=True)),
+    'average': ('average', lambda: dict(seen=floats(2, 33, 7, 9).bfloat16(), is_tokens=False)),
+    'average of tokens': ('average', lambda: dict(seen=floats(2, 33, 7), is_tokens=True)),
     'attend': ('attend', attention),
     'attend of half': (
         'attend',
@@ -253,6 +255,19 @@ SEEN = {
     'tokens of a few channels': (True, lambda: floats(1, 7, 9, 6)),
     'tokens in turns': (True, lambda: floats(1, 32, 70).mT),
 }
+
+
+@pytest.mark.parametrize('case', SEEN)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('batch', [1, 3])
+def test_images_are_averaged_as_in_float64(batch, dtype, case):
+    is_tokens, make = SEEN[case]
+    seen = torch.cat([make() for _ in range(batch)]).to(dtype)
+    space = range(1, seen.dim() - 1) if is_tokens else range(2, seen.dim())
+    right = seen.double().mean(tuple(space)) if space else seen.double()
+    found = ops.average(seen, is_tokens)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), right, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize('case', SEEN)

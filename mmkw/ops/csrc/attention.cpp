@@ -240,7 +240,7 @@ void average_pixels(float* result, const at::Tensor& pixels) {
 
 }  // namespace
 
-// The average of one image over space in float32: over all dimensions but the first and that of the
+// The average of images over space in float32: over all dimensions but the first and that of the
 // channels, which is the second, or of tokens the last. Of bfloat16 PyTorch makes a copy in float32.
 at::Tensor average(const at::Tensor& seen, bool is_tokens) {
   std::vector<int64_t> space;
@@ -249,17 +249,18 @@ at::Tensor average(const at::Tensor& seen, bool is_tokens) {
   if (space.empty()) return seen.to(at::kFloat);
   const int64_t channels = seen.size(is_tokens ? -1 : 1);
   if (seen.scalar_type() == at::kBFloat16 && seen.numel() > 0) {
-    const int64_t places = seen.numel() / channels;
-    const at::Tensor result = at::empty({1, channels}, seen.options().dtype(at::kFloat));
+    const int64_t batch = seen.size(0), places = seen.numel() / (batch * channels);
+    const at::Tensor result = at::empty({batch, channels}, seen.options().dtype(at::kFloat));
     float* const values = result.mutable_data_ptr<float>();
     const at::Tensor pixels = is_tokens ? seen : seen.movedim(1, -1);
     if (!is_tokens && seen.is_contiguous()) {
       const std::vector<float> shares(places, 1.0f / places);
-      linear(values, shares.data(), 1, seen.view({channels, places}), nullptr);
+      linear(values, shares.data(), 1, seen.view({batch * channels, places}), nullptr);
       return result;
     }
     if (pixels.is_contiguous() && channels % blocks().width == 0) {
-      average_pixels(values, pixels.view({places, channels}));
+      const at::Tensor images = pixels.view({batch, places, channels});
+      for (int64_t i = 0; i < batch; i++) average_pixels(values + i * channels, images[i]);
       return result;
     }
   }

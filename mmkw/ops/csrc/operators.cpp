@@ -26,6 +26,7 @@ TORCH_LIBRARY(mmkw, library) {
       "bool channels_last) -> bool",
       &mmkw::is_convolution_faster);
   library.def("add_to_cells(Tensor weights, Tensor rows, Tensor(a!) sum, bool begin) -> ()");
+  library.def("average(Tensor seen, bool is_tokens) -> Tensor");
   library.def(
       "attend(Tensor pooled, Tensor fc1_weight, Tensor? fc1_bias, Tensor? mean, Tensor? variance, "
       "Tensor norm_weight, Tensor norm_bias, Tensor fc2_weight, Tensor fc2_bias, int mixtures, "
@@ -53,6 +54,7 @@ TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
   library.impl("mix_backward", &mmkw::mix_backward);
   library.impl("bmm", &mmkw::bmm);
   library.impl("add_to_cells", &mmkw::add_to_cells);
+  library.impl("average", &mmkw::average);
   library.impl("attend", &mmkw::attend);
   library.impl("attend_to_learn", &mmkw::attend_to_learn);
   library.impl("attend_backward", &mmkw::attend_backward);
@@ -63,8 +65,8 @@ TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
 // mmkw/ops/compiled.py registers the gradient of mix_cells.
 TORCH_LIBRARY_IMPL(mmkw, Autograd, library) {
   for (const char* name :
-       {"pack_cells", "mix_cells_into", "mix_backward", "add_to_cells", "bmm", "attend",
-        "attend_to_learn", "attend_backward", "apply_to_image"})
+       {"pack_cells", "mix_cells_into", "mix_backward", "add_to_cells", "bmm", "average",
+        "attend", "attend_to_learn", "attend_backward", "apply_to_image"})
     library.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 
