@@ -120,20 +120,11 @@ class SampleConv(Geometry):
         return _WAYS[way]
 
     def _is_convolved(self, what: str, x: Tensor, kernels: Tensor) -> bool:
-        """Whether PyTorch convolves by kernels of size one faster than it multiplies them."""
-        if (
-            self.groups > 1
-            or torch.is_grad_enabled()
-            or x.dtype != torch.float32
-            or modes.autocast_dtype(x) is not None
-            or not backend.computes_constants(x, kernels)
-        ):
-            return False
         channels_last = not x.is_contiguous()
         if channels_last and not (x.dim() == 4 and x.movedim(1, -1).is_contiguous()):
             return False
         pixels = math.prod(-(-size // step) for size, step in zip(x.shape[2:], self.stride))
-        return torch.ops.mmkw.is_convolution_faster(what, *kernels.shape[:3], pixels, channels_last)
+        return self.groups == 1 and _is_convolved(what, x, kernels, pixels, channels_last)
 
     def _ways(
         self, what: str, x: Tensor, operands: Sequence[Any], recorded: bool
@@ -206,6 +197,8 @@ class SampleLinear:
     channel_dim = -1
     # Of a convolution in no dimension of space.
     settings = ((), (), (), 1)
+    # By which tokens may be convolved as pixels.
+    _pixelwise = Geometry((1, 1), (0, 0), (1, 1))
 
     def __call__(self, x: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
         """Applies the maps. Autograd can differentiate the result.
@@ -218,6 +211,9 @@ class SampleLinear:
         Returns:
             Tensor[batch, ..., out_features].
         """
+        if self._is_convolved('forward', x, kernels):
+            y = Images.forward(self._pixelwise, _pixels(x), kernels.unsqueeze(-1), bias)
+            return modes.reshaped(y.movedim(1, -1), (*x.shape[:-1], kernels.shape[1]))
         y = torch.bmm(_tokens(x), kernels.squeeze(-1).transpose(1, 2))
         y = modes.reshaped(y, (*x.shape[:-1], kernels.shape[1]))
         return with_bias(y, bias)
@@ -226,16 +222,45 @@ class SampleLinear:
         self, grad: Tensor, x: Tensor, shape: tuple[int, ...], scratch: Scratch
     ) -> Tensor | Sequence[Tensor]:
         """The gradient of every sample's kernel; see :class:`SampleConv`."""
+        # Only the shape of the kernels is used.
+        kernels = x.new_empty(len(x), *shape)
+        if self._is_convolved('kernels', x, kernels):
+            images = _pixels(grad), _pixels(x), kernels.unsqueeze(-1)
+            found = Images.kernels(self._pixelwise, *images, scratch)
+            return [gradient.squeeze(-1) for gradient in found]
         gradients = scratch.take(grad, (len(x), *shape[:2]), 'kernel gradients')
         return torch.bmm(_tokens(grad).transpose(1, 2), _tokens(x), out=gradients).unsqueeze(-1)
 
     def backward_x(self, grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
         """The gradient of the samples; see :class:`SampleConv`."""
+        if self._is_convolved('x', x, kernels):
+            images = _pixels(grad), _pixels(x), kernels.unsqueeze(-1)
+            return Images.x(self._pixelwise, *images).movedim(1, -1).view(x.shape)
         return torch.bmm(_tokens(grad), kernels.squeeze(-1)).view(x.shape)
+
+    def _is_convolved(self, what: str, x: Tensor, kernels: Tensor) -> bool:
+        tokens = math.prod(x.shape[1:-1])
+        return x.is_contiguous() and _is_convolved(what, x, kernels, tokens, channels_last=True)
 
     def wants_channels_last(self, x: Tensor, shape: Sequence[int]) -> bool:
         """See :class:`SampleConv`."""
         return False
+
+
+def _is_convolved(what: str, x: Tensor, kernels: Tensor, pixels: int, channels_last: bool) -> bool:
+    """Whether PyTorch convolves by kernels of size one faster than it multiplies them."""
+    return (
+        not torch.is_grad_enabled()
+        and x.dtype == torch.float32
+        and modes.autocast_dtype(x) is None
+        and backend.computes_constants(x, kernels)
+        and torch.ops.mmkw.is_convolution_faster(what, *kernels.shape[:3], pixels, channels_last)
+    )
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """Tensor[batch, features, tokens, 1], as an image whose channels lie last."""
+    return _tokens(x).unsqueeze(2).movedim(-1, 1)
 
 
 def _tokens(x: Tensor) -> Tensor:

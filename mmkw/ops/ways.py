@@ -285,6 +285,8 @@ def _gathered(images: Iterator[Tensor], batch: int) -> Tensor:
     Channels that lie last do so in the result.
     """
     first = next(images)
+    if batch == 1:
+        return first
     if torch.is_grad_enabled() or modes.is_compiling() or first.device.type != 'cpu':
         return torch.cat([first, *images])
     if not first.is_contiguous() and first.movedim(1, -1).is_contiguous():

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import mmkw
-from mmkw.layers import KWConv1d, KWConv2d, KWConv3d, set_temperature
-from mmkw.ops import SampleConv, backend, choosing
+from mmkw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, set_temperature
+from mmkw.ops import SampleConv, SampleLinear, backend, choosing
 from mmkw.ops.memory import Scratch
 from mmkw.ops.sample_conv import _WAYS
 
@@ -302,42 +302,55 @@ def test_many_pixels_are_multiplied_as_in_float64(kind, batch, stride):
         torch.testing.assert_close(found.double(), right, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    'kind',
-    [
-        (KWConv1d, (600,), False),
-        (KWConv2d, (20, 30), False),
-        (KWConv2d, (20, 30), True),
-        (KWConv3d, (5, 8, 15), False),
-    ],
-)
-@pytest.mark.parametrize('stride', [1, 2])
+# Layers of size one with 48 channels in and 64 out, and images for them.
+CONVOLVED = {
+    f'{name}, stride {stride}': (lambda kind=kind, stride=stride: kind(48, 64, 1, stride), shape)
+    for name, kind, shape in (
+        ('sequence', KWConv1d, (48, 601)),
+        ('map', KWConv2d, (48, 41, 30)),
+        ('volume', KWConv3d, (48, 5, 8, 15)),
+    )
+    for stride in (1, 2)
+}
+CONVOLVED['tokens'] = (lambda: KWLinear(48, 64), (20, 30, 48))
+
+
+@pytest.mark.parametrize('case', CONVOLVED)
+@pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize('batch', [1, 3])
-def test_kernels_of_size_one_are_convolved_as_they_are_multiplied(kind, stride, batch, monkeypatch):
-    make, size, channels_last = kind
-    layer = make(48, 64, 1, stride=stride, bias=True)
-    x = torch.randn(batch, 48, *(stride * side - (stride - 1) for side in size))
+def test_kernels_of_size_one_are_convolved_as_they_are_multiplied(
+    case, channels_last, batch, monkeypatch
+):
+    make, shape = CONVOLVED[case]
+    layer = make()
+    x = torch.randn(batch, *shape)
     if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     x.requires_grad_()
     precise = copy.deepcopy(layer).double()
 
     def compute(layer, images):
         y = layer(images)
         learned = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-        return [y, *torch.autograd.grad(y.sin().sum(), [images, *learned])]
+        gradients = torch.autograd.grad(y.sin().sum(), [images, *learned])
+        with torch.no_grad():
+            return [y, layer(images), *gradients]
 
     right = compute(precise, x.double())
-    calls = {}
+    calls, layouts = [], []
     for convolved in (True, False):
-        monkeypatch.setattr(SampleConv, '_is_convolved', Mock(return_value=convolved))
+        for kind in (SampleConv, SampleLinear):
+            monkeypatch.setattr(kind, '_is_convolved', Mock(return_value=convolved))
         with torch.profiler.profile() as profile:
             found = compute(layer, x)
-        calls[convolved] = sum('convolution' in event.key for event in profile.key_averages())
-        assert found[0].is_contiguous() != channels_last
+        calls.append(sum('convolution' in event.key for event in profile.key_averages()))
+        layouts.append([found[0].stride(), found[2].stride()])
         for ours, exact in zip(found, right, strict=True):
-            torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=1e-4)
-    assert calls[True] and not calls[False]
+            torch.testing.assert_close(ours.double(), exact, atol=1e-3, rtol=1e-3)
+    assert calls[0] and not calls[1]
+    # PyTorch convolves in these layouts alone.
+    if 'map' in case or not channels_last:
+        assert layouts[0] == layouts[1]
 
 
 @pytest.mark.skipif(backend.why_not_compiled() is not None, reason='the compiled kernels measure')
@@ -377,9 +390,11 @@ class Pointwise(nn.Module):
     def __init__(self, into=64, out=40, stride=1):
         super().__init__()
         self.conv = nn.Conv2d(into, out, 1, stride, bias=False)
+        self.linear = nn.Linear(out, into)
 
     def forward(self, x):
-        return self.conv(x)
+        y = self.conv(x)
+        return y, self.linear(y.movedim(1, -1).contiguous())
 
 
 # Of many pixels, and of many channels.
@@ -394,19 +409,19 @@ POINTWISE = {
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('sizes', POINTWISE)
 def test_products_beside_the_static_layer(sizes, memory_format, batch):
-    """A dynamic layer starts as its static one, whose 1x1 convolution PyTorch computes."""
+    """Dynamic layers start as their static ones, which PyTorch computes."""
     args, size = POINTWISE[sizes]
     static = Pointwise(*args)
     dynamic = mmkw.convert(copy.deepcopy(static))
-    assert isinstance(dynamic.conv, KWConv2d)
+    assert isinstance(dynamic.conv, KWConv2d) and isinstance(dynamic.linear, KWLinear)
     results = []
     for network in (static, dynamic):
         x = torch.randn(batch, args[0], *size, generator=torch.Generator().manual_seed(0))
         x = x.contiguous(memory_format=memory_format).requires_grad_()
-        y = network.train()(x)
+        y, tokens = network.train()(x)
         assert y.is_contiguous(memory_format=memory_format)
-        gradients = torch.autograd.grad(y.sin().sum(), [x])
+        gradients = torch.autograd.grad(tokens.sin().sum(), [y, x])
         with torch.no_grad():
-            results.append([y, network.eval()(x), *gradients])
+            results.append([y, tokens, *network.eval()(x), *gradients])
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

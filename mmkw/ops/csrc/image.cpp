@@ -63,6 +63,20 @@ at::Tensor convolve_pixels(at::Tensor x, const at::Tensor& kernel,
   return y.view(shape);
 }
 
+// The same of tokens (1, ..., features), which may be convolved as pixels whose channels lie last.
+at::Tensor map_tokens(const at::Tensor& x, const at::Tensor& kernel, const std::optional<at::Tensor>& bias) {
+  const at::Tensor weights = kernel.flatten(1);
+  const int64_t out = weights.size(0), in = weights.size(1), tokens = x.numel() / in;
+  if (x.scalar_type() != at::kFloat || !x.is_contiguous() ||
+      !is_convolution_faster("forward", 1, out, in, tokens, true))
+    return at::linear(x, weights, bias);
+  const at::Tensor y = at::conv2d(x.view({1, tokens, 1, in}).movedim(-1, 1),
+                                  weights.view({out, in, 1, 1}), bias);
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = out;
+  return y.movedim(1, -1).reshape(shape);
+}
+
 }  // namespace
 
 // Attends to x as it is seen (before it is padded), mixes its kernel, and applies it: a convolution
@@ -86,7 +100,7 @@ at::Tensor apply_to_image(const at::Tensor& x, const at::Tensor& seen, const at:
   const at::Tensor kernels = memory_of_thread(kernel_shape(1, cells, grid), x);
   mix_cells_into(attention, cells, grid, kernels);
   const at::Tensor kernel = kernels[0];
-  if (is_tokens) return at::linear(x, kernel.flatten(1), bias);
+  if (is_tokens) return map_tokens(x, kernel, bias);
   const bool is_pointwise = c10::multiply_integers(kernel.sizes().slice(2)) == 1 && groups == 1 &&
                             std::all_of(padding.begin(), padding.end(), [](int64_t p) { return !p; });
   if (is_pointwise && !is_convolved(x, kernel, stride)) return convolve_pixels(x, kernel, bias, stride);
