@@ -123,7 +123,7 @@ class SampleConv(Geometry):
         channels_last = not x.is_contiguous()
         if channels_last and not (x.dim() == 4 and x.movedim(1, -1).is_contiguous()):
             return False
-        pixels = math.prod(-(-size // step) for size, step in zip(x.shape[2:], self.stride))
+        pixels = [-(-size // step) for size, step in zip(x.shape[2:], self.stride)]
         return self.groups == 1 and _is_convolved(what, x, kernels, pixels, channels_last)
 
     def _ways(
@@ -239,7 +239,7 @@ class SampleLinear:
         return torch.bmm(_tokens(grad), kernels.squeeze(-1)).view(x.shape)
 
     def _is_convolved(self, what: str, x: Tensor, kernels: Tensor) -> bool:
-        tokens = math.prod(x.shape[1:-1])
+        tokens = x.shape[1:-1]
         return x.is_contiguous() and _is_convolved(what, x, kernels, tokens, channels_last=True)
 
     def wants_channels_last(self, x: Tensor, shape: Sequence[int]) -> bool:
@@ -247,14 +247,18 @@ class SampleLinear:
         return False
 
 
-def _is_convolved(what: str, x: Tensor, kernels: Tensor, pixels: int, channels_last: bool) -> bool:
+def _is_convolved(
+    what: str, x: Tensor, kernels: Tensor, pixels: Sequence[int], channels_last: bool
+) -> bool:
     """Whether PyTorch convolves by kernels of size one faster than it multiplies them."""
     return (
         not torch.is_grad_enabled()
         and x.dtype == torch.float32
         and modes.autocast_dtype(x) is None
         and backend.computes_constants(x, kernels)
-        and torch.ops.mmkw.is_convolution_faster(what, *kernels.shape[:3], pixels, channels_last)
+        and torch.ops.mmkw.is_convolution_faster(
+            what, *kernels.shape[:3], math.prod(pixels), channels_last
+        )
     )
 
 
