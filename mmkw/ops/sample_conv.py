@@ -120,11 +120,15 @@ class SampleConv(Geometry):
         return _WAYS[way]
 
     def _is_convolved(self, what: str, x: Tensor, kernels: Tensor) -> bool:
-        channels_last = not x.is_contiguous()
-        if channels_last and not (x.dim() == 4 and x.movedim(1, -1).is_contiguous()):
+        """Whether PyTorch convolves by kernels of size one faster than it multiplies them."""
+        if self.groups > 1 or not _may_convolve(x, kernels):
             return False
-        pixels = [-(-size // step) for size, step in zip(x.shape[2:], self.stride)]
-        return self.groups == 1 and _is_convolved(what, x, kernels, pixels, channels_last)
+        channels_last = not x.is_contiguous()
+        # Of volumes PyTorch's choice of a library is another one, and gradients are slow.
+        if x.dim() > 4 or (channels_last and not Products.is_channels_last(self, x)):
+            return False
+        pixels = math.prod(-(-size // step) for size, step in zip(x.shape[2:], self.stride))
+        return torch.ops.mmkw.is_convolution_faster(what, *kernels.shape[:3], pixels, channels_last)
 
     def _ways(
         self, what: str, x: Tensor, operands: Sequence[Any], recorded: bool
@@ -239,26 +243,23 @@ class SampleLinear:
         return torch.bmm(_tokens(grad), kernels.squeeze(-1)).view(x.shape)
 
     def _is_convolved(self, what: str, x: Tensor, kernels: Tensor) -> bool:
-        tokens = x.shape[1:-1]
-        return x.is_contiguous() and _is_convolved(what, x, kernels, tokens, channels_last=True)
+        if not _may_convolve(x, kernels) or not x.is_contiguous():
+            return False
+        tokens = math.prod(x.shape[1:-1])
+        return torch.ops.mmkw.is_convolution_faster(what, *kernels.shape[:3], tokens, True)
 
     def wants_channels_last(self, x: Tensor, shape: Sequence[int]) -> bool:
         """See :class:`SampleConv`."""
         return False
 
 
-def _is_convolved(
-    what: str, x: Tensor, kernels: Tensor, pixels: Sequence[int], channels_last: bool
-) -> bool:
-    """Whether PyTorch convolves by kernels of size one faster than it multiplies them."""
+def _may_convolve(x: Tensor, kernels: Tensor) -> bool:
+    """Whether kernels of size one may be convolved: constants of float32 that lie on the CPU."""
     return (
         not torch.is_grad_enabled()
         and x.dtype == torch.float32
         and modes.autocast_dtype(x) is None
         and backend.computes_constants(x, kernels)
-        and torch.ops.mmkw.is_convolution_faster(
-            what, *kernels.shape[:3], math.prod(pixels), channels_last
-        )
     )
 
 

@@ -144,7 +144,7 @@ class Products(Way):
     def forward(cls, conv: Geometry, x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`Way`."""
         sampled = cls._sampled(conv, x)
-        if cls._is_channels_last(conv, x):
+        if cls.is_channels_last(conv, x):
             y = torch.bmm(cls._pixels(sampled), cls._matrices(conv, kernels).transpose(1, 2))
             y = modes.reshaped(y, (len(x), *sampled.shape[2:], kernels.shape[1])).movedim(-1, 1)
         else:
@@ -159,7 +159,7 @@ class Products(Way):
         """See :class:`Way`."""
         sampled = cls._sampled(conv, x)
         gradients = scratch.take(grad, cls._matrices(conv, kernels).shape, 'kernel gradients')
-        if cls._is_channels_last(conv, x):
+        if cls.is_channels_last(conv, x):
             torch.bmm(cls._pixels(grad).transpose(1, 2), cls._pixels(sampled), out=gradients)
         else:
             columns = cls._columns(conv, sampled)
@@ -170,7 +170,7 @@ class Products(Way):
     def x(cls, conv: Geometry, grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
         """See :class:`Way`."""
         matrices = cls._matrices(conv, kernels)
-        if cls._is_channels_last(conv, x):
+        if cls.is_channels_last(conv, x):
             sampled = torch.bmm(cls._pixels(grad), matrices)
             sampled = sampled.view(len(x), *grad.shape[2:], x.shape[1]).movedim(-1, 1)
         else:
@@ -184,7 +184,7 @@ class Products(Way):
         return whole
 
     @staticmethod
-    def _is_channels_last(conv: Geometry, x: Tensor) -> bool:
+    def is_channels_last(conv: Geometry, x: Tensor) -> bool:
         """Whether the channels of a pixel lie together. They are taken as they lie."""
         if modes.is_exporting() or conv.groups > 1:
             return False

@@ -11,6 +11,7 @@ from mmcv.cnn import ConvModule, build_conv_layer
 from torch import nn
 
 from mmkw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, PlanError, set_temperature
+from mmkw.layers.dynamic_layers import _average
 
 STATIC_CASES = [
     (nn.Conv1d, KWConv1d, (4, 6, 3), dict(stride=2, padding=1), (2, 4, 9)),
@@ -273,3 +274,21 @@ def test_arguments_of_the_namesake_are_checked_by_it():
         KWConv2d(4, 4, 3, cell_number_ratio=2)
     with pytest.raises(PlanError, match='cell_num_ratio must be a number above 0, got 0'):
         KWConv2d(4, 4, 3, cell_num_ratio=0)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('learns', [False, True])
+def test_images_in_half_precision_are_averaged_in_float32(learns, channels_last, dtype):
+    x = (torch.randn(3, 64, 9, 10) / 8 + 1).to(dtype)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_(learns)
+    found, right = _average(x, 1), x.double().mean((2, 3))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), right, atol=0, rtol=1e-6)
+    if learns:
+        upstream = torch.randn(3, 64)
+        (grad,) = torch.autograd.grad(found, x, upstream)
+        (exact,) = torch.autograd.grad(right, x, upstream.double())
+        torch.testing.assert_close(grad, exact, atol=0, rtol=1e-2)

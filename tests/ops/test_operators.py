@@ -114,6 +114,7 @@ CALLS = {
     'bmm of many columns': ('bmm', lambda: dict(a=floats(2, 32, 64), b=floats(2, 64, 1600))),
     'bmm by tiles': ('bmm', lambda: dict(a=floats(2, 3, 5), b=floats(2, 5, 7), by_tiles=True)),
     'average': ('average', lambda: dict(seen=floats(2, 33, 7, 9).bfloat16(), is_tokens=False)),
+    'average of a place': ('average', lambda: dict(seen=floats(2, 33), is_tokens=True)),
     'average of tokens': ('average', lambda: dict(seen=floats(2, 33, 7), is_tokens=True)),
     'attend': ('attend', attention),
     'attend of half': (
@@ -231,30 +232,38 @@ def test_what_has_no_gradient_says_so():
             result.sum().backward()
 
 
-# Whether channels lie last, and what is averaged: many places, channels that fill no vectors, one
-# place, tokens, and what lies in no order.
+# Whether channels lie last, and what is averaged, of so many images as `of` makes: many places,
+# channels that fill no vectors, one place, tokens, and what lies in no order.
 SEEN = {
-    'maps': (False, lambda: floats(1, 8, 300, 301)),
-    'maps of a few places': (False, lambda: floats(1, 64, 3, 5)),
-    'pixels': (False, lambda: floats(1, 64, 300, 40).to(memory_format=torch.channels_last)),
+    'maps': (False, lambda of: of(8, 300, 301)),
+    'maps of a few places': (False, lambda of: of(64, 3, 5)),
+    'pixels': (False, lambda of: of(64, 300, 40).to(memory_format=torch.channels_last)),
     'pixels of a few channels': (
         False,
-        lambda: floats(1, 5, 30, 40).to(memory_format=torch.channels_last),
+        lambda of: of(5, 30, 40).to(memory_format=torch.channels_last),
     ),
-    'maps with gaps': (False, lambda: floats(1, 64, 8, 18)[..., ::2]),
-    'voxels': (False, lambda: floats(1, 32, 9, 10, 11)),
+    'maps with gaps': (False, lambda of: of(64, 8, 18)[..., ::2]),
+    'voxels': (False, lambda of: of(32, 9, 10, 11)),
     'voxels with channels last': (
         False,
-        lambda: floats(1, 32, 9, 10, 11).to(memory_format=torch.channels_last_3d),
+        lambda of: of(32, 9, 10, 11).to(memory_format=torch.channels_last_3d),
     ),
-    'a map of one place': (False, lambda: floats(1, 70, 1, 1)),
-    'the second of two images': (False, lambda: floats(2, 33, 7, 9)[1:]),
-    'some of the channels': (False, lambda: floats(1, 70, 7, 9)[:, 3:]),
-    'a place': (True, lambda: floats(1, 64)),
-    'tokens': (True, lambda: floats(1, 70, 96)),
-    'tokens of a few channels': (True, lambda: floats(1, 7, 9, 6)),
-    'tokens in turns': (True, lambda: floats(1, 32, 70).mT),
+    'a map of one place': (False, lambda of: of(70, 1, 1)),
+    'the second of two images': (
+        False,
+        lambda of: torch.cat([of(33, 7, 9), of(33, 7, 9)])[-len(of(1)) :],
+    ),
+    'some of the channels': (False, lambda of: of(70, 7, 9)[:, 3:]),
+    'a place': (True, lambda of: of(64)),
+    'tokens': (True, lambda of: of(70, 96)),
+    'tokens of a few channels': (True, lambda of: of(7, 9, 6)),
+    'tokens in turns': (True, lambda of: of(32, 70).mT),
 }
+
+
+def images(batch, dtype):
+    """What makes so many images of a shape, of values around 1."""
+    return lambda *shape: (floats(batch, *shape) / 8 + 1).to(dtype)
 
 
 @pytest.mark.parametrize('case', SEEN)
@@ -262,12 +271,20 @@ SEEN = {
 @pytest.mark.parametrize('batch', [1, 3])
 def test_images_are_averaged_as_in_float64(batch, dtype, case):
     is_tokens, make = SEEN[case]
-    seen = torch.cat([make() for _ in range(batch)]).to(dtype)
+    seen = make(images(batch, dtype))
     space = range(1, seen.dim() - 1) if is_tokens else range(2, seen.dim())
     right = seen.double().mean(tuple(space)) if space else seen.double()
     found = ops.average(seen, is_tokens)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), right, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found.double(), right, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_sums_of_many_places_lose_nothing(memory_format):
+    """One after the other in float32, values of one sign would lose a thousandth."""
+    seen = torch.full((2, 32, 512, 384), 0.7).bfloat16().contiguous(memory_format=memory_format)
+    right = torch.full((2, 32), float(seen[0, 0, 0, 0]))
+    torch.testing.assert_close(ops.average(seen, False), right, atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize('case', SEEN)
@@ -275,7 +292,7 @@ def test_images_are_averaged_as_in_float64(batch, dtype, case):
 def test_one_image_is_attended_to_as_in_float64(case, dtype):
     """A kernel of size one is read out by an image of one."""
     is_tokens, make = SEEN[case]
-    seen = (make() / 8 + 1).to(dtype)
+    seen = make(images(1, dtype))
     channels = seen.shape[-1 if is_tokens else 1]
     given = attention(
         pooled=None,
@@ -317,6 +334,18 @@ def test_one_image_is_attended_to_as_in_float64(case, dtype):
     torch.testing.assert_close(found.double().view(1, 5), right, atol=tolerance, rtol=tolerance)
 
 
+def test_attentions_of_one_image_are_read_as_they_lie():
+    cells, gradient = floats(*CELLS), floats(8, 8, 3, 3)
+    for attention in (floats(1, 6, MIXTURES).mT, floats(1, 1, 6).expand(1, MIXTURES, 6)):
+        results = []
+        for given in (attention, attention.contiguous()):
+            mixed, rows = kernels(1), floats(1, MIXTURES, *CELLS[1:])
+            found = ops.mix_backward([gradient], given, cells, GRID, mixed, rows)
+            results.append([ops.mix_cells(given, cells, GRID), found, mixed, rows])
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
+
+
 # Batch, rows, terms and columns; columns that fill tiles or not, many terms, and as many images as
 # threads or more.
 PRODUCTS = [
@@ -346,7 +375,12 @@ def test_products_are_as_in_float64(batch, m, k, n, by_tiles):
 
 
 def test_products_of_nothing():
-    for shapes in (((0, 3, 5), (0, 5, 1600)), ((2, 0, 5), (2, 5, 1600)), ((2, 3, 0), (2, 0, 1600))):
+    for shapes in (
+        ((0, 3, 5), (0, 5, 1600)),
+        ((0, 80, 256), (0, 256, 20000)),
+        ((2, 0, 5), (2, 5, 1600)),
+        ((2, 3, 0), (2, 0, 1600)),
+    ):
         a, b = (floats(*shape) for shape in shapes)
         assert torch.equal(ops.bmm(a, b), a @ b)
 

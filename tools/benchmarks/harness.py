@@ -22,7 +22,8 @@ from torch import Tensor, nn
 import mmkw
 from mmkw.layers.dynamic_layers import DynamicLayer
 from mmkw.layers.static_classes import explicit_padding
-from mmkw.ops import SampleConv, modes, why_not_compiled
+from mmkw.ops import modes, why_not_compiled
+from mmkw.ops.ways import Geometry, Products
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Row:
 
 @contextmanager
 def products() -> Iterator[None]:
-    """Has static convolutions of size one compute as the dynamic ones do, as products of matrices.
+    """Has static convolutions of size one compute as products of matrices, which dynamic ones may.
 
-    For large images this is faster than a convolution. What convolving takes at least is the
+    On some processors this is faster than a convolution. What convolving takes at least is the
     shorter of both.
     """
     theirs = nn.Conv2d._conv_forward
@@ -80,8 +81,8 @@ def products() -> Iterator[None]:
     def conv_forward(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not _is_product(self):
             return theirs(self, x, weight, bias)
-        conv = SampleConv(self.stride, self.padding, self.dilation, self.groups)
-        return conv(x, weight.expand(len(x), *weight.shape), bias)
+        conv = Geometry(self.stride, self.padding, self.dilation, self.groups)
+        return Products.forward(conv, x, weight.expand(len(x), *weight.shape), bias)
 
     nn.Conv2d._conv_forward = conv_forward
     try:
@@ -159,10 +160,10 @@ def machine(clock: Callable[[], float], dtype: torch.dtype = torch.float32) -> d
     """
     values, square = torch.ones(200_000_000), torch.randn(2048, 2048).to(dtype)
     image, kernel = square.view(1, 2048, 32, 64), square.view(2048, 2048, 1, 1)
-    products = [lambda: torch.mm(square, square), lambda: F.conv2d(image, kernel)]
+    works = [lambda: torch.mm(square, square), lambda: F.conv2d(image, kernel)]
     return {
         'bandwidth': values.numel() * 4 / least([values.sum], 7, clock)[0],
-        'peak': 2 * 2048**3 / min(least(products, 7, clock)),
+        'peak': 2 * 2048**3 / min(least(works, 7, clock)),
         'bytes': dtype.itemsize,
     }
 

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from mmkw.ops.compiled import MISSING
 
-COLUMNS = ('by tiles', 'torch.bmm', 'F.conv2d', 'channels last, torch.mm', 'F.conv2d')
+COLUMNS = (
+    'by tiles',
+    'torch.bmm',
+    'F.conv2d',
+    'channels last, torch.mm',
+    'channels last, F.conv2d',
+)
 
 
 def main() -> None:

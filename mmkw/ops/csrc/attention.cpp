@@ -222,19 +222,53 @@ at::Tensor dense_floats(const at::Tensor& tensor, at::IntArrayRef shape) {
   return dense(tensor, shape);
 }
 
-// result (channels) = averages of pixels (places, channels) of bfloat16. Channels fill whole tiles.
-void average_pixels(float* result, const at::Tensor& pixels) {
-  const int64_t places = pixels.size(0), channels = pixels.size(1), width = blocks().width;
-  // So many rows at a time are read from the first column to the last.
+// result (rows) = averages of maps (rows, places) of bfloat16.
+void average_maps(float* result, const at::Tensor& maps) {
+  const int64_t places = maps.size(1);
+  // So many values at a time are summed up in float32.
+  constexpr int64_t PART = 1024, GRAIN = 1 << 16;
+  at::parallel_for(0, maps.size(0), GRAIN / places + 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> memory;
+    for (int64_t row = begin; row < end; row++) {
+      double sum = 0;
+      for (int64_t first = 0; first < places; first += PART) {
+        const int64_t count = std::min(PART, places - first);
+        const float* const part = as_floats(maps, row * places + first, count, memory);
+        sum += sum_of(count, [&](int64_t i) { return part[i]; });
+      }
+      result[row] = sum / places;
+    }
+  });
+}
+
+// result (batch, channels) = averages of images (batch, places, channels) of bfloat16. Channels fill whole
+// tiles.
+void average_pixels(float* result, const at::Tensor& images) {
+  const int64_t places = images.size(1), channels = images.size(2), width = blocks().width;
+  const int64_t tiles = channels / width;
+  // So many rows at a time are read from the first column to the last, and summed up in float32.
   constexpr int64_t PART = 64, GRAIN = 1 << 16;
-  const std::vector<float> shares(PART, 1.0f / places);
-  const BFloat16* const values = pixels.const_data_ptr<BFloat16>();
+  const std::vector<float> ones(PART, 1);
+  const BFloat16* const values = images.const_data_ptr<BFloat16>();
   const auto& gemm = std::get<Gemm<BFloat16>>(blocks().gemm);
-  at::parallel_for(0, channels / width, GRAIN / (places * width) + 1, [&](int64_t begin, int64_t end) {
-    const int64_t column = begin * width, count = end * width - column;
-    for (int64_t first = 0; first < places; first += PART)
-      gemm(1, count, std::min(PART, places - first), shares.data(),
-           values + first * channels + column, channels, first > 0, result + column, channels, {});
+  const int64_t all = images.size(0) * tiles;
+  at::parallel_for(0, all, GRAIN / (places * width) + 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> part(channels);
+    std::vector<double> sum(channels);
+    for (int64_t tile = begin; tile < end;) {
+      const int64_t image = tile / tiles, column = tile % tiles * width;
+      const int64_t count = std::min(end - tile, tiles - tile % tiles);
+      const BFloat16* const from = values + image * places * channels + column;
+      std::fill(sum.begin(), sum.end(), 0);
+      for (int64_t first = 0; first < places; first += PART) {
+        gemm(1, count * width, std::min(PART, places - first), ones.data(), from + first * channels,
+             channels, 0, part.data(), channels, {});
+        for (int64_t c = 0; c < count * width; c++) sum[c] += part[c];
+      }
+      float* const to = result + image * channels + column;
+      for (int64_t c = 0; c < count * width; c++) to[c] = sum[c] / places;
+      tile += count;
+    }
   });
 }
 
@@ -246,7 +280,7 @@ at::Tensor average(const at::Tensor& seen, bool is_tokens) {
   std::vector<int64_t> space;
   for (int64_t dim = is_tokens ? 1 : 2; dim < seen.dim() - (is_tokens ? 1 : 0); dim++)
     space.push_back(dim);
-  if (space.empty()) return seen.to(at::kFloat);
+  if (space.empty()) return seen.to(at::kFloat, false, true);
   const int64_t channels = seen.size(is_tokens ? -1 : 1);
   if (seen.scalar_type() == at::kBFloat16 && seen.numel() > 0) {
     const int64_t batch = seen.size(0), places = seen.numel() / (batch * channels);
@@ -254,13 +288,11 @@ at::Tensor average(const at::Tensor& seen, bool is_tokens) {
     float* const values = result.mutable_data_ptr<float>();
     const at::Tensor pixels = is_tokens ? seen : seen.movedim(1, -1);
     if (!is_tokens && seen.is_contiguous()) {
-      const std::vector<float> shares(places, 1.0f / places);
-      linear(values, shares.data(), 1, seen.view({batch * channels, places}), nullptr);
+      average_maps(values, seen.view({batch * channels, places}));
       return result;
     }
     if (pixels.is_contiguous() && channels % blocks().width == 0) {
-      const at::Tensor images = pixels.view({batch, places, channels});
-      for (int64_t i = 0; i < batch; i++) average_pixels(values + i * channels, images[i]);
+      average_pixels(values, pixels.view({batch, places, channels}));
       return result;
     }
   }

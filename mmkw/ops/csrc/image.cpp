@@ -31,7 +31,9 @@ bool is_channels_last(const at::Tensor& x) {
 // Whether PyTorch convolves by a kernel of size one faster than it is multiplied.
 bool is_convolved(const at::Tensor& x, const at::Tensor& kernel, at::IntArrayRef stride) {
   const bool channels_last = !x.is_contiguous();
-  if (x.scalar_type() != at::kFloat || (channels_last && !is_channels_last(x))) return false;
+  // Of volumes PyTorch's choice of a library is another one, and gradients are slow.
+  if (x.scalar_type() != at::kFloat || x.dim() > 4 || (channels_last && !is_channels_last(x)))
+    return false;
   int64_t pixels = 1;
   for (size_t dim = 0; dim < stride.size(); dim++)
     pixels *= (x.size(2 + dim) - 1) / stride[dim] + 1;

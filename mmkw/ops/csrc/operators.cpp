@@ -22,8 +22,8 @@ TORCH_LIBRARY(mmkw, library) {
   library.def("pack_cells(Tensor cells, Tensor(a!) panels) -> ()");
   library.def("bmm(Tensor a, Tensor b, bool? by_tiles=None) -> Tensor");
   library.def(
-      "is_convolution_faster(str what, int batch, int rows, int terms, int pixels, "
-      "bool channels_last) -> bool",
+      "is_convolution_faster(str what, int batch, int channels_out, int channels_in, int pixels, "
+      "bool channels_last, float? saved=None) -> bool",
       &mmkw::is_convolution_faster);
   library.def("add_to_cells(Tensor weights, Tensor rows, Tensor(a!) sum, bool begin) -> ()");
   library.def("average(Tensor seen, bool is_tokens) -> Tensor");

@@ -37,7 +37,8 @@ at::Tensor bmm(const at::Tensor& a, const at::Tensor& b, std::optional<bool> by_
 bool are_tiles_faster(int64_t batch, int64_t m, int64_t k, int64_t n);
 
 bool is_convolution_faster(const std::string& what, int64_t batch, int64_t out, int64_t in,
-                           int64_t pixels, bool channels_last);
+                           int64_t pixels, bool channels_last,
+                           std::optional<double> saved = {});
 
 at::Tensor average(const at::Tensor& seen, bool is_tokens);
 

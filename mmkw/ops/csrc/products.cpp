@@ -21,13 +21,14 @@
 namespace mmkw {
 namespace {
 
+// What another way must save of the library's time.
+constexpr double SAVED = 0.05;
 // Packing A takes one thread as long as multiplying so many columns. What tiles save of all columns must
 // be more. With fewer rows or terms copying B is too much beside the product.
-constexpr int64_t PACKING_COLUMNS = 150, LEAST_ROWS = 32, LEAST_TERMS = 64;
-// What a convolution must save, and the multiplications below which its preparations take longer than
-// that. The gradient of a kernel is slow of few pixels, also if there are more weights for each; and
-// PyTorch gives no image of so few values to its library for convolutions.
-constexpr double SAVED = 0.05;
+constexpr int64_t PACKING_COLUMNS = 100, LEAST_ROWS = 32, LEAST_TERMS = 64;
+// The multiplications below which a convolution's preparations take longer than what it saves. The
+// gradient of a kernel is slow of few pixels, also if there are more weights for each; and PyTorch gives
+// no image of so few values to its library for convolutions.
 constexpr int64_t FEW_PRODUCTS = 12 << 20, FEW_PIXELS = 192, MANY_WEIGHTS = 1 << 13,
                   SMALL_IMAGE = 20480;
 // How often each is timed.
@@ -67,37 +68,44 @@ double seconds(const Product& product) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-// The share of the time of a product A (m, k) * B (k, n) that another way saves.
-template <typename Way>
-double saved_by(int64_t m, int64_t k, int64_t n, const Way& way) {
+// The share of the time of PyTorch's library for products that another way saves.
+template <typename Way, typename Library>
+double share_saved(const Way& way, const Library& library) {
   const c10::impl::ExcludeDispatchKeyGuard as_given(AUTOCAST);
-  const at::Tensor a = at::ones({1, m, k}, at::kFloat), b = at::ones({1, k, n}, at::kFloat);
   double by_way = std::numeric_limits<double>::max(), by_library = by_way;
   // The first run of each brings memory and threads.
   for (int run = 0; run <= TIMED_RUNS; run++) {
-    const double other = seconds([&] { way(a, b); });
-    const double library = seconds([&] { at::bmm(a, b); });
+    const double other = seconds(way), theirs = seconds(library);
     if (run == 0) continue;
     by_way = std::min(by_way, other);
-    by_library = std::min(by_library, library);
+    by_library = std::min(by_library, theirs);
   }
   return 1 - by_way / by_library;
 }
 
-// Both are measured once, of sizes as in a ResNet: no way is the fastest on all processors.
+// What is measured once for a process, of sizes as in a ResNet: no way is the fastest on all processors.
 double saved_by_tiles() {
-  static const double saved = saved_by(128, 512, 4096, bmm_by_tiles);
+  static const double saved = [] {
+    const at::Tensor a = at::ones({1, 128, 512}, at::kFloat), b = at::ones({1, 512, 4096}, at::kFloat);
+    return share_saved([&] { bmm_by_tiles(a, b); }, [&] { at::bmm(a, b); });
+  }();
   return saved;
 }
 
 template <bool CHANNELS_LAST>
 double saved_by_convolution() {
-  static const double saved = saved_by(512, 512, 576, [](const at::Tensor& a, const at::Tensor& b) {
-    // As many rows as columns: of channels that lie last the pixels are rows.
-    const at::Tensor image = b.view({1, 512, 24, 24});
-    at::conv2d(CHANNELS_LAST ? b.view({1, 24, 24, 512}).movedim(-1, 1) : image,
-               a[0].unsqueeze(2).unsqueeze(3));
-  });
+  static const double saved = [] {
+    constexpr int64_t CHANNELS = 512, SIDE = 24, PIXELS = SIDE * SIDE;
+    const at::Tensor pixels = at::ones({CHANNELS, PIXELS}, at::kFloat);
+    const at::Tensor kernel = at::ones({CHANNELS, CHANNELS}, at::kFloat);
+    const at::Tensor x = CHANNELS_LAST ? pixels.view({1, SIDE, SIDE, CHANNELS}).movedim(-1, 1)
+                                       : pixels.view({1, CHANNELS, SIDE, SIDE});
+    return share_saved(
+        [&] { at::conv2d(x, kernel.view({CHANNELS, CHANNELS, 1, 1})); },
+        [&] {
+          CHANNELS_LAST ? at::mm(pixels.view({PIXELS, CHANNELS}), kernel.t()) : at::mm(kernel, pixels);
+        });
+  }();
   return saved;
 }
 
@@ -108,16 +116,21 @@ double saved_by_convolution() {
 bool are_tiles_faster(int64_t batch, int64_t m, int64_t k, int64_t n) {
   const int64_t packed = PACKING_COLUMNS * (is_shared_out(batch) ? 1 : at::get_num_threads());
   // Of what is too small in any case nothing is measured.
-  return n > packed && m >= LEAST_ROWS && k >= LEAST_TERMS &&
-         !at::globalContext().deterministicAlgorithms() && n * saved_by_tiles() > packed;
+  return batch > 0 && n > packed && m >= LEAST_ROWS && k >= LEAST_TERMS &&
+         !at::globalContext().deterministicAlgorithms() && saved_by_tiles() > SAVED &&
+         n * saved_by_tiles() > packed;
 }
 
 // Whether PyTorch convolves images (batch, in, pixels) of float32 faster by kernels (batch, out, in), one
-// image after the other, than they are multiplied: to get the result, the gradient of the `kernels`, or of
-// `x`. Channels lie last or first.
+// image after the other, than they are multiplied: to get the result (`forward`), the gradient of the
+// `kernels`, or of `x`. Channels lie last or first. The share that convolutions have `saved` is measured if
+// it is not given, of the result: that of gradients is taken to be the same.
 bool is_convolution_faster(const std::string& what, int64_t batch, int64_t out, int64_t in,
-                           int64_t pixels, bool channels_last) {
-  if (out * in * pixels < FEW_PRODUCTS || in * pixels <= SMALL_IMAGE ||
+                           int64_t pixels, bool channels_last, std::optional<double> saved) {
+  TORCH_CHECK(what == "forward" || what == "kernels" || what == "x", "unknown part ", what);
+  // One thread convolves by products, too.
+  const bool is_alone = at::in_parallel_region() || at::get_num_threads() == 1;
+  if (batch == 0 || out * in * pixels < FEW_PRODUCTS || in * pixels <= SMALL_IMAGE || is_alone ||
       !at::globalContext().userEnabledMkldnn() || at::globalContext().deterministicAlgorithms())
     return false;
   if (what == "kernels") {
@@ -126,7 +139,8 @@ bool is_convolution_faster(const std::string& what, int64_t batch, int64_t out, 
     const bool back = what == "x";
     if (are_tiles_faster(batch, back ? in : out, back ? out : in, pixels)) return false;
   }
-  return (channels_last ? saved_by_convolution<true>() : saved_by_convolution<false>()) > SAVED;
+  if (!saved) saved = channels_last ? saved_by_convolution<true>() : saved_by_convolution<false>();
+  return *saved > SAVED;
 }
 
 // C (batch, m, n) = A (batch, m, k) * B (batch, k, n), by tiles or by PyTorch as by_tiles says; else by
