@@ -335,13 +335,13 @@ def test_one_image_is_attended_to_as_in_float64(case, dtype):
 
 
 def test_attentions_of_one_image_are_read_as_they_lie():
-    cells, gradient = floats(*CELLS), floats(8, 8, 3, 3)
+    warehouse, gradient = floats(*CELLS), floats(8, 8, 3, 3)
     for attention in (floats(1, 6, MIXTURES).mT, floats(1, 1, 6).expand(1, MIXTURES, 6)):
         results = []
-        for given in (attention, attention.contiguous()):
+        for values in (attention, attention.contiguous()):
             mixed, rows = kernels(1), floats(1, MIXTURES, *CELLS[1:])
-            found = ops.mix_backward([gradient], given, cells, GRID, mixed, rows)
-            results.append([ops.mix_cells(given, cells, GRID), found, mixed, rows])
+            found = ops.mix_backward([gradient], values, warehouse, GRID, mixed, rows)
+            results.append([ops.mix_cells(values, warehouse, GRID), found, mixed, rows])
         for one, other in zip(*results, strict=True):
             assert torch.equal(one, other)
 
