@@ -261,6 +261,23 @@ def test_small_images_are_convolved_at_once(kind):
         torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize('multiplier', [1, 2])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_many_channels_are_convolved_depthwise(memory_format, multiplier):
+    """In parts, where oneDNN is slow at all of them."""
+    channels, out_channels = 600, 600 * multiplier
+    conv = SampleConv((2, 1), (2, 2), (1, 1), channels)
+    x = torch.randn(2, channels, 13, 12).contiguous(memory_format=memory_format)
+    kernels = torch.randn(2, out_channels, 1, 5, 5)
+    grad = torch.randn(2, out_channels, 7, 12).contiguous(memory_format=memory_format)
+    found = conv.backward_kernels(grad, x, kernels.shape[1:], Scratch())
+    for i in range(2):
+        kernel = kernels[i].requires_grad_()
+        one = F.conv2d(x[i : i + 1], kernel, None, (2, 1), 2, groups=channels)
+        expected = torch.autograd.grad(one, kernel, grad[i : i + 1])[0]
+        torch.testing.assert_close(found[i].view(kernel.shape), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize('batch', [2, 5])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_small_images_are_convolved_with_their_own_kernels(batch, memory_format):
