@@ -215,7 +215,7 @@ class SampleLinear:
         Returns:
             Tensor[batch, ..., out_features].
         """
-        if self._is_convolved('forward', x, kernels):
+        if self._is_convolved('forward', x, kernels, kernels.shape[1:3]):
             y = Images.forward(self._pixelwise, _pixels(x), kernels.unsqueeze(-1), bias)
             return modes.reshaped(y.movedim(1, -1), (*x.shape[:-1], kernels.shape[1]))
         y = torch.bmm(_tokens(x), kernels.squeeze(-1).transpose(1, 2))
@@ -226,40 +226,40 @@ class SampleLinear:
         self, grad: Tensor, x: Tensor, shape: tuple[int, ...], scratch: Scratch
     ) -> Tensor | Sequence[Tensor]:
         """The gradient of every sample's kernel; see :class:`SampleConv`."""
-        # Only the shape of the kernels is used.
-        kernels = x.new_empty(len(x), *shape)
-        if self._is_convolved('kernels', x, kernels):
-            images = _pixels(grad), _pixels(x), kernels.unsqueeze(-1)
-            found = Images.kernels(self._pixelwise, *images, scratch)
+        if self._is_convolved('kernels', x, grad, shape[:2]):
+            # Only the shape of the kernels is used.
+            kernels = x.new_empty(len(x), *shape, 1)
+            found = Images.kernels(self._pixelwise, _pixels(grad), _pixels(x), kernels, scratch)
             return [gradient.squeeze(-1) for gradient in found]
         gradients = scratch.take(grad, (len(x), *shape[:2]), 'kernel gradients')
         return torch.bmm(_tokens(grad).transpose(1, 2), _tokens(x), out=gradients).unsqueeze(-1)
 
     def backward_x(self, grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
         """The gradient of the samples; see :class:`SampleConv`."""
-        if self._is_convolved('x', x, kernels):
+        if self._is_convolved('x', x, kernels, kernels.shape[1:3]):
             images = _pixels(grad), _pixels(x), kernels.unsqueeze(-1)
             return Images.x(self._pixelwise, *images).movedim(1, -1).view(x.shape)
         return torch.bmm(_tokens(grad), kernels.squeeze(-1)).view(x.shape)
 
-    def _is_convolved(self, what: str, x: Tensor, kernels: Tensor) -> bool:
-        if not _may_convolve(x, kernels) or not x.is_contiguous():
+    def _is_convolved(self, what: str, x: Tensor, other: Tensor, shape: Sequence[int]) -> bool:
+        """As of a convolution, by the other operand and the shape of a kernel."""
+        if not _may_convolve(x, other) or not x.is_contiguous():
             return False
         tokens = math.prod(x.shape[1:-1])
-        return torch.ops.mmkw.is_convolution_faster(what, *kernels.shape[:3], tokens, True)
+        return torch.ops.mmkw.is_convolution_faster(what, len(x), *shape, tokens, True)
 
     def wants_channels_last(self, x: Tensor, shape: Sequence[int]) -> bool:
         """See :class:`SampleConv`."""
         return False
 
 
-def _may_convolve(x: Tensor, kernels: Tensor) -> bool:
+def _may_convolve(x: Tensor, other: Tensor) -> bool:
     """Whether kernels of size one may be convolved: constants of float32 that lie on the CPU."""
     return (
         not torch.is_grad_enabled()
         and x.dtype == torch.float32
         and modes.autocast_dtype(x) is None
-        and backend.computes_constants(x, kernels)
+        and backend.computes_constants(x, other)
     )
 
 

@@ -96,7 +96,8 @@ class Images(Way):
         """See :class:`Way`."""
         channels = x.shape[1]
         is_depthwise = conv.groups == channels == kernels.shape[1]
-        most = _MOST_CHANNELS if is_depthwise and not x.is_contiguous() else channels
+        is_slow = is_depthwise and x.device.type == 'cpu' and not x.is_contiguous()
+        most = _MOST_CHANNELS if is_slow else channels
 
         def of_image(i: int) -> Tensor:
             if channels <= most:
