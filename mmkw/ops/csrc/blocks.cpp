@@ -30,6 +30,7 @@ typedef int Indices __attribute__((vector_size(16)));
 namespace avx512 {
 #define CPU_LEVEL "AVX512"
 #define TARGET __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma")))
+#define TILE_TARGET __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma,tune=znver2")))
 #define LANES 16
 #define LOAD_BYTES(from)   \
   _mm512_cvtepi32_ps(      \
@@ -47,6 +48,7 @@ namespace avx512 {
 namespace avx2 {
 #define CPU_LEVEL "AVX2"
 #define TARGET __attribute__((target("avx2,fma")))
+#define TILE_TARGET __attribute__((target("avx2,fma,tune=znver2")))
 #define LANES 8
 #define LOAD_BYTES(from)   \
   _mm256_cvtepi32_ps(      \
@@ -64,6 +66,7 @@ namespace avx2 {
 namespace any_processor {
 #define CPU_LEVEL "DEFAULT"
 #define TARGET
+#define TILE_TARGET
 #define LANES 4
 #define LOAD_BYTES(from) \
   Four { float(from[0]), float(from[1]), float(from[2]), float(from[3]) }

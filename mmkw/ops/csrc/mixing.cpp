@@ -29,6 +29,10 @@
 #include <type_traits>
 #include <vector>
 
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
+
 namespace mmkw {
 namespace {
 
@@ -176,13 +180,11 @@ void move_columns(Kernel* kernel, Rows* rows, int64_t stride, const Places& p, i
 
 // The columns of a block are a multiple of this number. It is itself a multiple of every `width`.
 constexpr int64_t COLUMNS_STEP = 64;
-// The most columns of a block. Long runs help if rows are read directly, also in pairs, but not for
-// copies.
-constexpr int64_t STREAMED_COLUMNS = 2048, PAIRED_COLUMNS = 4096;
+// The most columns of a block. Long runs help if rows are read directly, but not for copies.
+constexpr int64_t STREAMED_COLUMNS = 4096;
 constexpr int64_t COPIED_COLUMNS = 256;
-// Terms that a product sums up at a time, for rows that are read directly, also in pairs, and for
-// copied rows. A tile's columns of COPIED_TERMS rows fit into the innermost cache.
-constexpr int64_t STREAMED_TERMS = 8;
+// Terms that a product sums up at a time, for rows that are read directly in pairs or from panels, and
+// for copied rows. A tile's columns of COPIED_TERMS rows fit into the innermost cache.
 constexpr int64_t PAIRED_TERMS = 16, PANEL_TERMS = 128;
 constexpr int64_t COPIED_TERMS = 192;
 // The same where matrix instructions mix, and the mixtures from which on they do: with fewer the
@@ -229,6 +231,18 @@ struct Span {
 
 // The threads that share the work: one if the caller is one of several itself.
 int64_t num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+// The same for rows that are read directly, not in pairs. The more there are, the less often sums are
+// read and written. But rows a power of two apart fall into one set of the second cache.
+int64_t streamed_terms() {
+  constexpr int64_t LEAST = 8, MOST = 16;
+#ifdef _SC_LEVEL2_CACHE_ASSOC
+  static const int64_t ways = sysconf(_SC_LEVEL2_CACHE_ASSOC);
+  return std::clamp(ways, LEAST, MOST);
+#else
+  return LEAST;
+#endif
+}
 
 // The number of columns after the last tile is filled up.
 int64_t padded(int64_t count) { return num_parts(count, blocks().width) * blocks().width; }
@@ -414,7 +428,7 @@ struct Mixing {
                 attention.stride(2),
                 in_panels  ? PANEL_TERMS
                 : paired   ? PAIRED_TERMS
-                : streamed ? STREAMED_TERMS
+                : streamed ? streamed_terms()
                            : COPIED_TERMS,
                 paired, scales.data()) {}
 
@@ -571,10 +585,8 @@ void mix_cells_into(const at::Tensor& attention, const at::Tensor& cells, at::In
     return;
   }
   const int64_t rows = m.streamed ? m.rows : m.rows + m.num_cells;
-  const int64_t most = m.paired     ? PAIRED_COLUMNS
-                       : m.streamed ? STREAMED_COLUMNS
-                                    : COPIED_COLUMNS;
-  const int64_t columns = block_columns(m.size, rows, most);
+  const int64_t columns =
+      block_columns(m.size, rows, m.streamed ? STREAMED_COLUMNS : COPIED_COLUMNS);
   const int64_t values = Block<float>::floats(rows, columns);
   for_blocks(m.size, columns, values, [&](Span span, float* memory, int64_t) {
     const Block<float> mixed(memory, columns);
@@ -623,7 +635,7 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
                            COPIED_TERMS, paired);
   with_values(rows, [&]<typename Value>(const Value* from) {
     const int64_t columns =
-        block_columns(size, terms * sizeof(Value) / sizeof(float), STREAMED_COLUMNS);
+        block_columns(size, terms * sizeof(Value) / sizeof(float), STREAMED_COLUMNS / 2);
     const int64_t floats = Block<Value>::floats(terms, columns);
     for_blocks(size, columns, floats, [&](Span span, float* memory, int64_t) {
       const Block<Value> copy(memory, columns);
@@ -691,7 +703,7 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
     // mixtures overwrite the gradients, a few columns at a time.
     const int64_t num_rows = m.streamed ? 2 * m.rows : m.rows;
     const int64_t columns = of_cells ? of_cells->columns
-                                     : block_columns(m.size, num_rows, STREAMED_COLUMNS / 2);
+                                     : block_columns(m.size, num_rows, STREAMED_COLUMNS / 4);
     const int64_t floats = Block<Value>::floats(m.rows, columns);
     const int64_t others = m.streamed ? Block<float>::floats(m.rows, columns)
                                       : Block<float>::floats(m.num_cells, COLUMNS_STEP);

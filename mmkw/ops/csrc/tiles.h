@@ -3,6 +3,8 @@
 // blocks.cpp includes this file once for each generation, in its own namespace. It defines before:
 //   CPU_LEVEL            the name of the generation,
 //   TARGET               the attribute that lets the compiler use the generation's instructions,
+//   TILE_TARGET          the same for gemm, which then reads B within the multiplications: GCC does so
+//                        if tuned for Zen, and wide tiles take two thirds of the time there,
 //   LANES                floats in a vector register,
 //   LOAD_BYTES           so many integers of eight bits as floats,
 //   LOAD_HALVES          the bits of so many numbers of bfloat16 as floats,
@@ -52,52 +54,65 @@ TARGET void narrow(int64_t n, float scale, const float* x, BFloat16* y) {
   for (; i < n; i++) y[i] = scale * x[i];
 }
 
-// C (M, WIDTH) = beta * C + A (M, k) * B (k, WIDTH). beta is 0 or 1. A lies column by column. With every
-// row of B one of `next`, or what lies `ahead` values after the row's, is brought to the second
-// cache: in the first, rows a power of two apart would push each other out.
-template <int M, bool NEXT, typename Value>
+// C (M, V vectors) = beta * C + A (M, k) * B (k, V vectors). beta is 0 or 1. A lies column by column.
+// With every row of B one of `next`, or what lies `ahead` values after the row's, is brought to the
+// second cache: in the first, rows a power of two apart would push each other out.
+template <int M, int V, bool NEXT, typename Value>
 INLINE void gemm_tile(int64_t k, const float* a, const Value* b, int64_t ldb, int64_t ahead,
                       Next next, float beta, float* c, int64_t ldc) {
+  constexpr int64_t ROW_BYTES = V * LANES * sizeof(Value);
   // Sums stay in registers only if these loops are unrolled: GCC leaves some of them as they are.
-  Vec sum[M][VECTORS];
+  Vec sum[M][V];
   UNROLL for (int i = 0; i < M; i++)
-    UNROLL for (int v = 0; v < VECTORS; v++)
+    UNROLL for (int v = 0; v < V; v++)
       sum[i][v] = beta == 0 ? Vec{} : load(c + i * ldc + v * LANES);
   for (int64_t p = 0; p < k; p++) {
-    Vec row[VECTORS];
-    UNROLL for (int v = 0; v < VECTORS; v++) row[v] = load(b + v * LANES);
-    UNROLL for (int64_t line = 0; line < WIDTH * int64_t(sizeof(Value)); line += LINE_BYTES)
+    Vec row[V];
+    UNROLL for (int v = 0; v < V; v++) row[v] = load(b + v * LANES);
+    UNROLL for (int64_t line = 0; line < ROW_BYTES; line += LINE_BYTES)
       __builtin_prefetch((NEXT ? next.rows : reinterpret_cast<const char*>(b + ahead)) + line, 0, 2);
     UNROLL for (int i = 0; i < M; i++) {
       const float value = a[i];
-      UNROLL for (int v = 0; v < VECTORS; v++) sum[i][v] += value * row[v];
+      UNROLL for (int v = 0; v < V; v++) sum[i][v] += value * row[v];
     }
     a += M;
     b += ldb;
     if constexpr (NEXT) next.rows += next.stride;
   }
   UNROLL for (int i = 0; i < M; i++)
-    UNROLL for (int v = 0; v < VECTORS; v++)
+    UNROLL for (int v = 0; v < V; v++)
       *reinterpret_cast<Vec*>(c + i * ldc + v * LANES) = sum[i][v];
+}
+
+// The vectors of a tile of M rows: of few it is wider, so that what is read of a row at a time is longer.
+constexpr int vectors_of(int m) {
+  int vectors = VECTORS;
+  while (vectors < 4 * VECTORS && 3 * m * vectors <= ROWS * VECTORS) vectors *= 2;
+  return vectors;
 }
 
 // The same for m <= M rows and n columns. n is a multiple of WIDTH.
 template <int M, typename Value>
-TARGET void gemm_tiles(int64_t m, int64_t n, int64_t k, const float* a, const Value* b,
+TILE_TARGET void gemm_tiles(int64_t m, int64_t n, int64_t k, const float* a, const Value* b,
                        int64_t ldb, float beta, float* c, int64_t ldc, Next next) {
   if constexpr (M > 1)
     if (m < M) return gemm_tiles<M - 1>(m, n, k, a, b, ldb, beta, c, ldc, next);
   // Copies are of float32, and multiplied one width of a tile at a time.
   if constexpr (std::is_same_v<Value, float>)
-    if (next.rows) return gemm_tile<M, true>(k, a, b, ldb, 0, next, beta, c, ldc);
-  for (int64_t j = 0; j < n; j += WIDTH)
-    gemm_tile<M, false>(k, a, b + j, ldb, ahead_of<Value>(j, n, k, ldb), {}, beta, c + j, ldc);
+    if (next.rows) return gemm_tile<M, VECTORS, true>(k, a, b, ldb, 0, next, beta, c, ldc);
+  constexpr int WIDE = vectors_of(M);
+  int64_t j = 0;
+  if constexpr (WIDE > VECTORS)
+    for (; j + WIDE * LANES <= n; j += WIDE * LANES)
+      gemm_tile<M, WIDE, false>(k, a, b + j, ldb, ahead_of<Value>(j, n, k, ldb), {}, beta, c + j, ldc);
+  for (; j < n; j += WIDTH)
+    gemm_tile<M, VECTORS, false>(k, a, b + j, ldb, ahead_of<Value>(j, n, k, ldb), {}, beta, c + j, ldc);
 }
 
 // C (m, n) = beta * C + A (m, k) * B (k, n). beta is 0 or 1. n is a multiple of WIDTH. A lies tile
 // by tile, and each tile lies column by column.
 template <typename Value>
-TARGET void gemm(int64_t m, int64_t n, int64_t k, const float* a, const Value* b, int64_t ldb,
+TILE_TARGET void gemm(int64_t m, int64_t n, int64_t k, const float* a, const Value* b, int64_t ldb,
                  float beta, float* c, int64_t ldc, Next next) {
   for_tiles(m, ROWS, [&](int64_t i, int64_t rows) {
     gemm_tiles<ROWS>(rows, n, k, a + i * k, b, ldb, beta, c + i * ldc, ldc, i ? Next{} : next);
@@ -172,6 +187,7 @@ constexpr Blocks blocks{CPU_LEVEL,       LANES,           ROWS,           WIDTH,
 #undef INLINE
 #undef CPU_LEVEL
 #undef TARGET
+#undef TILE_TARGET
 #undef LANES
 #undef LOAD_BYTES
 #undef LOAD_HALVES
