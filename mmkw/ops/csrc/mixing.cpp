@@ -233,15 +233,17 @@ struct Span {
 int64_t num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 // The same for rows that are read directly, not in pairs. The more there are, the less often sums are
-// read and written. But rows a power of two apart fall into one set of the second cache.
+// read and written. But rows a power of two apart fall into one set of the second cache, which must
+// have as many ways. Intel's of 16 ways are faster with 8 all the same.
 int64_t streamed_terms() {
-  constexpr int64_t LEAST = 8, MOST = 16;
-#ifdef _SC_LEVEL2_CACHE_ASSOC
-  static const int64_t ways = sysconf(_SC_LEVEL2_CACHE_ASSOC);
-  return std::clamp(ways, LEAST, MOST);
-#else
-  return LEAST;
+#if defined(__x86_64__) && defined(_SC_LEVEL2_CACHE_ASSOC)
+  static const bool has_many_ways = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") && sysconf(_SC_LEVEL2_CACHE_ASSOC) >= 16;
+  }();
+  if (has_many_ways) return 16;
 #endif
+  return 8;
 }
 
 // The number of columns after the last tile is filled up.
