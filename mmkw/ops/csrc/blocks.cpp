@@ -19,7 +19,9 @@ typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define TUNED_FOR_ZEN ""
 #else
+#define TUNED_FOR_ZEN ",tune=znver2"
 typedef int Indices __attribute__((vector_size(16)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Indices{__VA_ARGS__})
 #endif
@@ -29,8 +31,7 @@ typedef int Indices __attribute__((vector_size(16)));
 #if defined(__x86_64__) && defined(__GNUC__)
 namespace avx512 {
 #define CPU_LEVEL "AVX512"
-#define TARGET __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma")))
-#define TILE_TARGET __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma,tune=znver2")))
+#define FEATURES "avx512f,avx512vl,avx512dq,avx512bw,fma"
 #define LANES 16
 #define LOAD_BYTES(from)   \
   _mm512_cvtepi32_ps(      \
@@ -47,8 +48,7 @@ namespace avx512 {
 }  // namespace avx512
 namespace avx2 {
 #define CPU_LEVEL "AVX2"
-#define TARGET __attribute__((target("avx2,fma")))
-#define TILE_TARGET __attribute__((target("avx2,fma,tune=znver2")))
+#define FEATURES "avx2,fma"
 #define LANES 8
 #define LOAD_BYTES(from)   \
   _mm256_cvtepi32_ps(      \
@@ -65,8 +65,6 @@ namespace avx2 {
 #endif
 namespace any_processor {
 #define CPU_LEVEL "DEFAULT"
-#define TARGET
-#define TILE_TARGET
 #define LANES 4
 #define LOAD_BYTES(from) \
   Four { float(from[0]), float(from[1]), float(from[2]), float(from[3]) }

@@ -232,9 +232,9 @@ struct Span {
 // The threads that share the work: one if the caller is one of several itself.
 int64_t num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// The same for rows that are read directly, not in pairs. The more there are, the less often sums are
-// read and written. But rows a power of two apart fall into one set of the second cache, which must
-// have as many ways. Intel's of 16 ways are faster with 8 all the same.
+// Terms that a product sums up at a time, for rows that are read directly, not in pairs. The more there
+// are, the less often sums are read and written. But rows a power of two apart fall into one set of the
+// second cache, which must have as many ways. Intel's have 16, and are faster with 8 all the same.
 int64_t streamed_terms() {
 #if defined(__x86_64__) && defined(_SC_LEVEL2_CACHE_ASSOC)
   static const bool has_many_ways = [] {

@@ -2,9 +2,7 @@
 //
 // blocks.cpp includes this file once for each generation, in its own namespace. It defines before:
 //   CPU_LEVEL            the name of the generation,
-//   TARGET               the attribute that lets the compiler use the generation's instructions,
-//   TILE_TARGET          the same for gemm, which then reads B within the multiplications: GCC does so
-//                        if tuned for Zen, and wide tiles take two thirds of the time there,
+//   FEATURES             the generation's instructions, for the compiler; not defined for any processor,
 //   LANES                floats in a vector register,
 //   LOAD_BYTES           so many integers of eight bits as floats,
 //   LOAD_HALVES          the bits of so many numbers of bfloat16 as floats,
@@ -14,6 +12,15 @@
 //
 // Names follow BLAS. Matrices lie row by row. The rows of B are ldb apart.
 
+#ifdef FEATURES
+#define TARGET __attribute__((target(FEATURES)))
+// Tuned so, GCC reads B within the multiplications of wide tiles, which then take two thirds of the
+// time on Zen 5.
+#define TILE_TARGET __attribute__((target(FEATURES TUNED_FOR_ZEN)))
+#else
+#define TARGET
+#define TILE_TARGET
+#endif
 #define INLINE TARGET inline __attribute__((always_inline))
 
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -186,6 +193,7 @@ constexpr Blocks blocks{CPU_LEVEL,       LANES,           ROWS,           WIDTH,
 
 #undef INLINE
 #undef CPU_LEVEL
+#undef FEATURES
 #undef TARGET
 #undef TILE_TARGET
 #undef LANES
