@@ -165,7 +165,6 @@ TASKS = [
     'digits',
     'digits, half as wide',
     'conditions, half as wide',
-    'stamps',
     'stamps from ImageNet',
     'segmentation under conditions, half as wide',
 ]
