@@ -1,4 +1,4 @@
-"""The demo: the Mask R-CNN with a KernelWarehouse 1x ResNet18, from scratch."""
+"""The Mask R-CNN with a KernelWarehouse 1x ResNet18, from random weights as in the paper."""
 
 _base_ = './mask-rcnn_r18_fpn_mini-coco.py'
 

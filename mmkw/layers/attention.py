@@ -244,11 +244,12 @@ class Attention(LayerAttention):
             logits = self._logits(hidden)
             alpha = logits / (logits.abs().sum(-1, keepdim=True) + DENOMINATOR_EPS)
             if self.temperature > 0:
-                # lerp is exact at both ends and keeps every parameter in the graph at tau = 1,
-                # which DistributedDataParallel needs.
+                # Exact at both ends. At tau = 1 every parameter stays in the graph, which
+                # DistributedDataParallel needs. A number in lerp would be compiled anew for every
+                # temperature.
                 assigned = torch.tensor(self._assigned, device=alpha.device)
                 beta = F.one_hot(assigned, self.num_cells + 1).to(alpha)
-                alpha = torch.lerp(alpha, beta.expand_as(alpha), self.temperature)
+                alpha = (1 - self.temperature) * alpha + self.temperature * beta
             return alpha[..., :-1]
 
     def _layers(self) -> tuple[Any, ...] | None:

@@ -28,6 +28,7 @@ from .static_classes import (
     base_class,
     explicit_padding,
     kind_of,
+    own_attributes,
     padding_by_size,
     repeated,
 )
@@ -124,9 +125,9 @@ class DynamicLayer(Weightless, StandsForStatic):
     ) -> 'DynamicLayer':
         """Makes the dynamic layer for a static layer, with a kernel from a shared warehouse.
 
-        The dynamic layer takes over the static layer's bias, device, dtype, mode and hooks. Its
-        attention is frozen if the static kernel is frozen. The values of the static kernel are not
-        used.
+        The dynamic layer takes over the static layer's bias, device, dtype, mode, hooks, and what
+        the network has put on it, which also its static twin has. Its attention is frozen if the
+        static kernel is frozen. The values of the static kernel are not used.
 
         Args:
             static: A layer of ``static_class``, or of a class derived from it that
@@ -143,6 +144,8 @@ class DynamicLayer(Weightless, StandsForStatic):
         layer.bias = static.bias
         layer.attention.requires_grad_(static.weight.requires_grad)
         modes.hand_hooks_on(static, layer)
+        put = own_attributes(static)
+        vars(layer).update(put, _put=frozenset(put))
         return layer.train(static.training)
 
     def _setup(
@@ -234,6 +237,7 @@ class DynamicLayer(Weightless, StandsForStatic):
             kernel = self.static_kernel().reshape(kernel.shape)
         twin.weight = nn.Parameter(kernel, self.learns_kernel)
         twin.bias = self.bias
+        self.hand_on(twin)
         return twin.train(self.training)
 
     def _make_static(self) -> nn.Module:
@@ -424,11 +428,12 @@ class ConvNd(DynamicLayer):
         modes.pad_before(twin, self._padding_before)
         return twin
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Maps Tensor[batch, in_channels, *size] to Tensor[batch, out_channels, *output_size].
 
         An input without the batch dimension is one image.
         """
+        x = input
         if modes.is_symbolic(x):
             return recorded(self, x)
         dims = len(self.kernel_size)
@@ -519,11 +524,12 @@ class KWLinear(DynamicLayer):
     def _make_static(self) -> nn.Module:
         return self.static_class(self.in_features, self.out_features, False, device='meta')
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Maps Tensor[batch, ..., in_features] to Tensor[batch, ..., out_features].
 
         An input Tensor[in_features] is one image.
         """
+        x = input
         if modes.is_symbolic(x):
             return recorded(self, x)
         if x.dim() == 1:
@@ -549,9 +555,14 @@ def dynamic_class(layer: nn.Module, method: str = KERNELWAREHOUSE) -> type[Dynam
         method: As in :class:`~mmkw.layers.WarehouseOptions`.
 
     Returns:
-        None if no dynamic layer can; see :func:`~mmkw.layers.static_classes.base_class`.
+        None if no dynamic layer can; see :func:`~mmkw.layers.static_classes.base_class`. Nor can it
+        where the network has put something on the layer that has another meaning in a dynamic one.
     """
-    return _DYNAMIC.get((method, base_class(layer)))
+    kind = _DYNAMIC.get((method, base_class(layer)))
+    if kind is None:
+        return None
+    own = own_attributes(layer)
+    return None if 'attention' in own or any(hasattr(kind, name) for name in own) else kind
 
 
 def has_own_warehouse(module: nn.Module) -> bool:

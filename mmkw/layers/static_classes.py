@@ -62,6 +62,49 @@ def base_class(layer: nn.Module) -> type[nn.Module] | None:
     return base
 
 
+def own_attributes(layer: nn.Module) -> dict[str, Any]:
+    """What a static layer has beside what all of its class in ``torch.nn`` have.
+
+    A network may read it: a scale of a residual branch, or a mark for an initialiser.
+
+    Args:
+        layer: A layer for which :func:`base_class` gives a class.
+
+    Returns:
+        The values by their names: those of the layer, and the plain ones of its own class.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 4)
+        >>> layer.scale = 0.5
+        >>> own_attributes(layer)
+        {'scale': 0.5}
+    """
+    base = next(base for base in STATIC_CLASSES if isinstance(layer, base))
+    kinds = type(layer).__mro__
+    found = {
+        name: value
+        for kind in reversed(kinds[: kinds.index(base)])
+        for name, value in vars(kind).items()
+        if not name.startswith('__') and not hasattr(value, '__get__')
+    }
+    found |= {
+        name: value
+        for name, value in vars(layer).items()
+        # Its own methods some put back after they had replaced them.
+        if name not in _names_in(base) and getattr(value, '__self__', None) is not layer
+    }
+    # MMEngine notes there how each parameter is initialised, while it does so.
+    found.pop('_params_init_info', None)
+    return found
+
+
+@cache
+def _names_in(base: type[nn.Module]) -> frozenset[str]:
+    """The names in every layer of a class of ``torch.nn``."""
+    with torch.device('meta'):
+        return frozenset(vars(base(*([1] * (2 if base is nn.Linear else 3)))))
+
+
 @cache
 def kind_of(layer_class: type[nn.Module]) -> Kind:
     """Finds out what a class of layers computes.

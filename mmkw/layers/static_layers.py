@@ -4,7 +4,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -119,8 +119,8 @@ def used_by_others(network: nn.Module) -> dict[str, str]:
 
     The weight of some is read by their parent module in the forward pass, as BEiT's attention does
     with that of its ``qkv``: a dynamic layer has no weight, but one kernel per image. Others share
-    their weight with another module, as a decoder and an embedding do. And some are held in a list
-    or dict beside the modules, as in Detectron2's FPN, which calls them from there. Transformers of
+    their weight with another module, as a decoder and an embedding do. And some are held beside
+    the modules, as in a list in Detectron2's FPN, which calls them from there. Transformers of
     PyTorch and others may have the images second, beside an attention that has them so, and so have
     heads that get the results of all layers of a decoder at once; a linear layer would take the
     images for what it averages.
@@ -153,7 +153,8 @@ def used_by_others(network: nn.Module) -> dict[str, str]:
         for attribute, value in vars(module).items():
             if attribute not in _OF_TORCH:
                 for held in _modules_in(value):
-                    keeper_of[held] = f'{place}{attribute} holds it, too, and no module'
+                    if held is not module:
+                        keeper_of[held] = f'{place}{attribute} holds it, too, and no module'
     for name, module in network.named_modules():
         if module in keeper_of:
             found[name] = keeper_of[module]
@@ -186,10 +187,16 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _modules_in(value: Any, depth: int = 2) -> Iterator[nn.Module]:
-    """The modules in plain lists, tuples and dicts, and in those within them."""
-    if depth and isinstance(value, (list, tuple, dict)):
+    """The module that a value is, or whose method it is, or those in a plain collection of such."""
+    if inspect.ismethod(value):
+        value = value.__self__
+    if isinstance(value, partial):
+        value = [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth and isinstance(value, (list, tuple, set, frozenset, dict)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from [item] if isinstance(item, nn.Module) else _modules_in(item, depth - 1)
+            yield from _modules_in(item, depth - 1)
 
 
 @cache

@@ -40,7 +40,8 @@ def exchange(network: nn.Module, others: Mapping[nn.Module, nn.Module]) -> None:
 class StandsForStatic(nn.Module):
     """A module that replaces a static module and can make the static twin."""
 
-    # The names of what others have put on this module by way of twins; see :meth:`apply`.
+    # The names of what others have put on the static module, or on this one by way of twins; see
+    # :meth:`apply`. Twins have it, too.
     _put: frozenset[str] = frozenset()
 
     def static_twin(self) -> nn.Module:
@@ -55,6 +56,18 @@ class StandsForStatic(nn.Module):
             process has only a part of the cells, the kernel is on the meta device.
         """
         raise NotImplementedError
+
+    def hand_on(self, twin: nn.Module) -> None:
+        """Puts on a twin what others have put on the static module, or on this one.
+
+        Args:
+            twin: Made by :meth:`static_twin`.
+        """
+        for name in self._put:
+            if name in vars(self):
+                vars(twin)[name] = vars(self)[name]
+            elif name in self._modules:
+                setattr(twin, name, self._modules[name])
 
     def counterparts(self, twin: nn.Module) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
         """Pairs every parameter of a twin with the parameters of this module that do its work.
@@ -139,8 +152,6 @@ class _Exchange:
         self._module, self._twin = module, twin
         modes.hand_hooks_on(module, twin)
         twin._buffers = module._buffers
-        for name in module._put:
-            setattr(twin, name, getattr(module, name))
 
     def begin(self) -> None:
         """Notes how the twin is before the function."""

@@ -121,9 +121,9 @@ def convert(
         TypeError: If ``network`` is no module, if ``plan`` is of another type, if there are
             options beside a plan, or if ``freeze_warehouses`` or ``keep_weights`` is neither True
             nor False.
-        PlanError: If the network is a layer, a Sequential, or converted already, if a planned layer
-            is missing or cannot be dynamic, if two names are one layer, or if the options of a
-            warehouse do not fit its kernels.
+        PlanError: If the network is a layer, a Sequential, or converted already, or has a
+            ``warehouse_manager`` of its own, if a planned layer is missing or cannot be dynamic, if
+            two names are one layer, or if the options of a warehouse do not fit its kernels.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f'network must be a torch.nn.Module, got {network!r}.')
@@ -134,6 +134,11 @@ def convert(
         return network
     if is_converted(network):
         raise PlanError(f'{type(network).__name__} has a warehouse_manager: it is converted.')
+    if hasattr(network, 'warehouse_manager'):
+        raise PlanError(
+            f'{type(network).__name__} has an attribute warehouse_manager of its own, where its '
+            'warehouses would be. Rename it.'
+        )
     if isinstance(network, STATIC_CLASSES):
         raise PlanError(
             f'The network is itself a layer, a {type(network).__name__}. Make a dynamic layer, '

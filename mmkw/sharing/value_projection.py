@@ -69,6 +69,7 @@ class SplitProjection(StandsForStatic):
                     parts = [torch.empty(part.shape, device='meta') for part in parts]
                 fused = nn.Parameter(torch.cat(parts), learns)
                 twin.register_parameter(f'{self.fused_prefix}{name}', fused)
+        self.hand_on(twin)
         return twin.train(self.training)
 
     def _make_static(self) -> nn.Module:

@@ -347,3 +347,16 @@ def test_set_temperature_refuses_values_out_of_range(tau):
 def test_set_temperature_refuses_a_static_model():
     with pytest.raises(ValueError, match='Linear has no KernelWarehouse layer'):
         set_temperature(torch.nn.Linear(2, 2), 0.5)
+
+
+def test_a_temperature_that_falls_is_not_compiled_every_time():
+    """A schedule sets another at every iteration; PyTorch gives up after eight compilations."""
+    layer = KWConv2d(4, 8, 3).eval()
+    compiled = torch.compile(layer, backend='aot_eager', fullgraph=True)
+    for iteration in range(12):
+        set_temperature(layer, 1 - iteration / 11)
+        x = torch.randn(2, 4, 6, 6)
+        y = compiled(x)
+        torch.testing.assert_close(y, layer(x), atol=1e-5, rtol=1e-5)
+        y.square().sum().backward()
+        assert layer.attention.fc2.weight.grad is not None

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -390,6 +391,50 @@ class PrivateLaterals(Laterals):
     name = '_steps'
 
 
+class Held(nn.Module):
+    """Holds its first layer once more, as a subclass says, and computes with that."""
+
+    def __init__(self):
+        super().__init__()
+        self.lateral0 = nn.Conv2d(32, 32, 3, padding=1)
+        self.output = nn.Conv2d(32, 32, 3, padding=1)
+        object.__setattr__(self, 'held', self.hold(self.lateral0))
+
+    def forward(self, x):
+        return self.output(self.call(x))
+
+
+class HeldItself(Held):
+    def hold(self, layer):
+        return layer
+
+    def call(self, x):
+        return self.held(x)
+
+
+class HeldInASet(Held):
+    def hold(self, layer):
+        return {layer}
+
+    def call(self, x):
+        return next(iter(self.held))(x)
+
+
+class HeldByItsMethod(HeldItself):
+    def hold(self, layer):
+        return layer.forward
+
+
+class HeldInAPartial(HeldItself):
+    def hold(self, layer):
+        return partial(torch.utils.checkpoint.checkpoint, layer, use_reentrant=False)
+
+
+class HeldInAPartialMethod(HeldItself):
+    def hold(self, layer):
+        return partial(layer.forward)
+
+
 class Tied(nn.Module):
     """A decoder with the weight of the embedding."""
 
@@ -408,6 +453,16 @@ class Tied(nn.Module):
     [
         (Laterals, 'lateral0', 'steps holds it, too'),
         (PrivateLaterals, 'lateral0', '_steps holds it, too'),
+        *(
+            (kind, 'lateral0', 'held holds it, too')
+            for kind in (
+                HeldItself,
+                HeldInASet,
+                HeldByItsMethod,
+                HeldInAPartial,
+                HeldInAPartialMethod,
+            )
+        ),
         (Tied, 'decoder', 'also that of embedding'),
     ],
 )
@@ -583,7 +638,76 @@ def test_hooks_stay_with_their_layers():
     assert calls() == []
 
 
+class Gained(nn.Conv2d):
+    gain = 2.0
+
+
+class ReadsItsLayers(nn.Module):
+    """Reads what it has put on its layers, and what their class has."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = Gained(32, 32, 3, padding=1)
+        self.second = nn.Conv2d(32, 32, 3, padding=1)
+        self.second.post_scale, self.second._shift = 3.0, [0.5]
+        self.last = nn.Linear(32, 32)
+        self.last.is_residual = True
+
+    def forward(self, x):
+        for layer in (self.first, self.second):
+            x = layer(x) * getattr(layer, 'gain', 1) * getattr(layer, 'post_scale', 1)
+            x = x + getattr(layer, '_shift', [0])[0]
+        x = x.movedim(1, -1)
+        return self.last(x) + (x if getattr(self.last, 'is_residual', False) else 0)
+
+
+def test_what_a_network_has_put_on_its_layers_stays_there():
+    """As nanoGPT marks layers, which an initialiser reads; there and back, and in copies."""
+    static, x = ReadsItsLayers(), torch.randn(2, 32, 5, 5)
+    network = convert(copy.deepcopy(static), cell_num_ratio=1, start_tau=1)
+    assert all(isinstance(layer, StandsForStatic) for layer in (network.first, network.last))
+
+    def close(other):
+        torch.testing.assert_close(other(x), static(x), atol=1e-4, rtol=1e-4)
+
+    def initialise(module):
+        if hasattr(module, 'weight'):
+            marked = hasattr(module, 'post_scale') or getattr(module, 'gain', 1) > 1
+            nn.init.constant_(module.weight, 0.01 if marked else 0.02)
+
+    close(network)
+    close(copy.deepcopy(network))
+    for each in (static, network):
+        each.apply(initialise)
+    close(network)
+    close(to_static(network))
+    assert 'gain' not in vars(network.first) or network.first.gain == 2
+
+
+@pytest.mark.parametrize('name', ['cells', 'attention', 'method', 'place'])
+def test_what_means_something_else_in_a_dynamic_layer_keeps_it_static(name):
+    layer = nn.Conv2d(32, 32, 3)
+    setattr(layer, name, 1)
+    network = convert(of_layers(first=layer, second=nn.Conv2d(32, 32, 3)))
+    assert network.first is layer and isinstance(network.second, StandsForStatic)
+
+
+def test_layers_take_their_input_by_its_name():
+    for layer, x in ((nn.Conv2d(32, 32, 3), (2, 32, 5, 5)), (nn.Linear(32, 32), (2, 4, 32))):
+        network = convert(of_layers(first=layer, second=nn.Conv2d(32, 32, 3)))
+        x = torch.randn(x)
+        assert isinstance(network.first, StandsForStatic)
+        torch.testing.assert_close(network.first(input=x), layer(input=x), atol=1e-5, rtol=1e-5)
+
+
+def managing():
+    network = of_layers(a=nn.Conv2d(32, 32, 3))
+    network.warehouse_manager = nn.Linear(4, 4)
+    return network
+
+
 REFUSED = {
+    'manager': (managing, 'warehouse_manager of its own.*Rename it'),
     'list': (lambda: nn.ModuleList([nn.Conv2d(32, 32, 3)]), 'is a ModuleList'),
     'dict': (lambda: nn.ModuleDict({'a': nn.Conv2d(32, 32, 3)}), 'is a ModuleDict'),
     'compiled': (lambda: torch.compile(of_layers(a=nn.Conv2d(32, 32, 3))), 'Convert it first'),

@@ -435,8 +435,8 @@ TABLES = {
         epochs=12,
         source=0,
     ),
-    # At the length of the demo, whose dynamic network is the last.
-    'scratch_demo': choice(
+    # At the length of configs/demo, whose dynamic network is the last.
+    'six_epochs': choice(
         {
             'static, 1e-3': STATIC,
             'static, 2e-3': Arm(None, FAST),
