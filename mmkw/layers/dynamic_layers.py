@@ -145,7 +145,7 @@ class DynamicLayer(Weightless, StandsForStatic):
         layer.attention.requires_grad_(static.weight.requires_grad)
         modes.hand_hooks_on(static, layer)
         put = own_attributes(static)
-        vars(layer).update(put, _put=frozenset(put))
+        layer.__dict__.update(put, _put=frozenset(put))
         return layer.train(static.training)
 
     def _setup(
