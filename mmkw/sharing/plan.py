@@ -55,10 +55,16 @@ class SharingPlan:
                 ``kernelwarehouse`` every layer gets a warehouse of its own.
 
         Raises:
-            PlanError: If a sequence has another length than there are warehouses, or a value is
-                out of range.
+            PlanError: If ``layers`` are no pairs, if a sequence has another length than there are
+                warehouses, or a value is out of range.
         """
         layers = tuple(layers)
+        for pair in layers:
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+                raise PlanError(
+                    'layers must be pairs of the names of a layer and a warehouse, such as '
+                    f"('layer1.conv', 'stage1'), got {pair!r}."
+                )
         if is_comparator(options.get('method')):
             layers = tuple((layer, layer) for layer, _ in layers)
         names = list(dict.fromkeys(warehouse for _, warehouse in layers))

@@ -8,6 +8,7 @@ import re
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..layers import KernelShape, PlanError, dynamic_class, kernel_shape
 from ..layers.partition import KERNELWAREHOUSE, is_comparator
@@ -121,15 +122,18 @@ def _next_stage(network: nn.Module) -> list[KernelShape]:
 
 
 def layers_with_kernels(network: nn.Module) -> dict[str, nn.Module]:
-    """All layers with a weight of two or more dimensions, by name.
+    """All layers with a weight of two or more dimensions, by name. Lazy ones have none yet.
 
     Args:
         network: A static network.
     """
+    weights = {
+        name: (module, getattr(module, 'weight', None)) for name, module in network.named_modules()
+    }
     return {
         name: module
-        for name, module in network.named_modules()
-        if getattr(module, 'weight', None) is not None and module.weight.dim() > 1
+        for name, (module, weight) in weights.items()
+        if weight is not None and not is_lazy(weight) and weight.dim() > 1
     }
 
 
@@ -148,6 +152,12 @@ def refuse_nothing(network: nn.Module, pairs: list[tuple[str, str]]) -> list[tup
     """
     if pairs:
         return pairs
+    for name, module in network.named_modules():
+        if any(map(is_lazy, module._parameters.values())):
+            raise PlanError(
+                f'{type(network).__name__} has no layer that could be dynamic: the size of {name}, '
+                f'a {type(module).__name__}, is not known yet. Call the network once before.'
+            )
     some = itertools.islice(layers_with_kernels(network).items(), 4)
     found = ', '.join(f'{name} is a {_kind(layer)}' for name, layer in some)
     raise PlanError(

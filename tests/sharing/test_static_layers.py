@@ -692,6 +692,20 @@ def test_what_means_something_else_in_a_dynamic_layer_keeps_it_static(name):
     assert network.first is layer and isinstance(network.second, StandsForStatic)
 
 
+def test_lazy_layers_stay_static_beside_others():
+    network = of_layers(first=nn.Conv2d(32, 32, 3), second=nn.LazyConv2d(32, 3))
+    assert set(pattern_plan(network, [dict(match='first')]).warehouses) == {'first'}
+    network = convert(network)
+    assert isinstance(network.first, StandsForStatic)
+    assert network(torch.randn(2, 32, 7, 7)).shape == (2, 32, 3, 3)
+
+
+@pytest.mark.parametrize('layers', ['abc', [('first',)], [1], [('first', 'one', 'two')]])
+def test_layers_of_a_plan_are_pairs(layers):
+    with pytest.raises(PlanError, match='must be pairs of the names'):
+        SharingPlan.make(layers)
+
+
 def test_layers_take_their_input_by_its_name():
     for layer, x in ((nn.Conv2d(32, 32, 3), (2, 32, 5, 5)), (nn.Linear(32, 32), (2, 4, 32))):
         network = convert(of_layers(first=layer, second=nn.Conv2d(32, 32, 3)))
@@ -707,6 +721,7 @@ def managing():
 
 
 REFUSED = {
+    'lazy': (lambda: of_layers(a=nn.LazyConv2d(32, 3)), 'size of a, a LazyConv2d, is not known'),
     'manager': (managing, 'warehouse_manager of its own.*Rename it'),
     'list': (lambda: nn.ModuleList([nn.Conv2d(32, 32, 3)]), 'is a ModuleList'),
     'dict': (lambda: nn.ModuleDict({'a': nn.Conv2d(32, 32, 3)}), 'is a ModuleDict'),
