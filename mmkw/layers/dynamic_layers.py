@@ -19,6 +19,7 @@ from .partition import (
     METHODS,
     KernelShape,
     LayerShare,
+    PlanError,
     WarehouseOptions,
     partition_warehouse,
     split_options,
@@ -136,6 +137,9 @@ class DynamicLayer(Weightless, StandsForStatic):
             warehouse: Index of the layer's warehouse.
             position: Index of the layer among the layers of the warehouse.
             attention_norm_cfg: Norm of the attention.
+
+        Raises:
+            PlanError: If the layer has an attribute by a private name of the dynamic layer.
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -145,6 +149,11 @@ class DynamicLayer(Weightless, StandsForStatic):
         layer.attention.requires_grad_(static.weight.requires_grad)
         modes.hand_hooks_on(static, layer)
         put = own_attributes(static)
+        if taken := sorted(put.keys() & vars(layer).keys()):
+            raise PlanError(
+                f'{layer.share.kernel} has the attribute {taken[0]}, which means something else '
+                'in a dynamic layer. Rename it, or leave the layer out.'
+            )
         layer.__dict__.update(put, _put=frozenset(put))
         return layer.train(static.training)
 

@@ -71,7 +71,8 @@ def own_attributes(layer: nn.Module) -> dict[str, Any]:
         layer: A layer for which :func:`base_class` gives a class.
 
     Returns:
-        The values by their names: those of the layer, and the plain ones of its own class.
+        The values by their names: those of the layer, and the plain ones of its own class, but for
+        what every module has.
 
     Example:
         >>> layer = torch.nn.Linear(4, 4)
@@ -95,7 +96,7 @@ def own_attributes(layer: nn.Module) -> dict[str, Any]:
     }
     # MMEngine notes there how each parameter is initialised, while it does so.
     found.pop('_params_init_info', None)
-    return found
+    return {name: value for name, value in found.items() if not hasattr(nn.Module, name)}
 
 
 @cache

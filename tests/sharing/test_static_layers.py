@@ -684,6 +684,15 @@ def test_what_a_network_has_put_on_its_layers_stays_there():
     assert 'gain' not in vars(network.first) or network.first.gain == 2
 
 
+def test_a_private_name_of_the_dynamic_layer_is_refused():
+    layer = nn.Conv2d(32, 32, 3)
+    layer._position = 1
+    network = of_layers(first=layer, second=nn.Conv2d(32, 32, 3))
+    with pytest.raises(PlanError, match=r'first.* has the attribute _position.*Rename it'):
+        convert(network)
+    assert network.first is layer and not hasattr(network, 'warehouse_manager')
+
+
 @pytest.mark.parametrize('name', ['cells', 'attention', 'method', 'place'])
 def test_what_means_something_else_in_a_dynamic_layer_keeps_it_static(name):
     layer = nn.Conv2d(32, 32, 3)
