@@ -351,12 +351,14 @@ def test_set_temperature_refuses_a_static_model():
 
 def test_a_temperature_that_falls_is_not_compiled_every_time():
     """A schedule sets another at every iteration; PyTorch gives up after eight compilations."""
-    layer = KWConv2d(4, 8, 3).eval()
-    compiled = torch.compile(layer, backend='aot_eager', fullgraph=True)
-    for iteration in range(12):
-        set_temperature(layer, 1 - iteration / 11)
-        x = torch.randn(2, 4, 6, 6)
-        y = compiled(x)
-        torch.testing.assert_close(y, layer(x), atol=1e-5, rtol=1e-5)
-        y.square().sum().backward()
-        assert layer.attention.fc2.weight.grad is not None
+    static, dynamic = nn.Conv2d(4, 8, 3), KWConv2d(4, 8, 3).eval()
+    for layer in (static, dynamic):
+        compiled = torch.compile(layer, backend='aot_eager', fullgraph=True)
+        for iteration in range(12):
+            if layer is dynamic:
+                set_temperature(layer, 1 - iteration / 11)
+            x = torch.randn(2, 4, 6, 6)
+            y = compiled(x)
+            torch.testing.assert_close(y, layer(x), atol=1e-5, rtol=1e-5)
+            y.square().sum().backward()
+            assert all(parameter.grad is not None for parameter in layer.parameters())

@@ -681,7 +681,8 @@ def test_what_a_network_has_put_on_its_layers_stays_there():
         each.apply(initialise)
     close(network)
     close(to_static(network))
-    assert 'gain' not in vars(network.first) or network.first.gain == 2
+    assert type(network.first) is Gained and network.first.gain == 2
+    assert (network.second.post_scale, network.second._shift) == (3, [0.5])
 
 
 def test_a_private_name_of_the_dynamic_layer_is_refused():
@@ -703,10 +704,13 @@ def test_what_means_something_else_in_a_dynamic_layer_keeps_it_static(name):
 
 def test_lazy_layers_stay_static_beside_others():
     network = of_layers(first=nn.Conv2d(32, 32, 3), second=nn.LazyConv2d(32, 3))
+    first, x = network.first, torch.randn(2, 32, 7, 7)
     assert set(pattern_plan(network, [dict(match='first')]).warehouses) == {'first'}
     network = convert(network)
     assert isinstance(network.first, StandsForStatic)
-    assert network(torch.randn(2, 32, 7, 7)).shape == (2, 32, 3, 3)
+    y = network(x)
+    assert y.shape == (2, 32, 3, 3)
+    torch.testing.assert_close(y, network.second(first(x)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize('layers', ['abc', [('first',)], [1], [('first', 'one', 'two')]])
