@@ -117,10 +117,10 @@ def convert(
         'ODConv2d'
 
     Raises:
-        ValueError: If ``start_tau`` is neither 0 nor 1.
-        TypeError: If ``network`` is no module, if ``plan`` is of another type, if there are
-            options beside a plan, or if ``freeze_warehouses`` or ``keep_weights`` is neither True
-            nor False.
+        ValueError: If ``start_tau`` is neither 0 nor 1, or ``attention_norm_cfg`` no norm.
+        TypeError: If ``network`` is no module, if ``plan`` or ``absent`` is of another type, if
+            there are options beside a plan or ``absent`` without one, or if ``freeze_warehouses``
+            or ``keep_weights`` is neither True nor False.
         PlanError: If the network is a layer, a Sequential, or converted already, or has a
             ``warehouse_manager`` of its own, if a planned layer is missing or cannot be dynamic, if
             two names are one layer, or if the options of a warehouse do not fit its kernels.
@@ -151,6 +151,12 @@ def convert(
         )
     if isinstance(getattr(network, '_orig_mod', None), nn.Module):
         raise PlanError('The network is compiled. Convert it first, then call torch.compile.')
+    kernel_shapes = isinstance(absent, Sequence) and all(isinstance(k, KernelShape) for k in absent)
+    if not kernel_shapes or (absent and plan is None):
+        raise TypeError(
+            f'absent must be the KernelShapes of planned layers, beside a plan, got {absent!r}. '
+            "Without a plan the rule of the network's family knows them."
+        )
     if plan is None:
         method = options.get('method', KERNELWAREHOUSE)
         plan = SharingPlan.make(family_rule(network, method), **options)
@@ -177,7 +183,7 @@ def convert(
 
     manager = WarehouseManager(partitions, start_tau)
     manager.keeps_start = is_of_the_paper(network) and not keep_weights
-    norm_cfg = attention_norm_cfg or attention_norm(network)
+    norm_cfg = attention_norm(network) if attention_norm_cfg is None else attention_norm_cfg
     twins: dict[nn.Module, nn.Module] = {}
     members: list[list[nn.Module]] = []
     for index, partition in enumerate(partitions):

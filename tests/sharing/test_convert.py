@@ -178,6 +178,33 @@ def test_an_absent_layer_keeps_its_cells():
         convert(Chain(2), SharingPlan.make([('layers.2', 'all')]), absent=[absent])
 
 
+@pytest.mark.parametrize('absent', [5, None, 'a', ['layers.2'], {KernelShape('b', 8, 8, (3, 3))}])
+def test_what_is_absent_must_be_kernels(absent):
+    network = Chain(3)
+    with pytest.raises(TypeError, match=r'absent must be the KernelShapes of planned layers, besi'):
+        convert(network, SharingPlan.make([('layers.0', 'all')]), absent=absent)
+    assert not hasattr(network, 'warehouse_manager')
+
+
+def test_without_a_plan_nothing_is_named_absent():
+    """The rule of the family knows it: what is named would be ignored."""
+    network = Chain(3)
+    with pytest.raises(TypeError, match="Without a plan the rule of the network's family knows"):
+        convert(network, absent=[KernelShape('layers.2', 8, 8, (3, 3))])
+    assert not hasattr(network, 'warehouse_manager')
+
+
+@pytest.mark.parametrize('norm', [{}, [], 0, '', False, 'LN', {'type': 'BN2d'}])
+def test_the_norm_of_attentions_is_one_that_is_known(norm):
+    """Nothing but None stands for the network's own."""
+    network = Chain(3)
+    with pytest.raises(ValueError, match='attention_norm_cfg must be such as'):
+        convert(network, SharingPlan.make([('layers.0', 'all')]), attention_norm_cfg=norm)
+    assert not hasattr(network, 'warehouse_manager')
+    with pytest.raises(ValueError, match='attention_norm_cfg must be such as'):
+        KWConv2d(8, 8, 3, attention_norm_cfg=norm)
+
+
 def test_a_sequential_is_refused():
     with pytest.raises(PlanError, match='is a Sequential, which would count its warehouses'):
         convert(nn.Sequential(nn.Conv2d(8, 8, 3)), SharingPlan.make([('0', 'all')]))
