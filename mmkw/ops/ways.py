@@ -86,8 +86,8 @@ class Images(Way):
     @staticmethod
     def forward(conv: Geometry, x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`Way`."""
-        images = (conv.convolve(x[i : i + 1], kernels[i], bias, conv.groups) for i in range(len(x)))
-        return _gathered(images, len(x))
+        operands = zip(x.split(1), kernels.unbind())
+        return _gathered((conv.convolve(v, k, bias, conv.groups) for v, k in operands), len(x))
 
     @staticmethod
     def kernels(
@@ -99,22 +99,19 @@ class Images(Way):
         is_slow = is_depthwise and x.device.type == 'cpu' and not x.is_contiguous()
         most = _MOST_CHANNELS if is_slow else channels
 
-        def of_image(i: int) -> Tensor:
+        def of_image(grad: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
             if channels <= most:
-                return conv.backward(grad[i : i + 1], x[i : i + 1], kernels[i], conv.groups, 1)
-            parts = (t[i : i + 1].split(most, 1) for t in (grad, x, kernels))
-            return torch.cat([conv.backward(g, v, k[0], v.shape[1], 1) for g, v, k in zip(*parts)])
+                return conv.backward(grad, x, kernel, conv.groups, 1)
+            parts = zip(grad.split(most, 1), x.split(most, 1), kernel.split(most))
+            return torch.cat([conv.backward(g, v, k, v.shape[1], 1) for g, v, k in parts])
 
-        return [of_image(i) for i in range(len(x))]
+        return [of_image(*each) for each in zip(grad.split(1), x.split(1), kernels.unbind())]
 
     @staticmethod
     def x(conv: Geometry, grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
         """See :class:`Way`."""
-        images = (
-            conv.backward(grad[i : i + 1], x[i : i + 1], kernels[i], conv.groups, 0)
-            for i in range(len(x))
-        )
-        return _gathered(images, len(x))
+        operands = zip(grad.split(1), x.split(1), kernels.unbind())
+        return _gathered((conv.backward(*each, conv.groups, 0) for each in operands), len(x))
 
 
 class Groups(Way):
@@ -304,6 +301,6 @@ def _gathered(images: Iterator[Tensor], batch: int) -> Tensor:
         result = first.new_empty(batch, *first.shape[2:], first.shape[1]).movedim(-1, 1)
     else:
         result = first.new_empty(batch, *first.shape[1:])
-    for index, image in enumerate(chain([first], images)):
-        result[index] = image[0]
+    for place, image in zip(result.split(1), chain([first], images)):
+        place.copy_(image)
     return result
