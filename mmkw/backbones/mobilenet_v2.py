@@ -128,7 +128,7 @@ def KWMobileNetV2(
     network.train()
     kinds = {len({home for _, home in mobilenet_v2_rule(network, p)}): p for p in POINTWISE}
     network._register_load_state_dict_pre_hook(partial(_check_sharing, pointwise, kinds))
-    return make_dynamic(network, mobilenet_v2_rule(network, pointwise), arguments)
+    return make_dynamic(network, mobilenet_v2_rule(network, pointwise, method), arguments)
 
 
 def _check_sharing(

@@ -253,11 +253,22 @@ def _has_stages_beyond(network: nn.Module, state_dict: dict[str, Tensor], prefix
 
 def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
     layers = modules_of(network)
+    # An attention without a bias before its norm has all that LayerNorm needs in BatchNorm's file.
+    means = [key for key in state_dict if key.endswith('.running_mean')]
     for partition in network.warehouse_manager.partitions:
         for name in [share.kernel.layer for share in partition.layers]:
             if name not in layers:
                 continue  # An absent layer of the plan.
-            for part, tensor in layers[name].state_dict().items():
+            own = layers[name].state_dict()
+            place = f'{prefix}{name}.'
+            for key in means:
+                if key.startswith(f'{place}attention.') and key.removeprefix(place) not in own:
+                    raise CheckpointMismatchError(
+                        f'The checkpoint has {key}, so its attentions were made with BatchNorm, '
+                        f'those of this {type(network).__name__} with another norm. With '
+                        "attention_norm_cfg=dict(type='BN1d') it would fit."
+                    )
+            for part, tensor in own.items():
                 key = f'{prefix}{name}.{part}'
                 found = state_dict.get(key)
                 # Old files lack this counter. torch then counts from 0.

@@ -106,11 +106,11 @@ class ODConv2d(ConvNd):
 
     def _map(self, x: Tensor, seen: Tensor) -> Tensor:
         kernels, inputs, outputs, taps = self._attend(seen)
-        bias = self.bias if outputs is None else None
-        y = self._mixed(_scaled(x, inputs), kernels, bias, taps)
         if outputs is None:
-            return y
-        y = _scaled(y, outputs)
+            return self._mixed(_scaled(x, inputs), kernels, self.bias, taps)
+        # By halves and twos, so that float16 reaches in between as far as a static layer: where
+        # static weights begin, outputs are scaled by a half, and kernels are as much larger.
+        y = _scaled(self._mixed(_scaled(x, inputs / 2), kernels, None, taps), outputs * 2)
         return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
 
     def take_names(self, state_dict: dict[str, Any], prefix: str, cells: str) -> None:

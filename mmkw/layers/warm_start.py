@@ -5,6 +5,7 @@ cells can be the pieces of the static kernels. At tau = 0 the attentions can sta
 mixtures.
 """
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,7 +83,8 @@ def warm_start(
     if partition.options.cell_num_ratio < 1 and tau == 0:
         return _nearest(pieces, attentions, cells)
     new, errors = cells.detach().double().cpu(), []
-    generator = torch.Generator().manual_seed(_SEED)
+    # The same in all processes, another for every warehouse: many have one shape.
+    generator = torch.Generator().manual_seed(_SEED + zlib.crc32(partition.name.encode()))
     for share in shares:
         name = share.kernel.layer
         piece, attention = pieces[name], attentions[name]

@@ -83,7 +83,8 @@ def family_rule(network: nn.Module, method: str = KERNELWAREHOUSE) -> list[tuple
     less than half of the kernels dynamic says so in the log.
 
     With another method the same layers are dynamic, as far as the method has a layer for them, and
-    each has a warehouse of its own. ResNets differ a little; see :func:`resnet_rule`.
+    each has a warehouse of its own. ResNets and MobileNetV2 differ a little; see
+    :func:`resnet_rule` and :func:`mobilenet_v2_rule`.
 
     Args:
         network: A static network.
@@ -95,8 +96,8 @@ def family_rule(network: nn.Module, method: str = KERNELWAREHOUSE) -> list[tuple
     layers = plannable_layers(network)
     families = _families_of(network)
     rule = _FAMILIES[families[0]] if families else _general_rule
-    if rule is resnet_rule:
-        rule = partial(resnet_rule, method=method)
+    if rule in (resnet_rule, _mobilenet_v2_rule):
+        rule = partial(rule, method=method)
     # A network may have only its class's name in common with its family.
     pairs = refuse_nothing(network, rule(network) or _general_rule(network))
     if is_comparator(method):
@@ -281,8 +282,8 @@ def _transformer_rule(network: nn.Module) -> list[tuple[str, str]]:
     return [(name, f'{stages[block]}_{kind}') for name, block, kind in found]
 
 
-def _mobilenet_v2_rule(network: nn.Module) -> list[tuple[str, str]]:
-    return mobilenet_v2_rule(network, 'joint')
+def _mobilenet_v2_rule(network: nn.Module, method: str = KERNELWAREHOUSE) -> list[tuple[str, str]]:
+    return mobilenet_v2_rule(network, 'joint', method)
 
 
 # The rule of a network's class, or of its nearest base class.

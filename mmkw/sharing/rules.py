@@ -243,10 +243,12 @@ _MOBILENET_PLACES = [
 ]
 
 
-def mobilenet_v2_rule(network: nn.Module, pointwise: str) -> list[tuple[str, str]]:
+def mobilenet_v2_rule(
+    network: nn.Module, pointwise: str, method: str = KERNELWAREHOUSE
+) -> list[tuple[str, str]]:
     """The sharing of a MobileNetV2 (paper, section 4.1).
 
-    The stem has its own warehouse. The seven groups of blocks form stages 1 to 6: the last two
+    The stem has its own warehouse; with ``odconv`` it is static, as in its authors' files. The seven groups of blocks form stages 1 to 6: the last two
     groups are both in stage 6. But the first block of every group belongs to the stage of the group
     before. A stage has one warehouse for its depthwise convolutions. The last 1x1 convolution
     belongs to the projections of the last stage. The rule names this convolution also if the
@@ -259,6 +261,7 @@ def mobilenet_v2_rule(network: nn.Module, pointwise: str) -> list[tuple[str, str
             stage share one warehouse (the paper's 1x). ``separate``: expansions share one warehouse
             and projections another (4x). ``last_stage``: as ``separate``, but only the last stage
             is dynamic (1/2x).
+        method: As in :class:`~mmkw.layers.WarehouseOptions`.
 
     Returns:
         Pairs of layer and warehouse in module order. None if the network has other names, or
@@ -291,7 +294,8 @@ def mobilenet_v2_rule(network: nn.Module, pointwise: str) -> list[tuple[str, str
         if dynamic_class(module) is None or name == end:
             continue
         if name == stem:
-            pairs.append((name, 'stem'))
+            if method != 'odconv':
+                pairs.append((name, 'stem'))
         elif match is not None:
             if match['number']:
                 group, block = _MOBILENET_PLACES[int(match['number']) - 1]

@@ -253,6 +253,25 @@ def test_autocast_and_half_precision(method):
     assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize('method', CLASSES)
+@pytest.mark.parametrize('groups', [1, 16])
+@pytest.mark.parametrize('autocast', [False, True])
+def test_float16_reaches_as_far_as_in_a_static_layer(method, groups, autocast):
+    """What a layer that starts from static weights scales cancels out before it overflows."""
+    static = nn.Conv2d(16, 16, 3, groups=groups, bias=False)
+    nn.init.constant_(static.weight, groups)
+    layer = CLASSES[method](16, 16, 3, groups=groups, bias=False)
+    layer.load_state_dict(static.state_dict())
+    x = torch.full((2, 16, 5, 5), 300.0)
+    if not autocast:
+        x, layer, static = x.half(), layer.half(), static.half()
+    with torch.autocast('cpu', torch.float16, enabled=autocast):
+        y, expected = layer.eval()(x), static(x)
+    assert y.dtype == expected.dtype == torch.float16
+    assert expected.max() > 40_000
+    torch.testing.assert_close(y, expected, rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize(
     'make, error, message',
     [

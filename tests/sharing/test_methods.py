@@ -2,11 +2,13 @@
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import load_checkpoint
 from torch import nn
 
 import mmkw
@@ -35,7 +37,8 @@ PUBLISHED = [
     ('odconv', 'r50', 4, 90.67),
     ('odconv', 'r101', 1, 50.82),
     ('odconv', 'mobilenet', 1, 4.94),
-    ('odconv', 'mobilenet', 4, 11.52),
+    # The paper has 11.52, the page of its files 11.51: without a dynamic stem.
+    ('odconv', 'mobilenet', 4, 11.51),
     ('dyconv', 'r18', 4, 45.47),
     ('dyconv', 'r50', 4, 100.88),
 ]
@@ -166,6 +169,73 @@ def test_files_with_the_published_names_of_odconv_load(depth, kernels, stages, c
         make().load_state_dict(state)
 
 
+class InvertedResidual(nn.Module):
+    """A block of a MobileNetV2 in torchvision's nesting, by ODConv."""
+
+    def __init__(self, into, out, stride, factor, conv):
+        super().__init__()
+        inner = factor * into
+        parts = [ODConvUnit(into, inner, 1, 1, 1, conv)] if factor > 1 else []
+        parts.append(ODConvUnit(inner, inner, 3, stride, inner, conv))
+        last = conv(inner, out, 1, bias=False), nn.BatchNorm2d(out)
+        self.conv = nn.Sequential(*parts, *last)
+        self.adds = stride == 1 and into == out
+
+    def forward(self, x):
+        return x + self.conv(x) if self.adds else self.conv(x)
+
+
+class ODConvUnit(nn.Sequential):
+    def __init__(self, into, out, kernel, stride, groups, conv):
+        layer = conv(into, out, kernel, stride, kernel // 2, groups=groups, bias=False)
+        super().__init__(layer, nn.BatchNorm2d(out), nn.ReLU6())
+
+
+class MobileNetV2OfTheFiles(nn.Module):
+    """The network of the authors' files, a fourth as wide: static in its stem alone."""
+
+    def __init__(self, conv):
+        super().__init__()
+        into, features = 8, [ODConvUnit(3, 8, 3, 2, 1, nn.Conv2d)]
+        widths, counts, strides = (
+            (8, 8, 8, 16, 24, 40, 80),
+            (1, 2, 3, 4, 3, 3, 1),
+            (1, 2, 2, 2, 1, 2, 1),
+        )
+        for group, (out, count, stride) in enumerate(zip(widths, counts, strides)):
+            for block in range(count):
+                step = stride if block == 0 else 1
+                features.append(InvertedResidual(into, out, step, 6 if group else 1, conv))
+                into = out
+        self.features = nn.Sequential(*features, ODConvUnit(into, 1280, 1, 1, 1, conv))
+
+    def forward(self, x):
+        return self.features(x)
+
+
+@pytest.mark.parametrize('kernels', [1, 4])
+def test_mobilenet_files_of_odconv_load(kernels, tmp_path):
+    """Their stem is static. The static network reads the same file without its attentions."""
+    published = MobileNetV2OfTheFiles(partial(mmkw.ODConv2d, cell_num_ratio=kernels))
+    static = MobileNetV2OfTheFiles(nn.Conv2d)
+    for network, config in (
+        (static, dict(type='mmkw.MobileNetV2')),
+        (published, dict(type='mmkw.KWMobileNetV2', method='odconv', cell_num_ratio=kernels)),
+    ):
+        state = {}
+        for name, tensor in network.state_dict().items():
+            name = name.replace('warehouse_manager.weights.0', 'weight')
+            linear = '.attention.' in name and tensor.dim() == 2
+            state[f'module.{name}'] = tensor[:, :, None, None] if linear else tensor
+        read = MODELS.build(dict(config, widen_factor=0.25, out_indices=(7,)))
+        torch.save(dict(state_dict=state), tmp_path / 'file.pth')
+        load_checkpoint(read, str(tmp_path / 'file.pth'))
+        # By the statistics of the images, as activations vanish by those of random weights.
+        network.train(), read.train()
+        x = torch.randn(4, 3, 64, 64)
+        same([read(x)[0]], [network(x)], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize('method', METHODS)
 def test_any_registered_backbone(method):
     pytest.importorskip('mmdet', reason='the backbone is its')
@@ -203,7 +273,9 @@ def test_other_families(method, arch):
             network = mmkw.KWConvNeXt('tiny', method=method)
         else:
             network = mmkw.KWMobileNetV2(method=method, out_indices=(7,))
-    assert len(dynamic(network)) == (58 if arch == 'convnext' else 52)
+    # The stem of ODConv's MobileNetV2 is static.
+    mobilenet = 51 if method == 'odconv' else 52
+    assert len(dynamic(network)) == (58 if arch == 'convnext' else mobilenet)
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -313,3 +385,43 @@ def test_condconv_has_no_temperature():
     mmkw.set_temperature(layer, 1.0)
     assert isinstance(layer.attention, CondAttention)
     torch.testing.assert_close(layer(x), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('method', ['odconv', 'kernelwarehouse'])
+@pytest.mark.parametrize('norm, other', [('BN1d', 'LN'), ('BN1d', 'GN'), ('LN', 'BN1d')])
+def test_attentions_of_another_norm_are_refused(method, norm, other, static):
+    """Those of ODConv have no bias before their norm, and so all that LayerNorm needs."""
+    norms = {name: dict(type=name) for name in (norm, other)}
+    norms.get('GN', {})['num_groups'] = 2
+    found, network = (
+        mmkw.convert(copy.deepcopy(static), method=method, attention_norm_cfg=norms[name])
+        for name in (norm, other)
+    )
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(RuntimeError, match='norm'):
+        network.load_state_dict(found.state_dict(), strict=False)
+    for name, tensor in network.state_dict().items():
+        assert tensor.equal(before[name]), name
+    network.load_state_dict(static.state_dict())
+    x = torch.randn(2, 3, 40, 40)
+    network.eval(), static.eval()
+    same(network(x), static(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('method', ['dyconv', 'condconv', 'odconv'])
+def test_layers_of_one_shape_start_with_their_own_noise(method, static):
+    """And with the same in every process."""
+    networks = [
+        mmkw.convert(copy.deepcopy(static), method=method, cell_num_ratio=4) for _ in range(2)
+    ]
+    cells = [network.layer1[1].conv1.cells.detach() for network in networks]
+    assert cells[0].equal(cells[1])
+    noise = [
+        getattr(networks[0].layer1[1], name).cells.detach().flatten(1)
+        for name in ('conv1', 'conv2')
+    ]
+    one, other = ((cells - cells.mean(0)).flatten() for cells in noise)
+    assert torch.cosine_similarity(one, other, dim=0).abs() < 0.1
+    x = torch.randn(2, 3, 40, 40)
+    networks[0].eval(), static.eval()
+    same(networks[0](x), static(x), atol=1e-4, rtol=1e-4)

@@ -239,3 +239,34 @@ def test_bfloat16_is_of_the_passes_alone(root, monkeypatch):
         wrapper.update_params(y.float().square().mean())
         assert {p.dtype for p in network.parameters()} == {torch.float32}
         assert not torch.equal(network.bias, before)
+
+
+def test_two_studies_at_once_lose_no_run(study, monkeypatch, tmp_path):
+    """Each began before the other wrote a run."""
+    monkeypatch.setattr(study, 'RESULTS', tmp_path / 'evidence' / 'runs.json')
+    monkeypatch.setattr(study, 'parameters', lambda checkpoint: 1)
+    lines = '{"time": 1, "loss": 1, "step": 9}\n{"coco/bbox_mAP": 0.4, "coco/segm_mAP": 0.3}'
+    (tmp_path / 'scalars.json').write_text(lines)
+    monkeypatch.setattr(study, 'latest', lambda folder, pattern: tmp_path / 'scalars.json')
+    monkeypatch.setattr(study.Study, 'train', lambda self, *_: tmp_path / 'last.pth')
+    studies = study.Study('rates', 1), study.Study('scratch', 1)
+    for one, arm in zip(studies, ('static, 1e-3', 'static')):
+        one.add(arm, 0)
+    assert [run['task'] for run in study.written()] == ['digits', 'digits']
+    assert [len(one.runs) for one in studies] == [1, 2]
+    assert [path.name for path in study.RESULTS.parent.iterdir()] == ['runs.json']
+
+
+def test_a_stop_while_a_run_is_written_leaves_the_others(study, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, 'RESULTS', tmp_path / 'runs.json')
+    study.write({'seed': 0})
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(study.Path, 'replace', stop)
+        with pytest.raises(KeyboardInterrupt):
+            study.write({'seed': 1})
+    assert study.written() == [{'seed': 0}]
+    assert study.write({'seed': 2}) == [{'seed': 0}, {'seed': 2}] == study.written()

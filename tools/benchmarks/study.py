@@ -10,6 +10,7 @@ Data lie in ``data``, made by tools/dataset_converters/make_mini_coco.py; networ
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -18,8 +19,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -520,9 +522,7 @@ class Study:
         self.jobs = jobs
         self.lock = Lock()
         self.digest = ''
-        self.runs: list[dict] = []
-        if RESULTS.exists():
-            self.runs = json.loads(RESULTS.read_text())
+        self.runs = written()
 
     def make(self) -> None:
         """Makes the runs that are missing, seed by seed, and writes each down as it ends."""
@@ -584,10 +584,7 @@ class Study:
             'jobs': self.jobs,
         }
         with self.lock:
-            self.runs.append(run)
-            content = ',\n'.join(json.dumps(run) for run in self.runs)
-            RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            RESULTS.write_text(f'[\n{content}\n]\n')
+            self.runs = write(run)
             values = ' / '.join(f'{run[metric]:.1f}' for metric in metrics)
             print(f'{name}, seed {seed}: {values}', flush=True)
 
@@ -631,6 +628,35 @@ class Study:
             ).returncode
         if status:
             raise SystemExit(f'{" ".join(command)} failed; {log.name} says why.')
+
+
+def written() -> list[dict]:
+    """All runs that have ended, of all tables."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def write(run: dict) -> list[dict]:
+    """Adds a run to those that have ended, also to those of another process; all of them."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with alone_in(RESULTS.parent):
+        runs = [*written(), run]
+        content = ',\n'.join(map(json.dumps, runs))
+        # Beside the file, which is whole whenever this process is stopped.
+        new = RESULTS.with_suffix('.new')
+        new.write_text(f'[\n{content}\n]\n')
+        new.replace(RESULTS)
+    return runs
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other processes from the files of a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def identity(arm: Arm, table: Table) -> dict[str, Any]:
