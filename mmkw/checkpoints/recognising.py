@@ -51,9 +51,9 @@ def check_checkpoint(
         *_: Other arguments that ``load_state_dict`` passes to a hook; not used.
 
     Raises:
-        CheckpointMismatchError: If a warehouse, or a tensor of a dynamic layer, is missing or has
-            another shape. If there are no warehouses, and a static kernel is missing or has another
-            shape.
+        CheckpointMismatchError: If the attentions are of another method, or if a warehouse, or a
+            tensor of a dynamic layer, is missing or has another shape. If there are no warehouses,
+            and a static kernel is missing or has another shape.
         DamagedCheckpointError: If one of these is not a dense tensor of real, finite numbers.
     """
     manager = getattr(network, 'warehouse_manager', None)
@@ -68,6 +68,7 @@ def check_checkpoint(
             own_cells = f'{prefix}warehouse_manager.weights.{layer.place[1]}'
             layer.take_names(state_dict, f'{prefix}{name}.', own_cells)
     check_cells(state_dict, prefix, network.warehouse_manager.weights)
+    _check_methods(network, state_dict, prefix)
     own = {name for name in PARTS if hasattr(network, name)}
     warehouses = len(network.warehouse_manager.weights)
     unused = beyond_backbone(state_dict, prefix, warehouses, own)
@@ -249,6 +250,27 @@ def _has_stages_beyond(network: nn.Module, state_dict: dict[str, Tensor], prefix
     names = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
     stages = {stage_of(name) for name in names if '.attention.' in name}
     return any(stage and stage not in own for stage in stages)
+
+
+def _check_methods(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Refuses attentions of another method, by the parts that they have."""
+    found: dict[str, set[str]] = {}
+    for key in state_dict:
+        layer, _, part = key.rpartition('.attention.')
+        found.setdefault(layer, set()).add(part.partition('.')[0])
+    for partition in network.warehouse_manager.partitions:
+        own = partition.options.method
+        for share in partition.layers:
+            parts = found.get(f'{prefix}{share.kernel.layer}', set())
+            fitting = [method for method in METHODS if METHODS[method].parts <= parts]
+            method = max(fitting, key=lambda method: len(METHODS[method].parts), default=own)
+            if method != own:
+                raise CheckpointMismatchError(
+                    f'The attention of {share.kernel.layer} in the checkpoint is that of '
+                    f'method={method!r}, in this {type(network).__name__} that of '
+                    f'method={own!r}. With method={method!r} it would fit, or with other options '
+                    'beside it.'
+                )
 
 
 def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:

@@ -125,7 +125,8 @@ class ODConv2d(ConvNd):
             for name, own in self.attention.state_dict().items():
                 key = f'{prefix}attention.{name}'
                 found = state_dict.get(key)
-                if isinstance(found, Tensor) and found.shape == (*own.shape, 1, 1):
+                if isinstance(found, Tensor) and found.dim() == 4 and own.dim() == 2:
+                    # Of one place in space, or refused.
                     state_dict[key] = found.flatten(1)
 
 

@@ -42,6 +42,7 @@ class Method:
 
     Attributes:
         title: Its name in texts.
+        parts: Submodules that all of its attentions have.
         defaults: The options of :class:`WarehouseOptions` that the method chooses otherwise.
         least: The smallest budget. A comparator's budget is its number of kernels.
         options: The options that a user may choose.
@@ -50,6 +51,7 @@ class Method:
     """
 
     title: str
+    parts: frozenset[str]
     defaults: Mapping[str, Any]
     least: int = 1
     options: tuple[str, ...] = ('cell_num_ratio', 'reduction')
@@ -60,6 +62,7 @@ class Method:
 METHODS = {
     KERNELWAREHOUSE: Method(
         'KernelWarehouse',
+        frozenset(('fc1', 'norm1', 'fc2')),
         {},
         options=(
             'cell_num_ratio',
@@ -73,18 +76,24 @@ METHODS = {
     ),
     'dyconv': Method(
         'DY-Conv',
+        frozenset(('fc1', 'fc2')),
         dict(spatial_partition=False, cell_num_ratio=4, reduction=1 / 4),
         least=2,
         has_norm=False,
     ),
     'condconv': Method(
         'CondConv',
+        frozenset(('fc',)),
         dict(spatial_partition=False, cell_num_ratio=8),
         least=2,
         options=('cell_num_ratio',),
         has_norm=False,
     ),
-    'odconv': Method('ODConv', dict(spatial_partition=False, cell_num_ratio=1)),
+    'odconv': Method(
+        'ODConv',
+        frozenset(('fc', 'bn', 'channel_fc')),
+        dict(spatial_partition=False, cell_num_ratio=1),
+    ),
 }
 
 

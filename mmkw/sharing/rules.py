@@ -248,12 +248,12 @@ def mobilenet_v2_rule(
 ) -> list[tuple[str, str]]:
     """The sharing of a MobileNetV2 (paper, section 4.1).
 
-    The stem has its own warehouse; with ``odconv`` it is static, as in its authors' files. The seven groups of blocks form stages 1 to 6: the last two
-    groups are both in stage 6. But the first block of every group belongs to the stage of the group
-    before. A stage has one warehouse for its depthwise convolutions. The last 1x1 convolution
-    belongs to the projections of the last stage. The rule names this convolution also if the
-    network lacks it (mmseg), because its cells are in the published warehouses; see
-    :func:`absent_kernels`.
+    The stem has its own warehouse; with ``odconv`` it is static, as in its authors' files. The
+    seven groups of blocks form stages 1 to 6: the last two groups are both in stage 6. But the
+    first block of every group belongs to the stage of the group before. A stage has one warehouse
+    for its depthwise convolutions. The last 1x1 convolution belongs to the projections of the last
+    stage. The rule names this convolution also if the network lacks it (mmseg), because its cells
+    are in the published warehouses; see :func:`absent_kernels`.
 
     Args:
         network: The MobileNetV2 of mmdet, mmseg, mmpretrain or torchvision.

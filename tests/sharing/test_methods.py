@@ -13,6 +13,7 @@ from torch import nn
 
 import mmkw
 from mmkw.backbones import ResNet
+from mmkw.checkpoints import CheckpointMismatchError
 from mmkw.deploy import to_static
 from mmkw.layers import PlanError
 from mmkw.layers.kernel_attention import CondAttention
@@ -123,8 +124,37 @@ def test_own_files_load_and_others_are_refused(method, static):
     other = mmkw.convert(copy.deepcopy(static), method=method, cell_num_ratio=3)
     with pytest.raises(RuntimeError, match='With cell_num_ratio=2 it would fit'):
         other.load_state_dict(network.state_dict())
-    with pytest.raises(RuntimeError, match='made for another architecture or sharing plan'):
-        mmkw.convert(static).load_state_dict(network.state_dict())
+
+
+@pytest.mark.parametrize('other', [*METHODS, 'kernelwarehouse'])
+@pytest.mark.parametrize(
+    'method, published',
+    [*((method, False) for method in (*METHODS, 'kernelwarehouse')), ('odconv', True)],
+)
+def test_files_of_another_method_are_refused_by_its_name(method, other, published, static):
+    found, network = (
+        mmkw.convert(copy.deepcopy(static), method=name, cell_num_ratio=2)
+        for name in (method, other)
+    )
+    state = as_published(found) if published else found.state_dict()
+    if method == other:
+        network.load_state_dict(state)
+        return
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(CheckpointMismatchError, match=f'With method={method!r} it would fit'):
+        network.load_state_dict(state, strict=False)
+    for name, tensor in network.state_dict().items():
+        assert tensor.equal(before[name]), name
+    network.load_state_dict(static.state_dict())
+
+
+@pytest.mark.parametrize('published', [False, True])
+def test_files_of_another_reduction_are_refused_by_their_own(published, static):
+    found = mmkw.convert(copy.deepcopy(static), method='odconv', reduction=1 / 2)
+    network = mmkw.convert(copy.deepcopy(static), method='odconv', reduction=1 / 4)
+    state = as_published(found) if published else found.state_dict()
+    with pytest.raises(CheckpointMismatchError, match=r'made with reduction=0\.5,'):
+        network.load_state_dict(state, strict=False)
 
 
 def as_published(network):
