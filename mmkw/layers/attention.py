@@ -427,6 +427,13 @@ def norm_of(norm_cfg: dict, width: int) -> nn.Module:
         raise ValueError(f'{expected}, got {norm_cfg!r}; known are {", ".join(_NORMS)}.')
     arguments = {name: value for name, value in norm_cfg.items() if name != 'type'}
     learns = arguments.pop('requires_grad', True)
+    eps, momentum = arguments.get('eps', 1e-5), arguments.get('momentum')
+    if not isinstance(learns, bool):
+        raise ValueError(f'{expected}, got {norm_cfg!r}: requires_grad must be True or False.')
+    if not _is_number(eps) or not 0 < eps < math.inf:
+        raise ValueError(f'{expected}, got {norm_cfg!r}: eps must be a number above 0.')
+    if momentum is not None and not (_is_number(momentum) and 0 <= momentum <= 1):
+        raise ValueError(f'{expected}, got {norm_cfg!r}: momentum must be a number in [0, 1].')
     make, features = _NORMS[norm_cfg['type']]
     try:
         norm = make(**{features: width}, **arguments)
@@ -439,6 +446,10 @@ def norm_of(norm_cfg: dict, width: int) -> nn.Module:
             'normalise a batch of one image by.'
         )
     return norm
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def as_precise(pooled: Tensor, first: nn.Module) -> Tensor:
@@ -524,7 +535,8 @@ def temperature_at(iteration: int, length: int, begin: float = 1.0, end: float =
         end: Temperature from the last iteration of the schedule on, in [0, 1].
 
     Raises:
-        ValueError: If a temperature is out of range, or if ``length`` is less than 1.
+        ValueError: If a temperature is out of range, if ``iteration`` is less than -1, or if
+            ``length`` is less than 1.
         TypeError: If ``iteration`` or ``length`` is no number.
 
     Example:
@@ -539,8 +551,10 @@ def temperature_at(iteration: int, length: int, begin: float = 1.0, end: float =
     for name, value in (('begin', begin), ('end', end)):
         check_temperature(name, value)
     for name, value in (('iteration', iteration), ('length', length)):
-        if isinstance(value, bool) or not isinstance(value, Real):
+        if not _is_number(value):
             raise TypeError(f'{name} must be a number, got {value!r}.')
+    if not iteration >= -1:
+        raise ValueError(f'iteration must be at least -1, before training, got {iteration!r}.')
     if not length >= 1:
         raise ValueError(f'length must be at least 1, got {length!r}.')
     return begin + (end - begin) * min(1.0, (iteration + 1) / length)
@@ -557,11 +571,14 @@ def set_temperature(model: nn.Module, tau: float) -> None:
 
     Raises:
         ValueError: If ``tau`` is out of range or the model has no dynamic layer.
+        TypeError: If ``model`` is no module.
 
     Example:
         >>> mmkw.set_temperature(mmkw.KWConv2d(8, 8, 3), 0.5)
     """
     check_temperature('tau', tau)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model must be a torch.nn.Module, got {model!r}.')
     attentions = [module for module in model.modules() if isinstance(module, LayerAttention)]
     if not attentions:
         raise ValueError(

@@ -6,6 +6,7 @@ This module works with shapes and numbers, not with tensors.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 # The most values of one tensor, and the most cells of one warehouse. Both are thousands of times
@@ -161,12 +162,16 @@ class WarehouseOptions:
             else:
                 unbounded = field.name in ('cell_num_ratio', 'reduction')
                 expected = 'a number above 0' if unbounded else 'a number in (0, 1]'
-                valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+                valid = isinstance(value, Real) and not isinstance(value, bool)
                 valid = valid and value > 0 and (unbounded or value <= 1)
                 if valid and not 1 / MOST_VALUES <= value <= MOST_VALUES:
                     valid, expected = False, f'from 1 / {MOST_VALUES} to {MOST_VALUES}'
             if not valid:
                 raise PlanError(f'{field.name} must be {expected}, got {value!r}.')
+            if not isinstance(value, bool):
+                # NumPy's numbers become Python's, which configs and messages show as they are.
+                number = int(value) if isinstance(value, Integral) else float(value)
+                object.__setattr__(self, field.name, number)
         if METHODS[self.method].is_comparator:
             self._check_comparator()
 
@@ -335,10 +340,11 @@ def partition_warehouse(
     mixtures = sum(math.prod(grid) for grid in grids)
     num_cells = max(int(mixtures * options.cell_num_ratio), 1)
     if max(mixtures, num_cells) > MOST_CELLS:
+        larger = '; larger cells, by the other ratios or spatial_partition=False, are fewer'
         raise PlanError(
             f'Warehouse {name!r}: {mixtures} mixtures of {num_cells} cells, more than '
-            f'{MOST_CELLS}, for {layers}. Lower cell_num_ratio={options.cell_num_ratio}; larger '
-            'cells, by the other ratios or spatial_partition=False, are fewer.'
+            f'{MOST_CELLS}, for {layers}. Lower cell_num_ratio={options.cell_num_ratio}'
+            f'{"" if METHODS[options.method].is_comparator else larger}.'
         )
     cell_kernel = (1,) * len(kernels[0].kernel_size)
     if not options.spatial_partition:

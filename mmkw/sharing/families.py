@@ -108,8 +108,9 @@ def family_rule(network: nn.Module, method: str = KERNELWAREHOUSE) -> list[tuple
         ]
         if not pairs:
             raise PlanError(
-                f'{type(network).__name__} has no Conv2d that could be dynamic, and '
-                f'method={method!r} has no layer for others. Take method={KERNELWAREHOUSE!r}.'
+                f'{type(network).__name__}: the rule makes no Conv2d dynamic, and '
+                f'method={method!r} has no layer for others. Name some by patterns or in a '
+                f'SharingPlan, or take method={KERNELWAREHOUSE!r}.'
             )
     _tell_of_little(network, pairs, layers)
     if is_comparator(method):

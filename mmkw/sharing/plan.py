@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..layers.partition import (
+    METHODS,
     KernelShape,
     PlanError,
     WarehouseOptions,
@@ -50,9 +51,9 @@ class SharingPlan:
 
         Args:
             layers: Pairs of layer name and warehouse name, in module order.
-            **options: The fields of :class:`~mmkw.layers.WarehouseOptions`, each one value or a
-                sequence with one value per warehouse. With a ``method`` other than
-                ``kernelwarehouse`` every layer gets a warehouse of its own.
+            **options: The fields of :class:`~mmkw.layers.WarehouseOptions`, each one value or,
+                but for ``method``, a sequence with one value per warehouse. With a ``method`` other
+                than ``kernelwarehouse`` every layer gets a warehouse of its own.
 
         Raises:
             PlanError: If ``layers`` are no pairs, if a sequence has another length than there are
@@ -65,7 +66,13 @@ class SharingPlan:
                     'layers must be pairs of the names of a layer and a warehouse, such as '
                     f"('layer1.conv', 'stage1'), got {pair!r}."
                 )
-        if is_comparator(options.get('method')):
+        method = options.get('method')
+        if _is_sequence(method):
+            raise PlanError(
+                f'method must be one for all layers, one of {list(METHODS)}, got {method!r}. '
+                'Patterns give some layers another.'
+            )
+        if is_comparator(method):
             layers = tuple((layer, layer) for layer, _ in layers)
         names = list(dict.fromkeys(warehouse for _, warehouse in layers))
         known = [field.name for field in fields(WarehouseOptions)]

@@ -185,6 +185,12 @@ def test_arguments_out_of_range_are_refused(arguments, message):
         TemperatureHook(**arguments)
 
 
+@pytest.mark.parametrize('wrong', ['no', None, 1])
+def test_a_schedule_counts_epochs_or_does_not(wrong):
+    with pytest.raises(TypeError, match=f'by_epoch must be True or False, got {wrong!r}'):
+        TemperatureHook(length=3, by_epoch=wrong)
+
+
 def test_draws_differ_between_iterations(tmp_path):
     runner = make_runner(tmp_path, [IterationSeedHook()], epochs=2)
     runner.train()

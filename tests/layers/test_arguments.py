@@ -2,7 +2,9 @@
 
 import copy
 import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,12 +20,12 @@ NOT_NUMBERS = [None, 'three', True, 1.5, -1, 0, -(10**9), 2**31, 10**30, (), flo
 # Good values and wrong ones.
 OPTIONS = dict(
     cell_num_ratio=(
-        [1, 2, 4, 0.5],
+        [1, 2, 4, 0.5, np.int64(2), np.float32(1), Fraction(1, 2)],
         [1.5, 0, -1, 1e308, 1e-320, 10**400, 10**9, float('nan'), None],
     ),
     cell_inplane_ratio=([1, 0.5], [1 / 3, 0, 2, '1']),
     cell_outplane_ratio=([1, 0.5, 0.25], [1e-300, -1]),
-    reduction=([1 / 16, 1, 1e-9], [10**9, 0]),
+    reduction=([1 / 16, 1, 1e-9, np.float64(0.25)], [10**9, 0, np.True_]),
     nonlocal_basis_ratio=([1, 0.5], [0]),
     spatial_partition=([True, False], [1]),
     attention_norm_cfg=(
@@ -33,6 +35,12 @@ OPTIONS = dict(
             dict(type='IN1d'),
             dict(type='BN1d', track_running_stats=False),
             dict(type='BN1d', no_such=1),
+            dict(type='LN', eps='1e-5'),
+            dict(type='GN', num_groups=2, eps=float('nan')),
+            dict(type='BN1d', eps=-1e-5),
+            dict(type='BN1d', momentum='0.1'),
+            dict(type='BN1d', momentum=1.5),
+            dict(type='LN', requires_grad='no'),
             dict(type=None),
             dict(type='None'),
             dict(),
@@ -196,6 +204,16 @@ def test_absurd_sizes_are_refused_before_memory_is_asked_for(make, message):
         PlanError if 'whole' not in message and 'one' not in message else ValueError, match=message
     ):
         make()
+
+
+def test_numpy_s_numbers_become_python_s():
+    layer = KWConv2d(16, 16, 3, cell_num_ratio=np.int64(2), reduction=np.float32(0.25))
+    options = layer.warehouse_manager.partitions[0].options
+    found = options.cell_num_ratio, options.reduction
+    assert found == (2, 0.25)
+    assert [type(number) for number in found] == [int, float]
+    twin = nn.Conv2d(np.int64(16), np.int64(16), 3)
+    assert layer(torch.rand(1, 16, 5, 5)).shape == twin(torch.rand(1, 16, 5, 5)).shape
 
 
 def test_arguments_are_not_changed():

@@ -390,7 +390,15 @@ class Linears(nn.Module):
             lambda: mmkw.KWResNet(18, method='dyconv', attention_norm_cfg=dict(type='LN')),
             "attention_norm_cfg=.* does not apply to method='dyconv'.*Leave it out",
         ),
-        (lambda: mmkw.convert(Linears(), method='odconv'), 'has no Conv2d that could be dynamic'),
+        (
+            lambda: mmkw.convert(Linears(), method='odconv'),
+            r'the rule makes no Conv2d dynamic.*Name some by patterns or in a SharingPlan, or take',
+        ),
+        (
+            lambda: mmkw.KWResNet(18, method='condconv', cell_num_ratio=10**7),
+            r'Lower cell_num_ratio=10000000\.$',
+        ),
+        (lambda: mmkw.KWResNet(18, method=['odconv']), 'method must be one for all layers'),
         (
             lambda: mmkw.convert(
                 Linears(), mmkw.SharingPlan.make([('first', 'w')], method='odconv')

@@ -236,6 +236,14 @@ def test_bad_input():
             mmkw.temperature_at(0, wrong)
         with pytest.raises(TypeError, match=f'iteration must be a number, got {wrong!r}'):
             mmkw.temperature_at(wrong, 2)
+    for wrong in (-2, float('nan'), -float('inf')):
+        with pytest.raises(ValueError, match=f'iteration must be at least -1, .* got {wrong}'):
+            mmkw.temperature_at(wrong, 3)
+    with pytest.raises(TypeError, match=r'model must be a torch.nn.Module, got None'):
+        mmkw.set_temperature(None, 0.5)
+    for method in (['odconv'], ('dyconv', 'odconv')):
+        with pytest.raises(mmkw.layers.PlanError, match='method must be one for all layers, one o'):
+            mmkw.SharingPlan.make([('a', 'v'), ('b', 'w')], method=method)
 
 
 def test_ultralytics():

@@ -32,6 +32,7 @@ class TemperatureHook(Hook):
 
     Raises:
         ValueError: If an argument is out of its range.
+        TypeError: If ``by_epoch`` is neither True nor False.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class TemperatureHook(Hook):
                 f'TemperatureHook: length must be an integer of at least 1, got {length!r}. '
                 'Remove the hook to run at temperature 0.'
             )
+        if not isinstance(by_epoch, bool):
+            raise TypeError(f'TemperatureHook: by_epoch must be True or False, got {by_epoch!r}.')
         for name, value in (('begin', begin), ('end', end)):
             check_temperature(f'TemperatureHook: {name}', value)
         self.length = length
