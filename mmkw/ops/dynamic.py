@@ -144,7 +144,9 @@ def _apply(
         return _apply_in_parts(x, attention, bias, taps, settings, mixing_of(cells))
     token = Token.of(cells) if cells.requires_grad else None
     if token is not None and backend.packs(mixing_of, cells):
-        mixing_of = partial(mixing_of, packed=partial(token.packed, pack_cells))
+        # Every layer has a map of its own.
+        packed = partial(token.packed, pack_cells, settings.sample_map)
+        mixing_of = partial(mixing_of, packed=packed)
     tensor = None if token is None else token.tensor
     return _ApplyMixed.apply(x, attention, cells, bias, taps, tensor, token, settings, mixing_of)
 
@@ -165,8 +167,11 @@ def _apply_plainly(
     if taps is not None:
         kernels = kernels * _spread(taps, kernels)
     kernels = kernels.to(dtype)
-    if modes.makes_graph() and isinstance(sample_map, SampleConv):
-        return one_operator.convolve(sample_map, x, kernels, bias)
+    if isinstance(sample_map, SampleConv):
+        # Of one output channel they may be a view, which PyTorch's gradients refuse.
+        kernels = kernels.contiguous()
+        if modes.makes_graph():
+            return one_operator.convolve(sample_map, x, kernels, bias)
     return sample_map(x, kernels, bias)
 
 

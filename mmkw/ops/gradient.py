@@ -41,8 +41,8 @@ class Token:
         # Held, so that no other tensor has the same identity.
         self._cells = cells
         self._sums: dict[int, CellSum] = {}
-        self._packed: dict[tuple[int, int], Tensor] = {}
-        self.tensor = _HandOver.apply(cells, self._sums, self._packed)
+        self._packing = Packing()
+        self.tensor = _HandOver.apply(cells, self._sums, self._packing)
 
     @staticmethod
     def of(cells: Tensor) -> 'Token':
@@ -61,20 +61,14 @@ class Token:
         """Whether the current backward pass needs the gradient of the cells."""
         return modes.will_run(self.tensor.grad_fn)
 
-    def packed(self, pack: Callable[[Tensor], Tensor]) -> Tensor:
-        """What is made of the cells once for all layers of a pass.
-
-        It is made anew when the cells change, and goes when their gradient is complete: fused
-        optimizers, and what writes to ``cells.data``, change them without a trace.
+    def packed(self, pack: Callable[[Tensor], Tensor], layer: Any) -> Tensor:
+        """What is made of the cells once for all layers of a pass; see :class:`Packing`.
 
         Args:
             pack: Makes it, the same for all layers.
+            layer: An object that the layer that asks has for itself.
         """
-        state = self._cells._version, self._cells.data_ptr()
-        if state not in self._packed:
-            self._packed.clear()
-            self._packed[state] = pack(self._cells.detach())
-        return self._packed[state]
+        return self._packing.of(self._cells, pack, layer)
 
     def sum(self, mixing: Mixing) -> 'CellSum':
         """The sum of the current backward pass."""
@@ -86,18 +80,53 @@ class Token:
 
 class _HandOver(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, cells: Tensor, sums: dict[int, 'CellSum'], packed: dict[Any, Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, cells: Tensor, sums: dict[int, 'CellSum'], packing: 'Packing') -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.sums, ctx.packed = sums, packed
+        ctx.sums, ctx.packing = sums, packing
         return cells.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
-        ctx.packed.clear()
+        ctx.packing.clear()
         total = ctx.sums.pop(modes.backward_pass(), None)
         return (total if total is None else total.total()), None, None
+
+
+class Packing:
+    """What is made of cells once for all layers of a forward pass and the backward pass after it.
+
+    Fused optimizers, and what writes to ``cells.data``, change cells without a trace. So it is made
+    anew where such a change may lie between: for a forward pass after a backward pass, for a
+    forward pass in which a layer comes again, and for every further backward pass.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what was made: the gradient of the cells is complete."""
+        self._made: Tensor | None = None
+        self._state: tuple[int, int] | None = None
+        self._layers: set[int] = set()
+        self._task: int | None = None
+
+    def of(self, cells: Tensor, pack: Callable[[Tensor], Tensor], layer: Any) -> Tensor:
+        """What was made of the cells in this pass, or is made now; see :meth:`Token.packed`."""
+        state, made = (cells._version, cells.data_ptr()), self._made
+        task = modes.backward_pass()
+        if task < 0:
+            goes_on = self._task is None and id(layer) not in self._layers
+        else:
+            # An activation that is computed again asks during the backward pass, too.
+            goes_on = self._task in (None, task)
+        if made is None or state != self._state or not goes_on:
+            self.clear()
+            self._made, self._state = made, _ = pack(cells.detach()), state
+        if task < 0:
+            self._layers.add(id(layer))
+        else:
+            self._task = task
+        return made
 
 
 class CellSum:

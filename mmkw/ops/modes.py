@@ -277,7 +277,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def backward_pass() -> int:
-    """The number of the backward pass that runs in this thread."""
+    """The number of the backward pass that runs in this thread; -1 outside of one."""
     return torch._C._current_graph_task_id()
 
 

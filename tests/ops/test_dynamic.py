@@ -659,25 +659,27 @@ def test_cells_are_packed_once_for_all_layers_until_they_change(monkeypatch):
     monkeypatch.setattr(
         dynamic, 'pack_cells', lambda cells: taken.append(pack_cells(cells)) or taken[-1]
     )
-    sample_map = SampleConv((1, 1), (0, 0), (1, 1))
+    sample_maps = [SampleConv((1, 1), (0, 0), (1, 1)) for _ in range(2)]
 
-    def layer(x):
+    def network(x):
         attention = torch.linspace(-1, 1, 12).view(2, 1, 6)
         with torch.autocast('cpu', torch.bfloat16):
-            return apply_mixed(x, attention, cells, (1, 1, 1, 1), sample_map)
+            for sample_map in sample_maps:
+                x = apply_mixed(x, attention, cells, (1, 1, 1, 1), sample_map)
+        return x
 
     x = torch.randn(2, 8, 3, 3)
-    before = layer(layer(x))
+    before = network(x)
     with torch.no_grad():
         cells += 1
     # The graph of the old cells still lives.
-    after = layer(layer(x))
+    after = network(x)
     for panels, rounded in zip(taken, (cells - 1, cells), strict=True):
         assert panels[0, :, :64].equal(rounded.flatten(1).bfloat16())
     after.sum().backward()
     assert len(taken) == 2
     # Packed cells go with the gradient, whether the graph does or not.
-    assert not gradient.Token.of(cells)._packed
+    assert gradient.Token.of(cells)._packing._made is None
     # What the layers of the old graphs hold goes with them.
     del before, after
     assert not gradient._tokens
@@ -700,16 +702,42 @@ def in_place(cells):
         cells -= 0.5 * cells.grad.sign()
 
 
+def nothing(loss, x, cells):
+    cells.grad = torch.randn_like(cells)
+
+
+def backward(loss, x, cells):
+    loss.backward()
+
+
+def backward_twice(loss, x, cells):
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+
+
+def of_the_input(loss, x, cells):
+    cells.grad = torch.randn_like(cells)
+    torch.autograd.grad(loss, x)
+
+
+def of_the_input_afterwards(loss, x, cells):
+    loss.backward(retain_graph=True)
+    torch.autograd.grad(loss, x, retain_graph=True)
+
+
 @pytest.mark.parametrize('change', [fused, by_hand, exchanged, in_place])
-def test_layers_that_learned_compute_with_new_cells(change):
+@pytest.mark.parametrize(
+    'between', [nothing, backward, backward_twice, of_the_input, of_the_input_afterwards]
+)
+def test_layers_that_learned_compute_with_new_cells(change, between):
     """Though the last graph lives, as in loops that print its loss; beside the static layer."""
     static, dynamic = nn.Conv2d(8, 8, 1), KWConv2d(8, 8, 1)
-    x = torch.randn(2, 8, 3, 3)
+    x = torch.randn(2, 8, 3, 3, requires_grad=True)
     for layer, weight in ((static, 'weight'), (dynamic, 'warehouse_manager.weights.0')):
         before = copy.deepcopy(layer)
         with torch.autocast('cpu', torch.bfloat16):
             loss = layer(x).float().square().sum()
-        loss.backward()
+        between(loss, x, layer.get_parameter(weight))
         change(layer.get_parameter(weight))
         with torch.autocast('cpu', torch.bfloat16):
             found, right, old = layer(x), copy.deepcopy(layer)(x), before(x)

@@ -300,6 +300,45 @@ def test_memory_formats(kind, layout, precision):
         close([layer(image)], [expected], precision)
 
 
+def counted(layer, x):
+    with FlopCounterMode(display=False):
+        layer(x).square().sum().backward()
+    return [layer.bias.grad]
+
+
+def of_gradients(layer, x):
+    x = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), [x, layer.bias])
+
+
+def of_functions(layer, x):
+    def loss(bias):
+        return torch.func.functional_call(layer, {'bias': bias}, x).square().sum()
+
+    return [torch.func.grad(loss)(layer.bias.detach())]
+
+
+def compiled(layer, x):
+    torch.compile(layer, backend='aot_eager')(x).square().sum().backward()
+    return [layer.bias.grad]
+
+
+@pytest.mark.parametrize('take', [counted, of_gradients, of_functions, compiled])
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('kernel', [1, 3, (3, 1)])
+def test_gradients_of_one_output_channel(take, batch, layout, kernel):
+    """Such as of predictions of an object: PyTorch's gradients take no strided view of a kernel."""
+    torch.compiler.reset()
+    static = nn.Conv2d(6, 1, kernel).double()
+    layer = KWConv2d(6, 1, kernel, **LN).double()
+    layer.load_state_dict(static.state_dict())
+    x = torch.randn(batch, 6, 8, 8, dtype=torch.double).to(memory_format=layout)
+    found, expected = take(layer, x), take(static, x)
+    close(found[-1:], expected[-1:], torch.double)
+
+
 def test_an_attention_may_be_replaced_hooked_and_quantized():
     layer, x = KWConv2d(8, 8, 3, **LN).eval(), torch.randn(2, 8, 5, 5)
     with torch.no_grad():
