@@ -153,7 +153,8 @@ def test_another_backbone_is_another_line(name, tmp_path):
     assert [y.shape[-1] for y in outputs] == [SIZE // stride for stride in (4, 8, 16, 32, 64)]
 
 
-def test_a_recipe_is_inherited_in_one_line(tmp_path):
+@pytest.mark.parametrize('name', ['fine_tune', 'from_scratch'])
+def test_a_recipe_is_inherited_in_one_line(name, tmp_path):
     """It adds its options to the network, and leaves all else as the static config has it."""
     pytest.importorskip('mmdet', reason='the config inherits from it')
     static = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
@@ -161,8 +162,8 @@ def test_a_recipe_is_inherited_in_one_line(tmp_path):
     for base, network in (
         (f"'{static}'", "type='mmkw.KWResNet'"),
         (
-            f"['{static}', 'mmkw::_base_/recipes/fine-tune.py']",
-            "type='mmkw.KWResNet', **_base_.fine_tune",
+            f"['{static}', 'mmkw::_base_/recipes/{name.replace('_', '-')}.py']",
+            f"type='mmkw.KWResNet', **_base_.{name}",
         ),
     ):
         (tmp_path / 'config.py').write_text(
@@ -170,7 +171,7 @@ def test_a_recipe_is_inherited_in_one_line(tmp_path):
         )
         configs.append(Config.fromfile(tmp_path / 'config.py'))
     plain, tuned = (config.to_dict() for config in configs)
-    recipe = tuned.pop('fine_tune')
+    recipe = tuned.pop(name)
     assert tuned['model']['backbone'] == {**plain['model']['backbone'], **recipe}
     tuned['model']['backbone'] = plain['model']['backbone']
     assert tuned == plain

@@ -319,12 +319,12 @@ def of_functions(layer, x):
     return [torch.func.grad(loss)(layer.bias.detach())]
 
 
-def compiled(layer, x):
+def by_a_graph(layer, x):
     torch.compile(layer, backend='aot_eager')(x).square().sum().backward()
     return [layer.bias.grad]
 
 
-@pytest.mark.parametrize('take', [counted, of_gradients, of_functions, compiled])
+@pytest.mark.parametrize('take', [counted, of_gradients, of_functions, by_a_graph])
 @pytest.mark.parametrize('batch', [1, 3])
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('kernel', [1, 3, (3, 1)])
