@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..layers import PlanError, WarehousePartition, partition_warehouse
-from ..layers.partition import is_comparator
+from ..layers.partition import KERNELWAREHOUSE, is_comparator
 
 
 def advice(
@@ -99,6 +99,40 @@ def nonlocal_basis_ratio_of(state_dict: dict[str, Tensor], prefix: str) -> float
     shapes = _attention_shapes(state_dict, prefix, 'fc3')
     cells, basis = max(shapes, default=(1, 1))
     return 1 / max(round(cells / basis), 1)
+
+
+def attentions_of(state_dict: dict[str, Tensor], prefix: str) -> dict[str, set[str]]:
+    """The names of the tensors of every layer's attention, by the layer.
+
+    Args:
+        state_dict: The state dict of a network of any method.
+        prefix: The network's place in the state dict.
+    """
+    found: dict[str, set[str]] = {}
+    for key in state_dict:
+        if key.startswith(prefix):
+            layer, attention, name = key[len(prefix) :].rpartition('.attention.')
+            if attention:
+                found.setdefault(layer, set()).add(name)
+    return found
+
+
+def method_of(found: dict[str, set[str]], layer: str, warehouses: int) -> str | None:
+    """The method of a layer's attention in a state dict; None if its tensors do not say it.
+
+    Args:
+        found: The result of :func:`attentions_of`.
+        layer: One of its layers.
+        warehouses: How many warehouses the state dict has.
+    """
+    parts = {name.partition('.')[0] for name in found[layer]}
+    for method, own in ((KERNELWAREHOUSE, 'norm1'), ('odconv', 'channel_fc')):
+        if own in parts:
+            return method
+    if parts == {'fc'}:
+        return 'condconv'
+    # KernelWarehouse's has no more where its norm has no parameters, but layers share warehouses.
+    return 'dyconv' if parts == {'fc1', 'fc2'} and warehouses == len(found) else None
 
 
 def _attention_shapes(

@@ -16,7 +16,7 @@ from ..layers import fault_of
 from ..layers.dynamic_layers import DynamicLayer
 from ..layers.integers import integers_of
 from ..layers.partition import METHODS
-from .advice import advice, nonlocal_basis_ratio_of, reduction_of
+from .advice import advice, attentions_of, method_of, nonlocal_basis_ratio_of, reduction_of
 from .beyond import PARTS, beyond_backbone
 from .errors import CheckpointMismatchError, DamagedCheckpointError, shown
 from .only_checking import is_only_checking
@@ -68,7 +68,7 @@ def check_checkpoint(
             own_cells = f'{prefix}warehouse_manager.weights.{layer.place[1]}'
             layer.take_names(state_dict, f'{prefix}{name}.', own_cells)
     check_cells(state_dict, prefix, network.warehouse_manager.weights)
-    _check_methods(network, state_dict, prefix)
+    _check_attentions(network, state_dict, prefix)
     own = {name for name in PARTS if hasattr(network, name)}
     warehouses = len(network.warehouse_manager.weights)
     unused = beyond_backbone(state_dict, prefix, warehouses, own)
@@ -252,45 +252,42 @@ def _has_stages_beyond(network: nn.Module, state_dict: dict[str, Tensor], prefix
     return any(stage and stage not in own for stage in stages)
 
 
-def _check_methods(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """Refuses attentions of another method, by the parts that they have."""
-    found: dict[str, set[str]] = {}
-    for key in state_dict:
-        layer, _, part = key.rpartition('.attention.')
-        found.setdefault(layer, set()).add(part.partition('.')[0])
+def _check_attentions(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Refuses attentions of another method, or with statistics that the network's lack."""
+    layers, kind = modules_of(network), type(network).__name__
+    found = attentions_of(state_dict, prefix)
+    warehouses = len(stored_warehouses(state_dict, prefix))
     for partition in network.warehouse_manager.partitions:
         own = partition.options.method
-        for share in partition.layers:
-            parts = found.get(f'{prefix}{share.kernel.layer}', set())
-            fitting = [method for method in METHODS if METHODS[method].parts <= parts]
-            method = max(fitting, key=lambda method: len(METHODS[method].parts), default=own)
-            if method != own:
+        for name in [share.kernel.layer for share in partition.layers]:
+            if name not in layers or name not in found:
+                continue
+            method = method_of(found, name, warehouses)
+            tensors = set(layers[name].get_submodule('attention').state_dict())
+            # Its parts may have been replaced, in the network and in the file.
+            if method not in (None, own) and found[name] != tensors:
                 raise CheckpointMismatchError(
-                    f'The attention of {share.kernel.layer} in the checkpoint is that of '
-                    f'method={method!r}, in this {type(network).__name__} that of '
-                    f'method={own!r}. With method={method!r} it would fit, or with other options '
-                    'beside it.'
+                    f'The attention of {name} in the checkpoint is that of method={method!r}, in '
+                    f'this {kind} that of method={own!r}. With method={method!r} it would fit, or '
+                    'with other options beside it.'
+                )
+            # An attention without a bias before its norm has all that LayerNorm needs in
+            # BatchNorm's file.
+            if any(key.endswith('.running_mean') for key in found[name] - tensors):
+                raise CheckpointMismatchError(
+                    f'The attention of {name} in the checkpoint was made with BatchNorm, in this '
+                    f"{kind} with another norm. With attention_norm_cfg=dict(type='BN1d') it would "
+                    'fit.'
                 )
 
 
 def _check_layers(network: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
     layers = modules_of(network)
-    # An attention without a bias before its norm has all that LayerNorm needs in BatchNorm's file.
-    means = [key for key in state_dict if key.endswith('.running_mean')]
     for partition in network.warehouse_manager.partitions:
         for name in [share.kernel.layer for share in partition.layers]:
             if name not in layers:
                 continue  # An absent layer of the plan.
-            own = layers[name].state_dict()
-            place = f'{prefix}{name}.'
-            for key in means:
-                if key.startswith(f'{place}attention.') and key.removeprefix(place) not in own:
-                    raise CheckpointMismatchError(
-                        f'The checkpoint has {key}, so its attentions were made with BatchNorm, '
-                        f'those of this {type(network).__name__} with another norm. With '
-                        "attention_norm_cfg=dict(type='BN1d') it would fit."
-                    )
-            for part, tensor in own.items():
+            for part, tensor in layers[name].state_dict().items():
                 key = f'{prefix}{name}.{part}'
                 found = state_dict.get(key)
                 # Old files lack this counter. torch then counts from 0.

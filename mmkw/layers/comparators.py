@@ -125,8 +125,7 @@ class ODConv2d(ConvNd):
             for name, own in self.attention.state_dict().items():
                 key = f'{prefix}attention.{name}'
                 found = state_dict.get(key)
-                if isinstance(found, Tensor) and found.dim() == 4 and own.dim() == 2:
-                    # Of one place in space, or refused.
+                if isinstance(found, Tensor) and own.dim() == 2 and found.shape[2:] == (1, 1):
                     state_dict[key] = found.flatten(1)
 
 

@@ -43,7 +43,6 @@ class Method:
 
     Attributes:
         title: Its name in texts.
-        parts: Submodules that all of its attentions have.
         defaults: The options of :class:`WarehouseOptions` that the method chooses otherwise.
         least: The smallest budget. A comparator's budget is its number of kernels.
         options: The options that a user may choose.
@@ -52,7 +51,6 @@ class Method:
     """
 
     title: str
-    parts: frozenset[str]
     defaults: Mapping[str, Any]
     least: int = 1
     options: tuple[str, ...] = ('cell_num_ratio', 'reduction')
@@ -63,7 +61,6 @@ class Method:
 METHODS = {
     KERNELWAREHOUSE: Method(
         'KernelWarehouse',
-        frozenset(('fc1', 'norm1', 'fc2')),
         {},
         options=(
             'cell_num_ratio',
@@ -77,24 +74,18 @@ METHODS = {
     ),
     'dyconv': Method(
         'DY-Conv',
-        frozenset(('fc1', 'fc2')),
         dict(spatial_partition=False, cell_num_ratio=4, reduction=1 / 4),
         least=2,
         has_norm=False,
     ),
     'condconv': Method(
         'CondConv',
-        frozenset(('fc',)),
         dict(spatial_partition=False, cell_num_ratio=8),
         least=2,
         options=('cell_num_ratio',),
         has_norm=False,
     ),
-    'odconv': Method(
-        'ODConv',
-        frozenset(('fc', 'bn', 'channel_fc')),
-        dict(spatial_partition=False, cell_num_ratio=1),
-    ),
+    'odconv': Method('ODConv', dict(spatial_partition=False, cell_num_ratio=1)),
 }
 
 
@@ -340,11 +331,12 @@ def partition_warehouse(
     mixtures = sum(math.prod(grid) for grid in grids)
     num_cells = max(int(mixtures * options.cell_num_ratio), 1)
     if max(mixtures, num_cells) > MOST_CELLS:
-        larger = '; larger cells, by the other ratios or spatial_partition=False, are fewer'
+        remedy = f'Lower cell_num_ratio={options.cell_num_ratio}'
+        if not METHODS[options.method].is_comparator:
+            remedy += '; larger cells, by the other ratios or spatial_partition=False, are fewer'
         raise PlanError(
             f'Warehouse {name!r}: {mixtures} mixtures of {num_cells} cells, more than '
-            f'{MOST_CELLS}, for {layers}. Lower cell_num_ratio={options.cell_num_ratio}'
-            f'{"" if METHODS[options.method].is_comparator else larger}.'
+            f'{MOST_CELLS}, for {layers}. {remedy}.'
         )
     cell_kernel = (1,) * len(kernels[0].kernel_size)
     if not options.spatial_partition:
@@ -381,7 +373,8 @@ def _assign(start: int, mixtures: int, ratio: float) -> tuple[tuple[int | None, 
     if ratio >= 1:
         step = int(ratio)
         return tuple(start + i * step for i in range(mixtures)), mixtures * step
-    period = int(1 / ratio)
+    # A budget such as a float32 of 1/3 is a little above it.
+    period = int(1 / ratio + 1e-6)
     assigned: list[int | None] = []
     own = 0
     for i in range(mixtures):

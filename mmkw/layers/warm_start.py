@@ -83,12 +83,13 @@ def warm_start(
     if partition.options.cell_num_ratio < 1 and tau == 0:
         return _nearest(pieces, attentions, cells)
     new, errors = cells.detach().double().cpu(), []
-    # The same in all processes, another for every warehouse: many have one shape.
-    generator = torch.Generator().manual_seed(_SEED + zlib.crc32(partition.name.encode()))
     for share in shares:
         name = share.kernel.layer
         piece, attention = pieces[name], attentions[name]
         magnitude = piece.square().mean().sqrt()
+        # The same in all processes, another for every kernel: many layers have one shape.
+        some = piece.flatten()[:256].numpy().tobytes()
+        generator = torch.Generator().manual_seed(_SEED + zlib.crc32(some))
         own = new[share.start : share.start + share.own_cells]
         gain = attention.gain
         if magnitude > 0:

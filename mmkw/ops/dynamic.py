@@ -144,7 +144,6 @@ def _apply(
         return _apply_in_parts(x, attention, bias, taps, settings, mixing_of(cells))
     token = Token.of(cells) if cells.requires_grad else None
     if token is not None and backend.packs(mixing_of, cells):
-        # Every layer has a map of its own.
         packed = partial(token.packed, pack_cells, settings.sample_map)
         mixing_of = partial(mixing_of, packed=packed)
     tensor = None if token is None else token.tensor

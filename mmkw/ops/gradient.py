@@ -61,14 +61,14 @@ class Token:
         """Whether the current backward pass needs the gradient of the cells."""
         return modes.will_run(self.tensor.grad_fn)
 
-    def packed(self, pack: Callable[[Tensor], Tensor], layer: Any) -> Tensor:
-        """What is made of the cells once for all layers of a pass; see :class:`Packing`.
+    def packed(self, pack: Callable[[Tensor], Tensor], sample_map: object) -> Tensor:
+        """What is made of the cells for all layers of a pass; see :class:`Packing`.
 
         Args:
             pack: Makes it, the same for all layers.
-            layer: An object that the layer that asks has for itself.
+            sample_map: The map of the layer that asks; every layer has one for itself.
         """
-        return self._packing.of(self._cells, pack, layer)
+        return self._packing.of(self._cells, pack, sample_map)
 
     def sum(self, mixing: Mixing) -> 'CellSum':
         """The sum of the current backward pass."""
@@ -93,11 +93,14 @@ class _HandOver(torch.autograd.Function):
 
 
 class Packing:
-    """What is made of cells once for all layers of a forward pass and the backward pass after it.
+    """What is made of cells for all layers of a forward pass and the backward pass after it.
 
     Fused optimizers, and what writes to ``cells.data``, change cells without a trace. So it is made
-    anew where such a change may lie between: for a forward pass after a backward pass, for a
-    forward pass in which a layer comes again, and for every further backward pass.
+    anew where such a change may lie between: for a forward pass after a backward pass, where a
+    layer comes again, since that may be the next forward pass (or a head that is used on several
+    levels, which costs little beside mixing), and for every further backward pass. What is not
+    seen: such a change between two forward passes, both with gradients and without a backward pass
+    between them, that have no layer in common.
     """
 
     def __init__(self) -> None:
@@ -107,23 +110,24 @@ class Packing:
         """Forgets what was made: the gradient of the cells is complete."""
         self._made: Tensor | None = None
         self._state: tuple[int, int] | None = None
-        self._layers: set[int] = set()
+        self._sample_maps: set[int] = set()
         self._task: int | None = None
 
-    def of(self, cells: Tensor, pack: Callable[[Tensor], Tensor], layer: Any) -> Tensor:
+    def of(self, cells: Tensor, pack: Callable[[Tensor], Tensor], sample_map: object) -> Tensor:
         """What was made of the cells in this pass, or is made now; see :meth:`Token.packed`."""
         state, made = (cells._version, cells.data_ptr()), self._made
         task = modes.backward_pass()
         if task < 0:
-            goes_on = self._task is None and id(layer) not in self._layers
+            goes_on = self._task is None and id(sample_map) not in self._sample_maps
         else:
             # An activation that is computed again asks during the backward pass, too.
             goes_on = self._task in (None, task)
         if made is None or state != self._state or not goes_on:
             self.clear()
-            self._made, self._state = made, _ = pack(cells.detach()), state
+            made = pack(cells.detach())
+            self._made, self._state = made, state
         if task < 0:
-            self._layers.add(id(layer))
+            self._sample_maps.add(id(sample_map))
         else:
             self._task = task
         return made

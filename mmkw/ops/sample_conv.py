@@ -56,8 +56,13 @@ class SampleConv(Geometry):
 
         Returns:
             Tensor[batch, out_channels, *output_size].
+
+        Raises:
+            ValueError: If there are not as many kernels as images.
         """
         batch = x.shape[0]
+        if not modes.is_exporting() and len(kernels) != batch:
+            raise ValueError(f'{batch} images have {len(kernels)} kernels, not one each.')
         if batch <= 1 and not modes.is_exporting() and not self.is_pointwise(kernels):
             # One image is an ordinary convolution. Without images, a sum gives a kernel of zeros.
             return self.convolve(x, kernels[0] if batch else kernels.sum(0), bias, self.groups)

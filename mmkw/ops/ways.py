@@ -86,7 +86,7 @@ class Images(Way):
     @staticmethod
     def forward(conv: Geometry, x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`Way`."""
-        operands = zip(x.split(1), kernels.unbind())
+        operands = zip(x.split(1), kernels.unbind(), strict=True)
         return _gathered((conv.convolve(v, k, bias, conv.groups) for v, k in operands), len(x))
 
     @staticmethod
@@ -105,12 +105,13 @@ class Images(Way):
             parts = zip(grad.split(most, 1), x.split(most, 1), kernel.split(most))
             return torch.cat([conv.backward(g, v, k, v.shape[1], 1) for g, v, k in parts])
 
-        return [of_image(*each) for each in zip(grad.split(1), x.split(1), kernels.unbind())]
+        images = zip(grad.split(1), x.split(1), kernels.unbind(), strict=True)
+        return [of_image(*each) for each in images]
 
     @staticmethod
     def x(conv: Geometry, grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
         """See :class:`Way`."""
-        operands = zip(grad.split(1), x.split(1), kernels.unbind())
+        operands = zip(grad.split(1), x.split(1), kernels.unbind(), strict=True)
         return _gathered((conv.backward(*each, conv.groups, 0) for each in operands), len(x))
 
 
@@ -301,6 +302,6 @@ def _gathered(images: Iterator[Tensor], batch: int) -> Tensor:
         result = first.new_empty(batch, *first.shape[2:], first.shape[1]).movedim(-1, 1)
     else:
         result = first.new_empty(batch, *first.shape[1:])
-    for place, image in zip(result.split(1), chain([first], images)):
+    for place, image in zip(result.split(1), chain([first], images), strict=True):
         place.copy_(image)
     return result

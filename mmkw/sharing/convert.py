@@ -83,7 +83,7 @@ def convert(
             default SyncBN or BatchNorm if the network has it, else LayerNorm.
         absent: Kernels of planned layers that the network lacks, or that stay static. Their cells
             stay in the warehouses, and the other layers mix them. So checkpoints of the whole
-            network fit.
+            network fit. Without ``plan`` the rule of the family knows them.
         start_tau: The temperature at which a static checkpoint starts the network: 0, or 1 with a
             :class:`~mmkw.engine.hooks.TemperatureHook`. See :func:`~mmkw.layers.warm_start`.
         freeze_warehouses: Whether a warehouse is frozen while all its layers are frozen. If not,
@@ -151,8 +151,8 @@ def convert(
         )
     if isinstance(getattr(network, '_orig_mod', None), nn.Module):
         raise PlanError('The network is compiled. Convert it first, then call torch.compile.')
-    kernel_shapes = isinstance(absent, Sequence) and all(isinstance(k, KernelShape) for k in absent)
-    if not kernel_shapes or (absent and plan is None):
+    are_kernels = isinstance(absent, Sequence) and all(isinstance(k, KernelShape) for k in absent)
+    if not are_kernels or (absent and plan is None):
         raise TypeError(
             f'absent must be the KernelShapes of planned layers, beside a plan, got {absent!r}. '
             "Without a plan the rule of the network's family knows them."

@@ -164,8 +164,8 @@ def refuse_nothing(network: nn.Module, pairs: list[tuple[str, str]]) -> list[tup
         f'{type(network).__name__} has no layer that could be dynamic: '
         f'{found or "it has no kernel"}. Only plain convolutions and linear layers can, without '
         f'conv_cfg, dcn or other kinds; where no rule of the paper holds, those of at least '
-        f'{MIN_CHANNELS} channels and with kernels that are large beside an attention of '
-        'KernelWarehouse. Name others by patterns or in a SharingPlan.'
+        f'{MIN_CHANNELS} channels whose attention, if theirs alone, has at most a fourth of the '
+        "kernel's parameters. Name others by patterns or in a SharingPlan."
     )
 
 

@@ -20,7 +20,17 @@ NOT_NUMBERS = [None, 'three', True, 1.5, -1, 0, -(10**9), 2**31, 10**30, (), flo
 # Good values and wrong ones.
 OPTIONS = dict(
     cell_num_ratio=(
-        [1, 2, 4, 0.5, np.int64(2), np.float32(1), Fraction(1, 2)],
+        [
+            1,
+            2,
+            4,
+            0.5,
+            np.int64(2),
+            np.float32(1),
+            np.float32(1 / 3),
+            np.float32(0.2),
+            Fraction(1, 2),
+        ],
         [1.5, 0, -1, 1e308, 1e-320, 10**400, 10**9, float('nan'), None],
     ),
     cell_inplane_ratio=([1, 0.5], [1 / 3, 0, 2, '1']),

@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import exhaustively
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmkw.layers import KWConv1d, KWConv2d, KWLinear
 from mmkw.ops import (
@@ -723,6 +725,49 @@ def of_the_input(loss, x, cells):
 def of_the_input_afterwards(loss, x, cells):
     loss.backward(retain_graph=True)
     torch.autograd.grad(loss, x, retain_graph=True)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    'call, times, again',
+    [
+        (lambda layer, x: layer(x), 1, 2),
+        (partial(checkpoint, use_reentrant=False), 1, 2),
+        # Nothing learns in its forward pass; what is computed again has a backward pass of its own.
+        (partial(checkpoint, use_reentrant=True), 4, 0),
+    ],
+)
+def test_cells_are_packed_as_often_as_they_may_have_changed(call, times, again, monkeypatch):
+    network = nn.Module()
+    network.a, network.b = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+    convert(network, SharingPlan.make([('a', 'w'), ('b', 'w')]))
+    if not multiplies_bfloat16(network.a.cells):
+        pytest.skip('this processor does not multiply in bfloat16')
+    packed = []
+    monkeypatch.setattr(
+        dynamic, 'pack_cells', lambda cells: packed.append(pack_cells(cells)) or packed[-1]
+    )
+    x = torch.randn(2, 8, 3, 3, requires_grad=True)
+
+    def loss_of(one, *layers):
+        y = x
+        with torch.autocast('cpu', torch.bfloat16):
+            for name in layers:
+                y = call(one.get_submodule(name), y)
+        return y.float().square().sum()
+
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, fused=True)
+    held = []
+    for step in (1, 2):
+        held.append(loss_of(network, 'a', 'b'))
+        held[-1].backward()
+        assert len(packed) == step * times
+        optimizer.step()
+    assert loss_of(network, 'a', 'b').equal(loss_of(copy.deepcopy(network), 'a', 'b'))
+    # Where a layer comes again, the next pass may have begun.
+    before = len(packed)
+    loss_of(network, 'a', 'b', 'b')
+    assert len(packed) == before + again
 
 
 @pytest.mark.parametrize('change', [fused, by_hand, exchanged, in_place])

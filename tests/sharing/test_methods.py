@@ -446,6 +446,59 @@ def test_attentions_of_another_norm_are_refused(method, norm, other, static):
     same(network(x), static(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize('method', ['kernelwarehouse', 'odconv'])
+@pytest.mark.parametrize(
+    'norm', [dict(type='LN', elementwise_affine=False), dict(type='GN', num_groups=2, affine=False)]
+)
+def test_own_files_of_norms_without_parameters_load(method, norm, static):
+    found, network = (
+        mmkw.convert(copy.deepcopy(static), method=method, attention_norm_cfg=norm)
+        for _ in range(2)
+    )
+    last = 'fc2' if method == 'kernelwarehouse' else 'channel_fc'
+    nn.init.normal_(found.layer1[0].conv2.attention.get_parameter(f'{last}.bias'))
+    network.load_state_dict(found.state_dict())
+    x = torch.randn(2, 3, 40, 40)
+    same(network(x), found(x), rtol=0, atol=0)
+    other = mmkw.convert(copy.deepcopy(static), method=method, attention_norm_cfg=dict(type='LN'))
+    with pytest.raises(CheckpointMismatchError, match='or another norm'):
+        other.load_state_dict(found.state_dict())
+
+
+def test_own_files_of_replaced_parts_load(static):
+    found, network = (mmkw.convert(copy.deepcopy(static)) for _ in range(2))
+    for one in (found, network):
+        for layer in one.modules():
+            if isinstance(layer, mmkw.KWConv2d):
+                layer.attention.norm1 = nn.Identity()
+    network.load_state_dict(found.state_dict())
+    x = torch.randn(2, 3, 40, 40)
+    same(network(x), found(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    'method, part', [('kernelwarehouse', 'norm1'), ('odconv', 'channel_fc'), ('dyconv', 'fc2')]
+)
+def test_files_that_lack_a_part_are_refused_by_its_name(method, part, static):
+    network = mmkw.convert(copy.deepcopy(static), method=method)
+    state = {k: v for k, v in network.state_dict().items() if f'.attention.{part}.' not in k}
+    with pytest.raises(CheckpointMismatchError, match=rf'{part}\.\w+ of this ResNet .* lacks it'):
+        network.load_state_dict(state)
+
+
+@pytest.mark.parametrize('layer', [mmkw.DYConv2d, mmkw.CondConv2d, mmkw.ODConv2d])
+def test_layers_alone_start_with_their_own_noise(layer):
+    noise = []
+    for _ in range(2):
+        made, static = layer(16, 16, 3, cell_num_ratio=4), nn.Conv2d(16, 16, 3)
+        made.load_state_dict(static.state_dict())
+        x = torch.rand(2, 16, 5, 5)
+        torch.testing.assert_close(made.eval()(x), static(x), atol=1e-5, rtol=1e-4)
+        cells = made.cells.detach()
+        noise.append((cells - cells.mean(0)).flatten())
+    assert torch.cosine_similarity(*noise, dim=0).abs() < 0.1
+
+
 @pytest.mark.parametrize('method', ['dyconv', 'condconv', 'odconv'])
 def test_layers_of_one_shape_start_with_their_own_noise(method, static):
     """And with the same in every process."""

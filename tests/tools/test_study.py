@@ -254,12 +254,17 @@ def test_two_studies_at_once_lose_no_run(study, monkeypatch, tmp_path):
         one.add(arm, 0)
     assert [run['task'] for run in study.written()] == ['digits', 'digits']
     assert [len(one.runs) for one in studies] == [1, 2]
+    # Nor is one written twice that two tables have in common.
+    study.Study('rates', 1).add('static, 1e-3', 0)
+    studies[0].add('static, 1e-3', 1)
+    assert [run['seed'] for run in study.written()] == [0, 0, 1]
     assert [path.name for path in study.RESULTS.parent.iterdir()] == ['runs.json']
 
 
 def test_a_stop_while_a_run_is_written_leaves_the_others(study, monkeypatch, tmp_path):
     monkeypatch.setattr(study, 'RESULTS', tmp_path / 'runs.json')
-    study.write({'seed': 0})
+    runs = [dict.fromkeys(study.WHAT, 0) | {'seed': seed} for seed in range(3)]
+    study.write(runs[0])
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -267,6 +272,6 @@ def test_a_stop_while_a_run_is_written_leaves_the_others(study, monkeypatch, tmp
     with monkeypatch.context() as stopped:
         stopped.setattr(study.Path, 'replace', stop)
         with pytest.raises(KeyboardInterrupt):
-            study.write({'seed': 1})
-    assert study.written() == [{'seed': 0}]
-    assert study.write({'seed': 2}) == [{'seed': 0}, {'seed': 2}] == study.written()
+            study.write(runs[1])
+    assert study.written() == runs[:1]
+    assert study.write(runs[2]) == [runs[0], runs[2]] == study.written()

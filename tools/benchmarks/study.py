@@ -35,6 +35,8 @@ from mmkw import read_checkpoint
 ROOT = Path(__file__).parents[2]
 WORK = 'work_dirs/study'
 RESULTS = ROOT / 'docs/evidence/runs.json'
+# What no two runs have in common.
+WHAT = ('task', 'split', 'source epochs', 'epochs', 'options', 'seed', 'source')
 IMAGES = {
     'mini_coco': '--train 1200 --val 200 --test 400',
     'mini_conditions': '--train 1200 --val 200 --test 400 --conditions',
@@ -595,9 +597,10 @@ class Study:
     def train(self, folder: str, epochs: int, options: Mapping[str, Any], seed: int) -> Path:
         """Trains unless it was done; the last checkpoint."""
         last = ROOT / folder / self.task.last(epochs)
-        if not last.exists():
-            schedule = {**self.task.schedule(epochs), 'randomness.seed': seed}
-            self.run('train.py', self.config, folder, {**schedule, **options})
+        with alone_in(ROOT / folder):
+            if not last.exists():
+                schedule = {**self.task.schedule(epochs), 'randomness.seed': seed}
+                self.run('train.py', self.config, folder, {**schedule, **options})
         return last
 
     def test(self, checkpoint: Path, folder: str, options: Mapping[str, Any]) -> dict[str, float]:
@@ -637,9 +640,12 @@ def written() -> list[dict]:
 
 def write(run: dict) -> list[dict]:
     """Adds a run to those that have ended, also to those of another process; all of them."""
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with alone_in(RESULTS.parent):
-        runs = [*written(), run]
+        runs = written()
+        if any(all(one[key] == run[key] for key in WHAT) for one in runs):
+            # Of another process, for a table that has this arm in common.
+            return runs
+        runs.append(run)
         content = ',\n'.join(map(json.dumps, runs))
         # Beside the file, which is whole whenever this process is stopped.
         new = RESULTS.with_suffix('.new')
@@ -650,7 +656,8 @@ def write(run: dict) -> list[dict]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other processes from the files of a folder."""
+    """Keeps other processes from the files of a folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
