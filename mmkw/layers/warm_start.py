@@ -88,7 +88,7 @@ def warm_start(
         piece, attention = pieces[name], attentions[name]
         magnitude = piece.square().mean().sqrt()
         # The same in all processes, another for every kernel: many layers have one shape.
-        some = piece.flatten()[:256].numpy().tobytes()
+        some = bytes(piece.flatten()[:256].view(torch.uint8).tolist())
         generator = torch.Generator().manual_seed(_SEED + zlib.crc32(some))
         own = new[share.start : share.start + share.own_cells]
         gain = attention.gain
