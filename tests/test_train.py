@@ -45,7 +45,7 @@ def demo(root, mini_coco, tmp_path):
         kind = (
             'fpn_kw1x-r18_mini-coco-semantic'
             if segmentation
-            else 'mask-rcnn_kw1x-r18_fpn_mini-coco'
+            else 'mask-rcnn_kw1x-r18_fpn_annealed_mini-coco'
         )
         config = Config.fromfile(root / f'configs/demo/{kind}.py')
         config.merge_from_dict(SEGMENTATION if segmentation else DETECTION)
@@ -159,7 +159,7 @@ def test_averaged_gradients_of_two_processes_equal_those_of_the_joined_batch(
 def test_amp_step_in_bfloat16(root):
     from configs_util import build_model, detection_batch
 
-    config = Config.fromfile(root / 'configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py')
+    config = Config.fromfile(root / 'configs/demo/mask-rcnn_kw1x-r18_fpn_annealed_mini-coco.py')
     model = build_model(config)
     model.train()
     data = model.data_preprocessor(detection_batch(size=64), True)

@@ -13,7 +13,7 @@ from mmengine.registry import MODELS
 from mmkw.engine.building import build_model
 
 CONFIG = """
-_base_ = '{root}/configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py'
+_base_ = '{root}/configs/demo/mask-rcnn_kw1x-r18_fpn_annealed_mini-coco.py'
 data_root = '{data}/'
 model = dict(
     type='mmdet.MaskRCNN',

@@ -16,7 +16,7 @@ from mmkw.layers import Attention
 from mmkw.layers.dynamic_layers import DynamicLayer
 
 DETECTOR = """
-_base_ = '{root}/configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py'
+_base_ = '{root}/configs/demo/mask-rcnn_kw1x-r18_fpn_annealed_mini-coco.py'
 model = dict(
     backbone=dict(base_channels=8),
     neck=dict(in_channels=[8, 16, 32]),
@@ -253,7 +253,7 @@ def test_classes_need_folders_for_all(tool, photographs):
 
 def test_the_temperature_curve_is_the_hook_s(tool, root):
     temperature = tool('temperature')
-    config = Config.fromfile(root / 'configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py')
+    config = Config.fromfile(root / 'configs/demo/mask-rcnn_kw1x-r18_fpn_annealed_mini-coco.py')
     hook = temperature.find_hook(config)
     epochs, values = temperature.curve(hook, config)
     assert (epochs[0], epochs[50], epochs[-1]) == (0, 0.5, 6)

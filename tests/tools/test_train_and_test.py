@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmkw.engine.command_line import check_data
 
 pytest.importorskip('mmdet', reason="runs MMDetection's configs")
-DEMO = 'configs/demo/mask-rcnn_kw1x-r18_fpn_mini-coco.py'
+DEMO = 'configs/demo/mask-rcnn_kw1x-r18_fpn_annealed_mini-coco.py'
 
 
 def tiny(data):
