@@ -213,8 +213,13 @@ def undecayed(name: str) -> dict[str, float]:
     return {f'{CUSTOM_KEYS}.{name}.decay_mult': 0}
 
 
-def stages(*numbers: int) -> dict[str, Any]:
-    """Overrides that make these stages of the ResNet dynamic, each with a warehouse of its own."""
+def stages(*numbers: int, layers: str = r'(conv\d|downsample\.0)') -> dict[str, Any]:
+    """Overrides that make these stages of the ResNet dynamic, each with a warehouse of its own.
+
+    Args:
+        *numbers: Of the stages, counted from 1.
+        layers: Which layers of a block, as a regular expression.
+    """
     static = {
         'type': 'mmkw.ResNet',
         'depth': 18,
@@ -225,9 +230,7 @@ def stages(*numbers: int) -> dict[str, Any]:
         'out_indices': [0, 1, 2],
         'norm_eval': False,
     }
-    patterns = [
-        {'match': rf'layer{n}\..*(conv\d|downsample\.0)', 'warehouse': f'layer{n}'} for n in numbers
-    ]
+    patterns = [{'match': rf'layer{n}\..*{layers}', 'warehouse': f'layer{n}'} for n in numbers]
     wrapped = {'_delete_': True, 'type': 'mmkw.KWModule', 'module': static, 'patterns': patterns}
     return {'model.backbone': wrapped, 'model.backbone.cell_num_ratio': 1}
 
@@ -416,6 +419,7 @@ TABLES = {
         {
             'KW 1x, stages 2 and 3': by_recipe(None, {**stages(2, 3), **FASTER}),
             'KW 1x, stage 3': by_recipe(None, {**stages(3), **FASTER}),
+            'KW 1x, 3x3 alone': by_recipe(None, {**stages(1, 2, 3, layers=r'conv\d'), **FASTER}),
             'KW 1x, cells frozen': by_recipe(1, {**FASTER, **rates(warehouse_manager=0)}),
             'KW 1x, attentions alone': by_recipe(1, {**FASTER, **rates(attention=1, **STILL)}),
         }
