@@ -139,8 +139,9 @@ def test_products_are_timed(root):
 def test_a_backbone_is_timed(root, precision):
     pytest.importorskip('mmdet', reason='the static ResNet is its')
     options = ['--shapes', '2x32x32', '--repeats', '1', '--precision', precision]
-    out = run(root, 'backbone.py', 'R18', *options)
-    assert '| 2x32x32 | kw 1x |' in out
+    out = run(root, 'backbone.py', 'R18', *options, '--methods', 'odconv:2', 'dyconv:4')
+    for name in ('static', 'kw 1x', 'odconv 2x', 'dyconv 4x'):
+        assert f'| 2x32x32 | {name} |' in out
 
 
 @pytest.mark.parametrize(
