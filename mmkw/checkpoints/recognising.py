@@ -260,7 +260,8 @@ def _check_attentions(network: nn.Module, state_dict: dict[str, Tensor], prefix:
     for partition in network.warehouse_manager.partitions:
         own = partition.options.method
         for name in [share.kernel.layer for share in partition.layers]:
-            if name not in layers or name not in found:
+            # Layers of the plan may be absent, or static.
+            if name not in found or not isinstance(layers.get(name), DynamicLayer):
                 continue
             method = method_of(found, name, warehouses)
             tensors = set(layers[name].get_submodule('attention').state_dict())

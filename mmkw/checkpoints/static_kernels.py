@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import KernelShape, fault_of, warm_start
+from ..layers.dynamic_layers import DynamicLayer
 from ..layers.static_layers import predictions
 from ..ops import modes
 from .errors import CheckpointMismatchError, DamagedCheckpointError
@@ -41,7 +42,8 @@ def static_kernels(
         share.kernel.layer: share.kernel
         for partition in network.warehouse_manager.partitions
         for share in partition.layers
-        if share.kernel.layer in own
+        # Layers of the plan may be absent, or static.
+        if isinstance(own.get(share.kernel.layer), DynamicLayer)
     }
     found = {
         name: state_dict[f'{prefix}{name}.weight']

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmkw.checkpoints import CheckpointMismatchError
 from mmkw.layers import KernelShape, KWConv2d, KWLinear, PlanError
 from mmkw.sharing import SharingPlan, convert
 
@@ -176,6 +177,21 @@ def test_an_absent_layer_keeps_its_cells():
     torch.testing.assert_close(part(x), whole.layers[:2](x))
     with pytest.raises(PlanError, match="All layers of warehouse 'all' are absent"):
         convert(Chain(2), SharingPlan.make([('layers.2', 'all')]), absent=[absent])
+
+
+def test_files_of_a_layer_that_stays_static():
+    """A dynamic file has no kernel for it, a static one has."""
+    plan = SharingPlan.make([(f'layers.{i}', 'all') for i in range(3)])
+    static, whole = Chain(3), convert(Chain(3), plan)
+    part = convert(Chain(3), plan, absent=[KernelShape('layers.2', 8, 8, (3, 3))])
+    assert type(part.layers[2]) is nn.Conv2d
+    with pytest.raises(
+        CheckpointMismatchError, match=r'layers\.2\.weight of this Chain .* lacks it'
+    ):
+        part.load_state_dict(whole.state_dict())
+    part.load_state_dict(static.state_dict())
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(part.eval()(x), static.eval()(x))
 
 
 @pytest.mark.parametrize('absent', [5, None, 'a', ['layers.2'], {KernelShape('b', 8, 8, (3, 3))}])
