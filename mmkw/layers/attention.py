@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -11,7 +10,14 @@ from torch import Tensor, nn
 
 from ..ops import attending, backend, modes
 from ..ops.dynamic import Operands
-from .partition import MOST_CELLS, LayerShare, PlanError, WarehouseOptions, check_size
+from .partition import (
+    MOST_CELLS,
+    LayerShare,
+    PlanError,
+    WarehouseOptions,
+    check_size,
+    is_number,
+)
 
 MIN_WIDTH = 16
 DENOMINATOR_EPS = 1e-3
@@ -430,9 +436,9 @@ def norm_of(norm_cfg: dict, width: int) -> nn.Module:
     eps, momentum = arguments.get('eps', 1e-5), arguments.get('momentum')
     if not isinstance(learns, bool):
         raise ValueError(f'{expected}, got {norm_cfg!r}: requires_grad must be True or False.')
-    if not _is_number(eps) or not 0 < eps < math.inf:
+    if not is_number(eps) or not 0 < eps < math.inf:
         raise ValueError(f'{expected}, got {norm_cfg!r}: eps must be a number above 0.')
-    if momentum is not None and not (_is_number(momentum) and 0 <= momentum <= 1):
+    if momentum is not None and not (is_number(momentum) and 0 <= momentum <= 1):
         raise ValueError(f'{expected}, got {norm_cfg!r}: momentum must be a number in [0, 1].')
     make, features = _NORMS[norm_cfg['type']]
     try:
@@ -446,10 +452,6 @@ def norm_of(norm_cfg: dict, width: int) -> nn.Module:
             'normalise a batch of one image by.'
         )
     return norm
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def as_precise(pooled: Tensor, first: nn.Module) -> Tensor:
@@ -551,7 +553,7 @@ def temperature_at(iteration: int, length: int, begin: float = 1.0, end: float =
     for name, value in (('begin', begin), ('end', end)):
         check_temperature(name, value)
     for name, value in (('iteration', iteration), ('length', length)):
-        if not _is_number(value):
+        if not is_number(value):
             raise TypeError(f'{name} must be a number, got {value!r}.')
     if not iteration >= -1:
         raise ValueError(f'iteration must be at least -1, before training, got {iteration!r}.')

@@ -34,6 +34,11 @@ def check_size(what: str, values: int, remedy: str) -> None:
         raise PlanError(f'{what} has {values} values, more than {MOST_VALUES}. {remedy}.')
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 KERNELWAREHOUSE = 'kernelwarehouse'
 
 
@@ -153,8 +158,7 @@ class WarehouseOptions:
             else:
                 unbounded = field.name in ('cell_num_ratio', 'reduction')
                 expected = 'a number above 0' if unbounded else 'a number in (0, 1]'
-                valid = isinstance(value, Real) and not isinstance(value, bool)
-                valid = valid and value > 0 and (unbounded or value <= 1)
+                valid = is_number(value) and value > 0 and (unbounded or value <= 1)
                 if valid and not 1 / MOST_VALUES <= value <= MOST_VALUES:
                     valid, expected = False, f'from 1 / {MOST_VALUES} to {MOST_VALUES}'
             if not valid:

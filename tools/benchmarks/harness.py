@@ -208,17 +208,11 @@ def mixing_limit(model: nn.Module, batch: int, train: bool, speed: dict[str, flo
     """
     layers = [m for m in model.modules() if isinstance(m, DynamicLayer)]
     read = speed['bytes'] * sum(layer.cells.numel() for layer in layers)
-    products = sum(mixtures_of(layer) * layer.cells.numel() for layer in layers)
+    products = sum(layer.share.num_mixtures * layer.cells.numel() for layer in layers)
     written = 4 * sum(cells.numel() for cells in {layer.cells for layer in layers})
     if train:
         read, products = 2 * read + written, 3 * products
     return max(read / speed['bandwidth'], 2 * batch * products / speed['peak'])
-
-
-def mixtures_of(layer: DynamicLayer) -> int:
-    """The mixtures that make a layer's kernel; one of the comparators', which mix whole kernels."""
-    manager, warehouse, position = layer.place
-    return manager.partitions[warehouse].layers[position].num_mixtures
 
 
 def make_cases(
