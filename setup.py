@@ -67,6 +67,7 @@ def native_extension() -> dict:
                 'amx',
                 'attention',
                 'blocks',
+                'convolution',
                 'image',
                 'mixing',
                 'operators',

@@ -237,15 +237,30 @@ def _register() -> None:
         shapes = (pooled.shape, fc1, norm, norm, norm, fc2, fc2[:1])
         return [pooled.new_empty(shape) for shape in shapes]
 
+    def applied(x: Tensor, kernel: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+        stride, padding, dilation, groups = settings
+        if not stride:
+            return torch.nn.functional.linear(x, kernel.squeeze(-1), bias)
+        moved = [0] * len(stride)
+        return torch.convolution(x, kernel, bias, stride, padding, dilation, False, moved, groups)
+
+    @library.register_fake('mmkw::apply_kernels')
+    def _(x: Tensor, kernels: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+        return applied(x, kernels[0], bias, *settings[:4])
+
+    @library.register_fake('mmkw::backward_kernels')
+    def _(grad: Tensor, x: Tensor, kernel: Sequence[int], *_: Any) -> list[Tensor]:
+        return [x.new_empty(kernel) for _ in range(len(x))]
+
+    @library.register_fake('mmkw::backward_images')
+    def _(grad: Tensor, x: Tensor, kernels: Tensor, *_: Any) -> Tensor:
+        return torch.empty_like(x)
+
     @library.register_fake('mmkw::apply_to_image')
     def _(x: Tensor, *rest: Any) -> Tensor:
         cells, grid, bias, *settings = rest[-7:]
         kernel = cells.new_empty(assembled_shape(cells.shape[1:], grid))
-        if not settings[0]:
-            return torch.nn.functional.linear(x, kernel.squeeze(-1), bias)
-        stride, padding, dilation, groups = settings
-        moved = [0] * len(stride)
-        return torch.convolution(x, kernel, bias, stride, padding, dilation, False, moved, groups)
+        return applied(x, kernel, bias, *settings)
 
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         attention, cells, ctx.grid = inputs

@@ -15,12 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backend, modes
+from . import modes
 from .memory import Scratch
 
-# Channels of a part. Where channels lie last, oneDNN's gradient of more depthwise kernels at once
-# takes up to twenty times as long.
-_MOST_CHANNELS = 512
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -94,19 +91,8 @@ class Images(Way):
         conv: Geometry, grad: Tensor, x: Tensor, kernels: Tensor, scratch: Scratch
     ) -> Sequence[Tensor]:
         """See :class:`Way`."""
-        channels = x.shape[1]
-        is_depthwise = conv.groups == channels == kernels.shape[1]
-        is_slow = is_depthwise and x.device.type == 'cpu' and not x.is_contiguous()
-        most = _MOST_CHANNELS if is_slow else channels
-
-        def of_image(grad: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
-            if channels <= most:
-                return conv.backward(grad, x, kernel, conv.groups, 1)
-            parts = zip(grad.split(most, 1), x.split(most, 1), kernel.split(most))
-            return torch.cat([conv.backward(g, v, k, v.shape[1], 1) for g, v, k in parts])
-
         images = zip(grad.split(1), x.split(1), kernels.unbind(), strict=True)
-        return [of_image(*each) for each in images]
+        return [conv.backward(*each, conv.groups, 1) for each in images]
 
     @staticmethod
     def x(conv: Geometry, grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
@@ -157,7 +143,7 @@ class Products(Way):
             y = torch.bmm(cls._pixels(sampled), cls._matrices(conv, kernels).transpose(1, 2))
             y = modes.reshaped(y, (len(x), *sampled.shape[2:], kernels.shape[1])).movedim(-1, 1)
         else:
-            y = _product(cls._matrices(conv, kernels), cls._columns(conv, sampled))
+            y = torch.bmm(cls._matrices(conv, kernels), cls._columns(conv, sampled))
             y = modes.reshaped(y, (len(x), kernels.shape[1], *sampled.shape[2:]))
         return with_bias(y, None if bias is None else bias.view(-1, *[1] * (x.dim() - 2)))
 
@@ -183,7 +169,7 @@ class Products(Way):
             sampled = torch.bmm(cls._pixels(grad), matrices)
             sampled = sampled.view(len(x), *grad.shape[2:], x.shape[1]).movedim(-1, 1)
         else:
-            sampled = _product(matrices.transpose(1, 2), cls._columns(conv, grad))
+            sampled = torch.bmm(matrices.transpose(1, 2), cls._columns(conv, grad))
             sampled = sampled.view(len(x), -1, *grad.shape[2:])
         if max(conv.stride) == 1:
             return sampled
@@ -227,14 +213,6 @@ class Products(Way):
             return x
         index: tuple[Any, ...] = (..., *(slice(None, None, step) for step in conv.stride))
         return x[index]
-
-
-def _product(matrices: Tensor, columns: Tensor) -> Tensor:
-    """Batched product with few rows and, for large images, many columns."""
-    is_given = columns.dtype == torch.float32 and modes.autocast_dtype(columns) is None
-    if is_given and backend.computes_constants(matrices, columns):
-        return torch.ops.mmkw.bmm(matrices, columns)
-    return torch.bmm(matrices, columns)
 
 
 class Tiles(Way):

@@ -41,6 +41,15 @@ TORCH_LIBRARY(mmkw, library) {
       "Tensor fc2_weight, str norm, float temperature, float eps, Tensor hidden, Tensor normed, "
       "Tensor inverses, Tensor z) -> Tensor[]");
   library.def(
+      "apply_kernels(Tensor x, Tensor kernels, Tensor? bias, int[] stride, int[] padding, "
+      "int[] dilation, int groups, str? way=None) -> Tensor");
+  library.def(
+      "backward_kernels(Tensor grad, Tensor x, int[] kernel, int[] stride, int[] padding, "
+      "int[] dilation, int groups, str? way=None) -> Tensor[]");
+  library.def(
+      "backward_images(Tensor grad, Tensor x, Tensor kernels, int[] stride, int[] padding, "
+      "int[] dilation, int groups, str? way=None) -> Tensor");
+  library.def(
       "apply_to_image(Tensor x, Tensor seen, Tensor fc1_weight, Tensor? fc1_bias, Tensor? mean, "
       "Tensor? variance, Tensor norm_weight, Tensor norm_bias, Tensor fc2_weight, Tensor fc2_bias, "
       "int mixtures, float norm_eps, float eps, Tensor cells, int[] grid, Tensor? bias, "
@@ -58,6 +67,9 @@ TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
   library.impl("attend", &mmkw::attend);
   library.impl("attend_to_learn", &mmkw::attend_to_learn);
   library.impl("attend_backward", &mmkw::attend_backward);
+  library.impl("apply_kernels", &mmkw::apply_kernels);
+  library.impl("backward_kernels", &mmkw::backward_kernels);
+  library.impl("backward_images", &mmkw::backward_images);
   library.impl("apply_to_image", &mmkw::apply_to_image);
 }
 
@@ -66,7 +78,8 @@ TORCH_LIBRARY_IMPL(mmkw, CPU, library) {
 TORCH_LIBRARY_IMPL(mmkw, Autograd, library) {
   for (const char* name :
        {"pack_cells", "mix_cells_into", "mix_backward", "add_to_cells", "bmm", "average",
-        "attend", "attend_to_learn", "attend_backward", "apply_to_image"})
+        "attend", "attend_to_learn", "attend_backward", "apply_kernels", "backward_kernels",
+        "backward_images", "apply_to_image"})
     library.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 

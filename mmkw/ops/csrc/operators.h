@@ -61,6 +61,23 @@ std::vector<at::Tensor> attend_backward(
     double temperature, double eps, const at::Tensor& hidden, const at::Tensor& normed,
     const at::Tensor& inverses, const at::Tensor& z);
 
+// Memory that the thread uses again. Fresh memory of megabytes takes as long as mixing.
+at::Tensor memory_of_thread(at::IntArrayRef shape, const at::Tensor& like);
+
+at::Tensor apply_kernels(const at::Tensor& x, const at::Tensor& kernels,
+                         const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                         at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                         std::optional<std::string> way = {});
+
+std::vector<at::Tensor> backward_kernels(const at::Tensor& grad, const at::Tensor& x,
+                                         at::IntArrayRef kernel, at::IntArrayRef stride,
+                                         at::IntArrayRef padding, at::IntArrayRef dilation,
+                                         int64_t groups, std::optional<std::string> way = {});
+
+at::Tensor backward_images(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& kernels,
+                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                           int64_t groups, std::optional<std::string> way = {});
+
 at::Tensor apply_to_image(const at::Tensor& x, const at::Tensor& seen, const at::Tensor& fc1_weight,
                           const std::optional<at::Tensor>& fc1_bias,
                           const std::optional<at::Tensor>& mean,
