@@ -9,14 +9,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .gradient import CellSum
 from .kernels import assembled_shape, cut, flops_of_mixing
-from .memory import recycled
+from .memory import Scratch, recycled
 from .mixing import Mixing
 
 # Without the cache, because pip keeps there what it has built without kernels.
@@ -96,6 +96,37 @@ def pack_cells(cells: Tensor) -> Tensor:
     return panels
 
 
+class CompiledMap(NamedTuple):
+    """Applies one kernel to each image, by compiled operators that choose how they do so.
+
+    It has the methods of :class:`~mmkw.ops.sample_conv.SampleConv`, of constants alone. How it
+    chooses is in ``csrc/convolution.cpp``.
+
+    Args:
+        settings: Stride, padding, dilation and groups of the convolution. Those of a linear map
+            have no dimensions.
+        channel_dim: Where the channels of the images are, 1 or -1.
+    """
+
+    settings: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+    channel_dim: int
+
+    def __call__(self, x: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See :class:`~mmkw.ops.sample_conv.SampleConv`."""
+        return torch.ops.mmkw.apply_kernels(x, kernels, bias, *self.settings)
+
+    def backward_kernels(
+        self, grad: Tensor, x: Tensor, shape: tuple[int, ...], scratch: Scratch
+    ) -> Sequence[Tensor]:
+        """See :class:`~mmkw.ops.sample_conv.SampleConv`."""
+        parts = torch.ops.mmkw.backward_kernels(grad, x, shape, *self.settings)
+        return [kernel for part in parts for kernel in part.unbind()]
+
+    def backward_x(self, grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
+        """See :class:`~mmkw.ops.sample_conv.SampleConv`."""
+        return torch.ops.mmkw.backward_images(grad, x, kernels, *self.settings)
+
+
 class CompiledMixing(Mixing):
     """Mixing by the compiled kernels. They mix and assemble in one step.
 
@@ -120,7 +151,13 @@ class CompiledMixing(Mixing):
 
     def parts(self, attention: Tensor) -> list[slice]:
         """All images in one part."""
-        return [slice(None)]
+        return [slice(0, attention.shape[0])]
+
+    def applying(self, sample_map: Any) -> Any:
+        """See :class:`Mixing`."""
+        if self.dtype not in STORED:
+            return sample_map
+        return CompiledMap(sample_map.settings, sample_map.channel_dim)
 
     def kernels(self, attention: Tensor) -> Tensor:
         """See :class:`Mixing`."""
@@ -133,7 +170,7 @@ class CompiledMixing(Mixing):
         """See :class:`Mixing`."""
         if kept is None:
             kept = self._mix_into(self._memory(attention), attention)
-        yield slice(None), kept
+        yield slice(0, attention.shape[0]), kept
 
     def backward(
         self,
@@ -177,7 +214,7 @@ class CompiledMixing(Mixing):
 
     def _shape(self, attention: Tensor) -> tuple[int, ...]:
         """Shape of kernels: ``(images, out, in, *kernel_size)``."""
-        return (len(attention), *assembled_shape(self.cells.shape[1:], self.grid))
+        return (attention.shape[0], *assembled_shape(self.cells.shape[1:], self.grid))
 
     @property
     def _stored(self) -> torch.dtype:
@@ -250,7 +287,10 @@ def _register() -> None:
 
     @library.register_fake('mmkw::backward_kernels')
     def _(grad: Tensor, x: Tensor, kernel: Sequence[int], *_: Any) -> list[Tensor]:
-        return [x.new_empty(kernel) for _ in range(len(x))]
+        if math.prod(kernel[2:]) == 1:
+            # Multiplied, not convolved: one result for all.
+            return [x.new_empty(len(x), *kernel)]
+        return [x.new_empty(1, *kernel) for _ in range(len(x))]
 
     @library.register_fake('mmkw::backward_images')
     def _(grad: Tensor, x: Tensor, kernels: Tensor, *_: Any) -> Tensor:

@@ -197,16 +197,17 @@ def _apply_in_parts(
 ) -> Tensor:
     """Computes block by block. ``kept`` collects, for every block, its kernels or None."""
     _, sample_map, dtype = settings
+    sample_map = mixing.applying(sample_map)
     results = []
     for block in mixing.blocks(attention):
-        images, weights = x[block], attention[block]
+        images, weights = _images(x, block), _images(attention, block)
         kernels = None
         if kept is not None:
             is_kept = mixing.is_kept(block, attention.shape[1])
             kernels = mixing.kernels(weights) if is_kept else None
             kept.append(kernels)
         for part, some in _scaled(mixing.mixed(weights, kernels), taps, block, kernels is None):
-            results.append(sample_map(images[part], some.to(dtype), bias))
+            results.append(sample_map(_images(images, part), some.to(dtype), bias))
     # No view, though its channels may lie last: activations may change it in place.
     return _joined(results).data
 
@@ -272,6 +273,7 @@ def _backward_in_parts(
     need_x, need_attention, _, need_bias, need_taps = ctx.needs_input_grad[:5]
     grid, sample_map, dtype = ctx.settings
     mixing = ctx.mixing_of(cells)
+    sample_map = mixing.applying(sample_map)
     need_cells = ctx.token is not None and ctx.token.is_awaited()
     total = ctx.token.sum(mixing) if need_cells else None
     shape = assembled_shape(cells.shape[1:], grid)
@@ -281,11 +283,13 @@ def _backward_in_parts(
     need_kernels = need_attention or need_cells or need_taps
     blocks = mixing.blocks(attention) if need_x or need_kernels else ()
     for block, kernels in zip(blocks, kept):
-        grad_block, x_block, weights = grad[block], x[block], attention[block]
+        grad_block, x_block, weights = (_images(t, block) for t in (grad, x, attention))
         is_kept = kernels is not None
         if need_kernels:
             grad_kernels: Iterable[Tensor | Sequence[Tensor]] = (
-                sample_map.backward_kernels(grad_block[part], x_block[part], shape, mixing.scratch)
+                sample_map.backward_kernels(
+                    _images(grad_block, part), _images(x_block, part), shape, mixing.scratch
+                )
                 for part in mixing.parts(weights)
             )
             if taps is not None:
@@ -298,7 +302,7 @@ def _backward_in_parts(
             mixed = mixing.mixed(weights, kernels)
         if need_x:
             for part, some in _scaled(mixed, taps, block, not is_kept):
-                images = grad_block[part], x_block[part]
+                images = _images(grad_block, part), _images(x_block, part)
                 grads_x.append(sample_map.backward_x(*images, some.to(dtype)))
     summed = [dim for dim in range(grad.dim()) if dim != sample_map.channel_dim % grad.dim()]
     return (
@@ -339,6 +343,11 @@ def _through_taps(
             grads.append(product.sum(0, keepdim=True))
             found.append(grad.mul_(scales.to(grad.dtype)))
         yield found
+
+
+def _images(batch: Tensor, some: slice) -> Tensor:
+    """Some images of a batch, mostly all. A view takes as long as a question to a small layer."""
+    return batch if some.stop - some.start == batch.shape[0] else batch[some]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

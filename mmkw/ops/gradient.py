@@ -171,18 +171,18 @@ class CellSum:
         if mixing.add_to_cells is not self._add_to_cells:
             self._flush()
             self._add_to_cells = mixing.add_to_cells
-        cell = self._cells[0]
+        cell = self._cells.shape[1:]
         count = attention.shape[:2].numel()
         fitting = self.WAITING_BYTES // (cell.numel() * dtype.itemsize)
         if count > fitting:
             return None
         if self._rows is None or self._rows.dtype != dtype:
             self._flush()
-            self._rows = recycled(cell, (fitting, *cell.shape), dtype)
+            self._rows = recycled(self._cells, (fitting, *cell), dtype)
         if self._waiting + count > fitting:
             self._flush()
         rows = self._rows[self._waiting : self._waiting + count]
-        return rows.unflatten(0, attention.shape[:2])
+        return rows.view(*attention.shape[:2], *cell)
 
     def add(self, attention: Tensor, rows: Tensor, waits: bool) -> None:
         """Adds the part of some images of a layer.
@@ -195,7 +195,7 @@ class CellSum:
         weights = attention.detach().flatten(0, 1)
         if waits:
             self._weights.append(weights)
-            self._waiting += len(weights)
+            self._waiting += weights.shape[0]
         else:
             self._add_product(weights, rows.flatten(0, 1))
 

@@ -6,7 +6,7 @@ Autograd does not record these computations. :mod:`.compiled` does the same by c
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -65,6 +65,14 @@ class Mixing:
         """
         return self._slices(attention, PART_BYTES)
 
+    def applying(self, sample_map: Any) -> Any:
+        """What applies the kernels, as constants.
+
+        Args:
+            sample_map: The layer's own map, which autograd can differentiate, too.
+        """
+        return sample_map
+
     def is_kept(self, block: slice, mixtures: int) -> bool:
         """Whether the kernels of a block are kept for the backward pass.
 
@@ -78,7 +86,7 @@ class Mixing:
         limit = KEPT_BYTES.get(cells.device.type, 4 * DEFAULT_BYTES)
         if (block.stop - block.start) * mixtures > FEW_MIXTURES:
             limit //= 2
-        return len(cells) >= KEPT_CELLS and (
+        return cells.shape[0] >= KEPT_CELLS and (
             block.stop * cells.numel() * cells.element_size() <= limit
         )
 
@@ -106,7 +114,7 @@ class Mixing:
             The images of a part, and their kernels.
         """
         if kept is not None:
-            yield slice(None), kept
+            yield slice(0, kept.shape[0]), kept
             return
         rows = self._rows(attention, 'mixing')
         flat = rows.flatten(0, 1).flatten(1)
@@ -165,11 +173,13 @@ class Mixing:
         return self.scratch.take(self.cells, shape, use, dtype)
 
     def _slices(self, attention: Tensor, limits: Mapping[str, int]) -> list[slice]:
-        batch, cells = len(attention), self.cells
+        batch, cells = attention.shape[0], self.cells
         limit = limits.get(cells.device.type, DEFAULT_BYTES)
         # Of integers kernels are mixed in float32.
         of_value = cells.element_size() if cells.is_floating_point() else 4
-        image_bytes = attention.shape[1] * cells[0].numel() * of_value
+        image_bytes = attention.shape[1] * cells.shape[1:].numel() * of_value
+        if batch * image_bytes <= limit:
+            return [slice(0, batch)]
         count = max(math.ceil(batch / max(limit // image_bytes, 1)), 1)
         bounds = [batch * index // count for index in range(count + 1)]
         return [slice(*ends) for ends in itertools.pairwise(bounds)]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import backend, choosing, modes
-from .compiled import STORED
 from .memory import Scratch
 from .ways import Geometry, Groups, Images, Products, Tiles, Way, with_bias
 
@@ -24,8 +23,7 @@ class SampleConv(Geometry):
     For kernels of size one without padding, a batched product of matrices computes the result.
     Others are convolved one image after the other, by one convolution with the groups of all
     images, or on a GPU by a kernel of our own. There the fastest is found by measurement, for every
-    kind of shape; see :mod:`.choosing`. On the CPU one compiled operator does all of this, if there
-    is nothing to record for autograd; ``csrc/convolution.cpp`` says by which way.
+    kind of shape; see :mod:`.choosing`.
 
     Args:
         stride: Stride, one value per spatial dimension.
@@ -54,8 +52,6 @@ class SampleConv(Geometry):
         batch = x.shape[0]
         if not modes.is_exporting() and len(kernels) != batch:
             raise ValueError(f'{batch} images have {len(kernels)} kernels, not one each.')
-        if _is_one_operator(x, kernels, bias):
-            return torch.ops.mmkw.apply_kernels(x, kernels, bias, *self.settings)
         if batch <= 1 and not modes.is_exporting() and not self.is_pointwise(kernels):
             # One image is an ordinary convolution. Without images, a sum gives a kernel of zeros.
             return self.convolve(x, kernels[0] if batch else kernels.sum(0), bias, self.groups)
@@ -83,8 +79,6 @@ class SampleConv(Geometry):
             shape: ``(out_channels, in_channels / groups, *kernel_size)``.
             scratch: Memory for the result.
         """
-        if _is_one_operator(x, grad):
-            return torch.ops.mmkw.backward_kernels(grad, x, shape, *self.settings)
         # Only the shape of the kernels is used.
         kernels = x.new_empty(x.shape[0], *shape)
         return self._by_best_way('kernels', x, kernels, grad, x, kernels, scratch)
@@ -97,8 +91,6 @@ class SampleConv(Geometry):
             x: The images of the forward call.
             kernels: The kernels of the forward call.
         """
-        if _is_one_operator(x, grad, kernels):
-            return torch.ops.mmkw.backward_images(grad, x, kernels, *self.settings)
         return self._by_best_way('x', x, kernels, grad, x, kernels)
 
     def _by_best_way(self, what: str, x: Tensor, kernels: Tensor, *operands: Any) -> Any:
@@ -179,8 +171,6 @@ class SampleLinear:
         Returns:
             Tensor[batch, ..., out_features].
         """
-        if _is_one_operator(x, kernels, bias):
-            return torch.ops.mmkw.apply_kernels(x, kernels, bias, *self.settings)
         y = torch.bmm(_tokens(x), kernels.squeeze(-1).transpose(1, 2))
         y = modes.reshaped(y, (*x.shape[:-1], kernels.shape[1]))
         return with_bias(y, bias)
@@ -189,32 +179,16 @@ class SampleLinear:
         self, grad: Tensor, x: Tensor, shape: tuple[int, ...], scratch: Scratch
     ) -> Tensor | Sequence[Tensor]:
         """The gradient of every sample's kernel; see :class:`SampleConv`."""
-        if _is_one_operator(x, grad):
-            return torch.ops.mmkw.backward_kernels(grad, x, shape, *self.settings)
         gradients = scratch.take(grad, (len(x), *shape[:2]), 'kernel gradients')
         return torch.bmm(_tokens(grad).transpose(1, 2), _tokens(x), out=gradients).unsqueeze(-1)
 
     def backward_x(self, grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
         """The gradient of the samples; see :class:`SampleConv`."""
-        if _is_one_operator(x, grad, kernels):
-            return torch.ops.mmkw.backward_images(grad, x, kernels, *self.settings)
         return torch.bmm(_tokens(grad), kernels.squeeze(-1)).view(x.shape)
 
     def wants_channels_last(self, x: Tensor, shape: Sequence[int]) -> bool:
         """See :class:`SampleConv`."""
         return False
-
-
-def _is_one_operator(x: Tensor, *operands: Tensor | None) -> bool:
-    """Whether a compiled operator applies the kernels: constants of one precision on the CPU."""
-    return (
-        x.dtype in STORED
-        and x.shape[0] > 0
-        and all(operand is None or operand.dtype == x.dtype for operand in operands)
-        and backend.computes_constants(x, *operands)
-        and modes.autocast_dtype(x) is None
-        and not choosing.may_choose(x)
-    )
 
 
 def _tokens(x: Tensor) -> Tensor:

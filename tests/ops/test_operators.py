@@ -86,6 +86,35 @@ def tokens():
     return image(floats(1, 5, 8), (1, 9, 2), floats(6, 1, 4, 1), **settings)
 
 
+def applying(x=None, kernel=(6, 4, 3, 3), **changes):
+    """The operands of apply_kernels."""
+    x = floats(2, 8, 7, 6) if x is None else x
+    settings = dict(stride=[1, 2], padding=[1, 0], dilation=[1, 1], groups=2)
+    kernels = floats(x.shape[0], *kernel)
+    return dict(x=x, kernels=kernels, bias=floats(kernel[0])) | settings | changes
+
+
+def of_tokens(**changes):
+    settings = dict(stride=[], padding=[], dilation=[], groups=1)
+    return applying(floats(2, 5, 7, 8), (6, 8, 1), **settings, **changes)
+
+
+def pointwise(**changes):
+    return applying(kernel=(6, 8, 1, 1), padding=[0, 0], groups=1, **changes)
+
+
+def to_images(given):
+    """The operands of backward_images, by those of apply_kernels."""
+    grad = torch.randn_like(ops.apply_kernels(**given))
+    return dict(grad=grad) | {key: value for key, value in given.items() if key != 'bias'}
+
+
+def to_kernels(given):
+    """The operands of backward_kernels."""
+    operands = to_images(given)
+    return dict(operands, kernel=operands.pop('kernels').shape[1:])
+
+
 CALLS = {
     'mix_cells': ('mix_cells', mixing),
     'mix_cells for no image': ('mix_cells', lambda: mixing(attention=floats(0, MIXTURES, 6))),
@@ -133,6 +162,19 @@ CALLS = {
     ),
     'attend_backward': ('attend_backward', from_learning),
     'attend_backward by own statistics': ('attend_backward', lambda: from_learning('layer')),
+    'apply_kernels': ('apply_kernels', applying),
+    'apply_kernels of size one': ('apply_kernels', pointwise),
+    'apply_kernels to tokens': ('apply_kernels', of_tokens),
+    'apply_kernels of half': (
+        'apply_kernels',
+        lambda: {k: v.bfloat16() if hasattr(v, 'dim') else v for k, v in applying().items()},
+    ),
+    'backward_kernels': ('backward_kernels', lambda: to_kernels(applying())),
+    'backward_kernels of size one': ('backward_kernels', lambda: to_kernels(pointwise())),
+    'backward_kernels of tokens': ('backward_kernels', lambda: to_kernels(of_tokens())),
+    'backward_images': ('backward_images', lambda: to_images(applying())),
+    'backward_images of size one': ('backward_images', lambda: to_images(pointwise())),
+    'backward_images of tokens': ('backward_images', lambda: to_images(of_tokens())),
     'apply_to_image': ('apply_to_image', lambda: image()),
     'apply_to_image with channels last': (
         'apply_to_image',
@@ -208,7 +250,7 @@ def test_gradients_are_what_their_registration_says(call):
     """The same, and that there is a gradient or an error."""
     name, arguments = CALLS[call]
     given = arguments()
-    learning = next(name for name in ('attention', 'pooled', 'seen', 'a') if name in given)
+    learning = next(name for name in ('attention', 'pooled', 'seen', 'a', 'x') if name in given)
     given[learning].requires_grad_()
     checks = ['test_schema', 'test_autograd_registration', 'test_faketensor']
     if name == 'mix_cells':
@@ -221,6 +263,9 @@ def test_what_has_no_gradient_says_so():
         ('attend', attention(), 'pooled'),
         ('attend_to_learn', to_learn('layer'), 'pooled'),
         ('attend_backward', from_learning(), 'grad'),
+        ('apply_kernels', applying(), 'kernels'),
+        ('backward_kernels', to_kernels(applying()), 'x'),
+        ('backward_images', to_images(applying()), 'grad'),
         ('apply_to_image', image(), 'seen'),
         ('mix_backward', backward(), 'attention'),
         ('bmm', dict(a=floats(2, 3, 5), b=floats(2, 5, 7)), 'b'),
@@ -562,6 +607,57 @@ WRONG = {
     'a double product by tiles': (
         'bmm',
         lambda: dict(a=floats(2, 3, 5).double(), b=floats(2, 5, 7).double(), by_tiles=True),
+    ),
+    'kernels of other images': (
+        'apply_kernels',
+        lambda: applying(kernels=floats(3, 6, 4, 3, 3)),
+    ),
+    'no images': (
+        'apply_kernels',
+        lambda: applying(floats(0, 8, 7, 6)),
+    ),
+    'kernels of other channels': ('apply_kernels', lambda: applying(kernel=(6, 5, 3, 3))),
+    'groups that do not divide': ('apply_kernels', lambda: applying(kernel=(5, 4, 3, 3))),
+    'no groups': ('apply_kernels', lambda: applying(groups=0)),
+    'kernels of a volume': ('apply_kernels', lambda: applying(kernel=(6, 4, 3, 3, 3))),
+    'a stride of one number': ('apply_kernels', lambda: applying(stride=[1])),
+    'no step': ('apply_kernels', lambda: applying(stride=[1, 0])),
+    'no step of size one': ('apply_kernels', lambda: pointwise() | dict(stride=[0, 1])),
+    'images smaller than kernels': ('apply_kernels', lambda: applying(floats(2, 8, 1, 1))),
+    'double kernels': ('apply_kernels', lambda: applying(kernels=floats(2, 6, 4, 3, 3).double())),
+    'double images': (
+        'apply_kernels',
+        lambda: applying(floats(2, 8, 7, 6).double(), kernels=floats(2, 6, 4, 3, 3).double()),
+    ),
+    'a bias of one number': ('apply_kernels', lambda: pointwise() | dict(bias=floats(1))),
+    'a double bias': ('apply_kernels', lambda: pointwise() | dict(bias=floats(6).double())),
+    'products of large kernels': ('apply_kernels', lambda: applying(way='products')),
+    'groups of kernels of size one': ('apply_kernels', lambda: pointwise(way='groups')),
+    'an unknown way': ('apply_kernels', lambda: applying(way='best')),
+    'features of other kernels': ('apply_kernels', lambda: of_tokens(kernels=floats(2, 6, 7, 1))),
+    'a place without features': (
+        'apply_kernels',
+        lambda: of_tokens() | dict(x=floats(2)),
+    ),
+    'gradients of kernels of another result': (
+        'backward_kernels',
+        lambda: to_kernels(applying()) | dict(grad=floats(2, 6, 7, 3)),
+    ),
+    'gradients of images of another result': (
+        'backward_images',
+        lambda: to_images(applying()) | dict(grad=floats(2, 6, 6, 2)),
+    ),
+    'gradients of more pixels': (
+        'backward_images',
+        lambda: to_images(pointwise()) | dict(grad=floats(2, 6, 7, 4)),
+    ),
+    'gradients of fewer tokens': (
+        'backward_kernels',
+        lambda: to_kernels(of_tokens()) | dict(grad=floats(2, 5, 6, 6)),
+    ),
+    'double gradients of images': (
+        'backward_images',
+        lambda: (given := to_images(applying())) | dict(grad=given['grad'].double()),
     ),
     'no mixtures': ('attend', lambda: attention(mixtures=0)),
     'negative mixtures': ('attend', lambda: attention(mixtures=-3)),

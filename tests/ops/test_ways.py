@@ -1,7 +1,7 @@
 """All ways of convolving give the same, and the fastest is chosen and remembered."""
 
 import copy
-from unittest.mock import Mock
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +11,14 @@ from torch import nn
 import mmkw
 from mmkw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, set_temperature
 from mmkw.ops import SampleConv, SampleLinear, backend, choosing
+from mmkw.ops.compiled import CompiledMap
 from mmkw.ops.memory import Scratch
 from mmkw.ops.sample_conv import _WAYS
+
+ops = torch.ops.mmkw
+needs_kernels = pytest.mark.skipif(
+    backend.why_not_compiled() is not None, reason='the compiled kernels are missing'
+)
 
 DEVICES = [
     'cpu',
@@ -68,6 +74,42 @@ def test_all_ways_agree(kind, channels_last, device):
         results[name] = [y, way.x(conv, grad, x, kernels), *gradients]
     for one, other in zip(*results.values()):
         assert torch.allclose(one, other)
+
+
+POINTWISE_CONVS = {
+    '1d of size one': (SampleConv((2,), (0,), (1,)), (8, 12, 1), (8, 20)),
+    'size one': (SampleConv((2, 1), (0, 0), (1, 1)), (8, 12, 1, 1), (8, 9, 11)),
+    'grouped of size one': (SampleConv((1, 1), (0, 0), (1, 1), 2), (4, 12, 1, 1), (8, 9, 11)),
+    'tokens': (SampleLinear(), (8, 12, 1), (5, 3, 8)),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('kind', CONVS | POINTWISE_CONVS)
+def test_all_ways_of_the_compiled_operators_are_as_in_float64(kind, channels_last, batch, dtype):
+    sample_map, (into, out, *kernel), shape = (CONVS | POINTWISE_CONVS)[kind]
+    x, kernels, bias = (
+        torch.randn(sizes).to(dtype)
+        for sizes in ((batch, *shape), (batch, out, into, *kernel), (out,))
+    )
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    precise = [t.double().requires_grad_() for t in (x, kernels, bias)]
+    right = sample_map(*precise)
+    grad = torch.randn(right.shape).to(dtype)
+    right_x, right_kernels = torch.autograd.grad(right, precise[:2], grad.double())
+    settings = sample_map.settings
+    tolerance = dict(atol=1e-4, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.1, rtol=0.02)
+    for way in (None, 'images', 'products' if kind in POINTWISE_CONVS else 'groups'):
+        y = ops.apply_kernels(x, kernels, bias, *settings, way)
+        found_x = ops.backward_images(grad, x, kernels, *settings, way)
+        found = ops.backward_kernels(grad, x, kernels.shape[1:], *settings, way)
+        for ours, exact in ((y, right), (found_x, right_x), (torch.cat(found), right_kernels)):
+            assert ours.dtype == dtype
+            torch.testing.assert_close(ours.double(), exact, **tolerance)
 
 
 def test_the_fastest_is_chosen_once_for_a_kind_of_shape(timed, monkeypatch):
@@ -261,12 +303,18 @@ def test_small_images_are_convolved_at_once(kind):
         torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=1e-4)
 
 
+def as_chosen(conv, compiled):
+    """What applies kernels of constants, by compiled operators or by PyTorch's."""
+    return CompiledMap(conv.settings, conv.channel_dim) if compiled else conv
+
+
 @pytest.mark.parametrize('multiplier', [1, 2])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_many_channels_are_convolved_depthwise(memory_format, multiplier):
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=needs_kernels)])
+def test_many_channels_are_convolved_depthwise(compiled, memory_format, multiplier):
     """In parts, where oneDNN is slow at all of them."""
     channels, out_channels = 600, 600 * multiplier
-    conv = SampleConv((2, 1), (2, 2), (1, 1), channels)
+    conv = as_chosen(SampleConv((2, 1), (2, 2), (1, 1), channels), compiled)
     x = torch.randn(2, channels, 13, 12).contiguous(memory_format=memory_format)
     kernels = torch.randn(2, out_channels, 1, 5, 5)
     grad = torch.randn(2, out_channels, 7, 12).contiguous(memory_format=memory_format)
@@ -280,8 +328,9 @@ def test_many_channels_are_convolved_depthwise(memory_format, multiplier):
 
 @pytest.mark.parametrize('batch', [2, 5])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_small_images_are_convolved_with_their_own_kernels(batch, memory_format):
-    conv = SampleConv((2, 1), (1, 0), (1, 2))
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=needs_kernels)])
+def test_small_images_are_convolved_with_their_own_kernels(compiled, batch, memory_format):
+    conv = as_chosen(SampleConv((2, 1), (1, 0), (1, 2)), compiled)
     x = torch.randn(batch, 8, 9, 11).contiguous(memory_format=memory_format)
     kernels, bias = torch.randn(batch, 12, 8, 3, 3), torch.randn(12)
     y = conv(x, kernels, bias)
@@ -341,6 +390,7 @@ CONVOLVED = {
 CONVOLVED['tokens'] = (lambda: KWLinear(48, 64), (20, 30, 48))
 
 
+@needs_kernels
 @pytest.mark.parametrize('case', CONVOLVED)
 @pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize('batch', [1, 3])
@@ -363,10 +413,12 @@ def test_kernels_of_size_one_are_convolved_as_they_are_multiplied(
             return [y, layer(images), *gradients]
 
     right = compute(precise, x.double())
+    names = ('apply_kernels', 'backward_kernels', 'backward_images')
+    operators = {name: getattr(ops, name) for name in names}
     calls, layouts = [], []
-    for convolved in (True, False):
-        for kind in (SampleConv, SampleLinear):
-            monkeypatch.setattr(kind, '_is_convolved', Mock(return_value=convolved))
+    for way in ('images', 'products'):
+        for name, operator in operators.items():
+            monkeypatch.setattr(ops, name, partial(operator, way=way))
         with torch.profiler.profile() as profile:
             found = compute(layer, x)
         calls.append(sum('convolution' in event.key for event in profile.key_averages()))
@@ -379,7 +431,7 @@ def test_kernels_of_size_one_are_convolved_as_they_are_multiplied(
         assert layouts[0] == layouts[1]
 
 
-@pytest.mark.skipif(backend.why_not_compiled() is not None, reason='the compiled kernels measure')
+@needs_kernels
 @pytest.mark.filterwarnings('ignore:TF32 acceleration')
 @pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.usefixtures('two_threads')

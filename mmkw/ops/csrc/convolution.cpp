@@ -47,7 +47,7 @@ bool is_channels_last(const at::Tensor& x) {
 // Tokens (batch, ..., features), as an image (batch, features, tokens, 1) whose channels lie last.
 at::Tensor as_image(const at::Tensor& tokens) {
   const int64_t count = c10::multiply_integers(tokens.sizes().slice(1, tokens.dim() - 2));
-  return tokens.reshape({tokens.size(0), count, tokens.size(-1)}).movedim(-1, 1).unsqueeze(-1);
+  return tokens.reshape({tokens.size(0), count, 1, tokens.size(-1)}).movedim(-1, 1);
 }
 
 at::Tensor as_tokens(const at::Tensor& image, const at::Tensor& like) {
@@ -239,7 +239,7 @@ std::vector<at::Tensor> backward_kernels(const Geometry& of, const at::Tensor& g
       std::vector<at::Tensor> found;
       for (int64_t i = 0; i < batch; i++) {
         if (channels <= most) {
-          found.push_back(back<1>(of, image(grad, i), image(x, i), like, groups));
+          found.push_back(back<1>(of, image(grad, i), image(x, i), like, groups).unsqueeze(0));
           continue;
         }
         std::vector<at::Tensor> parts;
@@ -248,7 +248,7 @@ std::vector<at::Tensor> backward_kernels(const Geometry& of, const at::Tensor& g
           parts.push_back(back<1>(of, image(grad, i).narrow(1, first, count),
                                   image(x, i).narrow(1, first, count), like.narrow(0, 0, count), count));
         }
-        found.push_back(at::cat(parts));
+        found.push_back(at::cat(parts).unsqueeze(0));
       }
       return found;
     }
@@ -256,7 +256,9 @@ std::vector<at::Tensor> backward_kernels(const Geometry& of, const at::Tensor& g
       shape[0] *= batch;
       const at::Tensor like = at::empty(shape, x.options());
       const at::Tensor found = back<1>(of, joined(grad), joined(x), like, batch * groups);
-      return found.contiguous().split(kernel[0]);
+      shape[0] = kernel[0];
+      shape.insert(shape.begin(), batch);
+      return {found.contiguous().view(shape)};
     }
     case Way::PRODUCTS: break;
   }
@@ -268,7 +270,7 @@ std::vector<at::Tensor> backward_kernels(const Geometry& of, const at::Tensor& g
   else
     at::bmm_out(found, columns(grad, groups), columns(used, groups).transpose(1, 2));
   shape.insert(shape.begin(), batch);
-  return found.view(shape).unbind();
+  return {found.view(shape)};
 }
 
 at::Tensor backward_images(const Geometry& of, const at::Tensor& grad, const at::Tensor& x,
@@ -298,6 +300,10 @@ at::Tensor backward_images(const Geometry& of, const at::Tensor& grad, const at:
   return whole;
 }
 
+bool are_positive(at::IntArrayRef numbers) {
+  return std::all_of(numbers.begin(), numbers.end(), [](int64_t number) { return number > 0; });
+}
+
 // That the images fit the kernels, and their gradient both.
 void check(const Geometry& of, const at::Tensor& x, at::IntArrayRef kernel,
            const std::optional<at::Tensor>& grad) {
@@ -306,6 +312,8 @@ void check(const Geometry& of, const at::Tensor& x, at::IntArrayRef kernel,
   TORCH_CHECK(x.dim() == int64_t(dims) + 2 && kernel.size() == dims + 2 &&
                   of.padding.size() == dims && of.dilation.size() == dims && x.size(0) > 0,
               "images of ", x.sizes(), " do not fit kernels of ", kernel, " and a stride of ", of.stride);
+  TORCH_CHECK(are_positive(of.stride) && are_positive(of.dilation), "no stride of ", of.stride,
+              " or dilation of ", of.dilation);
   TORCH_CHECK(of.groups > 0 && kernel[1] * of.groups == x.size(1) && kernel[0] % of.groups == 0,
               "kernels of ", kernel, " and ", of.groups, " groups do not fit ", x.size(1), " channels");
   if (!grad) return;
@@ -318,10 +326,16 @@ void check(const Geometry& of, const at::Tensor& x, at::IntArrayRef kernel,
   TORCH_CHECK(grad->sizes() == shape, "a gradient of ", grad->sizes(), " for a result of ", shape);
 }
 
-void check_kernels(const at::Tensor& x, const at::Tensor& kernels) {
+void check_kernels(const at::Tensor& x, const at::Tensor& kernels,
+                   const std::optional<at::Tensor>& bias = {}) {
   TORCH_CHECK(kernels.dim() > 2 && kernels.size(0) == x.size(0), "one kernel for an image, got ",
               kernels.sizes(), " for ", x.sizes());
   TORCH_CHECK(kernels.scalar_type() == x.scalar_type(), "kernels of ", kernels.scalar_type(),
+              " for images of ", x.scalar_type());
+  if (!bias) return;
+  TORCH_CHECK(bias->dim() == 1 && bias->size(0) == kernels.size(1), "a bias of ", bias->sizes(),
+              " for kernels of ", kernels.sizes());
+  TORCH_CHECK(bias->scalar_type() == x.scalar_type(), "a bias of ", bias->scalar_type(),
               " for images of ", x.scalar_type());
 }
 
@@ -347,7 +361,7 @@ at::Tensor apply_kernels(const at::Tensor& x, const at::Tensor& kernels,
                          const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                          std::optional<std::string> way) {
-  check_kernels(x, kernels);
+  check_kernels(x, kernels, bias);
   if (!stride.empty()) {
     const Geometry of{stride, padding, dilation, groups};
     check(of, x, kernels.sizes().slice(1), {});
@@ -359,8 +373,8 @@ at::Tensor apply_kernels(const at::Tensor& x, const at::Tensor& kernels,
   return as_tokens(forward(PIXELWISE, seen, weights, bias, way), x);
 }
 
-// The gradients of the kernels, each of `kernel` (out_channels, in_channels / groups, *kernel_size). They
-// are valid until the next call in the same thread.
+// The gradients of kernels of `kernel` (out_channels, in_channels / groups, *kernel_size), of one image after
+// the other, or of all: (images, *kernel). They are valid until the next call in the same thread.
 std::vector<at::Tensor> backward_kernels(const at::Tensor& grad, const at::Tensor& x,
                                          at::IntArrayRef kernel, at::IntArrayRef stride,
                                          at::IntArrayRef padding, at::IntArrayRef dilation,
