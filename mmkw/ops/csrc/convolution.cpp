@@ -73,7 +73,9 @@ at::Tensor back(const Geometry& of, const at::Tensor& grad, const at::Tensor& x,
       no_output_padding, groups, {WHICH == 0, WHICH == 1, false}));
 }
 
-at::Tensor image(const at::Tensor& batch, int64_t i) { return batch.narrow(0, i, 1); }
+at::Tensor image(const at::Tensor& batch, int64_t i) {
+  return batch.size(0) == 1 ? batch : batch.narrow(0, i, 1);
+}
 
 // Joins the results of single images, each while it is in the caches. Channels that lie last do so in
 // the result.

@@ -152,7 +152,7 @@ at::Tensor bmm(const at::Tensor& a, const at::Tensor& b, std::optional<bool> by_
     by_tiles = a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat &&
                are_tiles_faster(a.size(0), a.size(1), a.size(2), b.size(2));
   const c10::impl::ExcludeDispatchKeyGuard as_given(AUTOCAST);
-  if (!*by_tiles) return at::bmm(a, b);
+  if (!*by_tiles) return a.size(0) == 1 ? at::mm(a[0], b[0]).unsqueeze(0) : at::bmm(a, b);
   TORCH_CHECK(a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat && a.numel() > 0 &&
                   b.numel() > 0,
               "tiles multiply float32, and not nothing: got ", a.scalar_type(), " and ",
