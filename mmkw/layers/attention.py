@@ -286,17 +286,21 @@ class Attention(LayerAttention):
             if operands is not None and backend.computes_constants(pooled, *operands.tensors):
                 return torch.ops.mmkw.attend(pooled, *operands.tensors, *operands.numbers)
         fc1, norm, fc2 = layers
-        if any(map(modes.is_hooked_backward, (*layers, self.relu))):
-            return None
-        description = None
+        first, scale, last = fc1._parameters, norm._parameters, fc2._parameters
+        parameters = attending.Parameters(
+            first['weight'],
+            first['bias'],
+            scale['weight'],
+            scale['bias'],
+            last['weight'],
+            last['bias'],
+        )
         # What is wrong with the sizes of these PyTorch says.
-        if pooled.shape[1:] == fc1.weight.shape[1:] and norm.eps > 0:
-            description = self._description(norm, pooled)
+        if pooled.shape[1:] != parameters.fc1_weight.shape[1:] or norm.eps <= 0:
+            return None
+        description = self._description(norm, pooled)
         if description is None:
             return None
-        parameters = attending.Parameters(
-            fc1.weight, fc1.bias, norm.weight, norm.bias, fc2.weight, fc2.bias
-        )
         kernels = backend.attention_kernels(pooled, self.num_cells, *parameters)
         if kernels is None:
             return None
@@ -308,7 +312,9 @@ class Attention(LayerAttention):
         """What the kernels take of the norm, or None if they do not take it."""
         if isinstance(norm, nn.LayerNorm):
             return attending.Norm('layer', norm.eps)
-        mean, var, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        statistics = norm._buffers
+        mean, var = statistics['running_mean'], statistics['running_var']
+        batches = statistics['num_batches_tracked']
         if mean is None or var is None:
             return None
         # A batch of one has no variance; see normalised.

@@ -111,19 +111,20 @@ class _Attend(torch.autograd.Function):
         alpha, saved = kernels.forward(pooled, parameters, norm, start, eps)
         if norm.kind == 'batch' and norm.batches is not None:
             torch.autograd.graph.increment_version(norm.batches)
-        # As with PyTorch's operators, what the gradient does not need may change before it.
-        needs = ctx.needs_input_grad[: 1 + len(Parameters._fields)]
-        unread = ['fc1_bias', 'norm_bias', 'fc2_bias']
-        # Each weight is for the gradients of what comes before it: pooled, fc1, the norm.
-        for name, before in (('fc1_weight', 1), ('norm_weight', 3), ('fc2_weight', 5)):
-            if not any(needs[:before]):
-                unread.append(name)
-        ctx.unread = {name: getattr(parameters, name) for name in unread}
-        read = [None if name in unread else t for name, t in parameters._asdict().items()]
+        # As with PyTorch's operators, what the gradient does not need may change before it. Each
+        # weight is for the gradients of what comes before it: pooled, fc1, the norm.
+        needs = ctx.needs_input_grad
+        is_read = (needs[0], False, any(needs[:3]), False, any(needs[:5]), False)
+        ctx.unread = [None if read else tensor for tensor, read in zip(given, is_read)]
+        read = [tensor if read else None for tensor, read in zip(given, is_read)]
         ctx.save_for_backward(pooled, *read, *saved)
         # A batch changes the statistics without a trace, other than that it is counted.
         statistics = (norm.mean, norm.var, norm.batches) if norm.kind == 'running' else ()
-        ctx.noted = [_Noted.of(tensor) for tensor in (*ctx.unread.values(), *statistics)]
+        ctx.noted = [
+            (tensor, None if tensor.is_inference() else tensor._version)
+            for tensor in (*ctx.unread, *statistics)
+            if tensor is not None
+        ]
         ctx.kernels, ctx.norm, ctx.start, ctx.eps = kernels, norm, start, eps
         return alpha
 
@@ -131,15 +132,15 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count = len(Parameters._fields)
         pooled, *tensors = ctx.saved_tensors
-        parameters, saved = Parameters(*tensors[:count]), Saved(*tensors[count:])
-        parameters = parameters._replace(**ctx.unread)
+        read, saved = tensors[:count], Saved(*tensors[count:])
+        given = (kept if tensor is None else tensor for kept, tensor in zip(ctx.unread, read))
+        parameters = Parameters(*given)
         with modes.without_autocast(pooled):
             if torch.is_grad_enabled() or modes.is_seen_through(grad, pooled):
-                for noted in ctx.noted:
-                    noted.check()
+                _check_versions(ctx.noted)
                 gradients = _backward_plainly(ctx, grad, pooled, parameters)
             else:
-                grad_pooled, of_parameters = ctx.kernels.backward(
+                gradients = ctx.kernels.backward(
                     grad.contiguous(),
                     pooled,
                     parameters,
@@ -148,35 +149,22 @@ class _Attend(torch.autograd.Function):
                     ctx.eps,
                     saved,
                 )
-                gradients = (grad_pooled, *of_parameters)
         needed = zip(gradients, ctx.needs_input_grad)
         return *(value if need else None for value, need in needed), None, None, None, None
 
 
-class _Noted(NamedTuple):
-    """A tensor whose values only gradients of gradients need.
+def _check_versions(noted: list[tuple[Tensor, int | None]]) -> None:
+    """Refuses to go on with other values, as autograd does.
 
     Args:
-        tensor: The tensor; None if there is none.
-        version: Of its values; None if none is counted.
+        noted: Tensors whose values only gradients of gradients need, and the versions of their
+            values; None if none is counted.
     """
-
-    tensor: Any
-    version: int | None
-
-    @classmethod
-    def of(cls, tensor: Any) -> '_Noted':
-        """Notes a tensor as it is."""
-        uncounted = tensor is None or tensor.is_inference()
-        return cls(tensor, None if uncounted else tensor._version)
-
-    def check(self) -> None:
-        """Refuses to go on with other values, as autograd does."""
-        if self.tensor is not None and self.version not in (None, self.tensor._version):
-            raise RuntimeError(
-                'A tensor of an attention, which gradients of gradients need, has been modified by '
-                'an inplace operation. Compute them before the optimizer steps.'
-            )
+    if any(version not in (None, tensor._version) for tensor, version in noted):
+        raise RuntimeError(
+            'A tensor of an attention, which gradients of gradients need, has been modified by '
+            'an inplace operation. Compute them before the optimizer steps.'
+        )
 
 
 def _backward_plainly(

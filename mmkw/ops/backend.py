@@ -185,14 +185,21 @@ def attention_kernels(pooled: Tensor, cells: int, *parameters: Tensor | None) ->
         None if PyTorch's operators must: for tensors that are not dense, not of float32 or looked
         into, and on a GPU for large batches or warehouses.
     """
-    given = [tensor for tensor in (pooled, *parameters) if tensor is not None]
-    if modes.is_seen_through(*given) or any(
-        t.dtype != torch.float32 or not t.is_contiguous() for t in given
-    ):
+    if modes.is_observed():
         return None
-    if all(t.is_cpu for t in given):
+    on_cpu = pooled.is_cpu
+    # A loop, since small layers take hardly longer than these questions.
+    for tensor in (pooled, *parameters):
+        if tensor is not None and not (
+            modes.is_plain(tensor)
+            and tensor.dtype == torch.float32
+            and tensor.is_contiguous()
+            and (tensor.is_cpu if on_cpu else _is_on_current_gpu(tensor))
+        ):
+            return None
+    if on_cpu:
         return compiled_attention if why_not_compiled() is None else None
-    if not all(map(_is_on_current_gpu, given)) or (kernels := gpu_kernels()) is None:
+    if (kernels := gpu_kernels()) is None:
         return None
     attention = kernels.attention
     fits = len(pooled) <= attention.MOST_IMAGES and cells <= attention.MOST_CELLS

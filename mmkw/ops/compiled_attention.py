@@ -49,8 +49,8 @@ def backward(
     temperature: float,
     denominator_eps: float,
     saved: Saved,
-) -> tuple[Tensor, Parameters]:
-    """Computes the gradients of the pooled images and of all parameters.
+) -> list[Tensor]:
+    """Computes the gradients of the pooled images and of all parameters, in their order.
 
     Args:
         grad: Gradient of the attentions.
@@ -61,7 +61,7 @@ def backward(
         denominator_eps: As in :func:`forward`.
         saved: Of :func:`forward`.
     """
-    grad_pooled, *gradients = torch.ops.mmkw.attend_backward(
+    return torch.ops.mmkw.attend_backward(
         grad,
         pooled,
         parameters.fc1_weight,
@@ -72,4 +72,3 @@ def backward(
         denominator_eps,
         *saved,
     )
-    return grad_pooled, Parameters(*gradients)

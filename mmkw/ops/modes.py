@@ -113,35 +113,26 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a module has forward hooks, or hooks for all modules exist.
-
-    Args:
-        module: Any module.
-    """
-    every = nn.modules.module
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks or every._global_forward_hooks or every._global_forward_pre_hooks)
-
-
-def is_hooked_backward(module: nn.Module) -> bool:
-    """Whether a module has hooks on its backward pass, or hooks for all modules exist.
-
-    Args:
-        module: Any module.
-    """
-    every = nn.modules.module
-    hooks = module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks or every._global_backward_hooks or every._global_backward_pre_hooks)
-
-
 def is_patched(module: nn.Module) -> bool:
     """Whether a module computes something else than its class: by hooks, or by its own forward.
 
+    Hooks for all modules count, too, and those on the backward pass.
+
     Args:
         module: Any module.
     """
-    return 'forward' in module.__dict__ or is_hooked(module)
+    every = nn.modules.module
+    return bool(
+        'forward' in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
+    )
 
 
 def computing_hooks(module: nn.Module) -> list[Callable]:

@@ -170,13 +170,22 @@ def test_a_backward_pass_has_a_number_and_knows_where_it_goes():
 
 
 def test_hooks_are_seen():
-    for register in (nn.Module.register_forward_hook, nn.Module.register_forward_pre_hook):
+    for register in (
+        nn.Module.register_forward_hook,
+        nn.Module.register_forward_pre_hook,
+        nn.Module.register_full_backward_hook,
+        nn.Module.register_full_backward_pre_hook,
+        lambda _, hook: nn.modules.module.register_module_forward_hook(hook),
+        lambda _, hook: nn.modules.module.register_module_forward_pre_hook(hook),
+        lambda _, hook: nn.modules.module.register_module_full_backward_hook(hook),
+        lambda _, hook: nn.modules.module.register_module_full_backward_pre_hook(hook),
+    ):
         module = nn.Linear(2, 2)
-        assert not modes.is_hooked(module)
+        assert not modes.is_patched(module)
         handle = register(module, lambda *args: None)
-        assert modes.is_hooked(module)
+        assert modes.is_patched(module)
         handle.remove()
-        assert not modes.is_hooked(module)
+        assert not modes.is_patched(module)
 
 
 @pytest.mark.parametrize('padding', [0, 2, (1, 3), 'same', 'valid'])

@@ -267,8 +267,8 @@ def backward(
     temperature: float,
     denominator_eps: float,
     saved: Saved,
-) -> tuple[Tensor, Parameters]:
-    """Computes the gradients of the pooled images and of all parameters.
+) -> tuple[Tensor | None, ...]:
+    """Computes the gradients of the pooled images and of all parameters, in their order.
 
     Args:
         grad: Gradient of the attentions, contiguous.
@@ -323,7 +323,7 @@ def backward(
         units,
         _block(images, channels),
     )
-    return before @ parameters.fc1_weight, gradients
+    return before @ parameters.fc1_weight, *gradients
 
 
 def _padded(size: int) -> int:
