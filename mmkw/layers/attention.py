@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import attending, backend, modes
-from ..ops.dynamic import Operands
+from ..ops.at_once import Operands
 from .partition import (
     MOST_CELLS,
     LayerShare,
@@ -258,7 +258,7 @@ class Attention(LayerAttention):
                 alpha = (1 - self.temperature) * alpha + self.temperature * beta
             return alpha[..., :-1]
 
-    def _layers(self) -> tuple[Any, ...] | None:
+    def _layers(self) -> tuple[Any, Any, Any] | None:
         """fc1, norm and fc2; None if somebody has replaced, parametrised or hooked a layer."""
         # Where torch.nn keeps them: a small layer takes hardly longer than its attributes.
         modules = self._modules
@@ -285,7 +285,34 @@ class Attention(LayerAttention):
             operands = self._operands(*layers)
             if operands is not None and backend.computes_constants(pooled, *operands.tensors):
                 return torch.ops.mmkw.attend(pooled, *operands.tensors, *operands.numbers)
-        fc1, norm, fc2 = layers
+        learning = self._learning(*layers, pooled, pooled.shape[-1])
+        if learning is None or pooled.dim() != 2:
+            return None
+        kernels = backend.attention_kernels(pooled, self.num_cells, *learning.parameters)
+        return None if kernels is None else attending.attend(kernels, pooled, learning)
+
+    def learning(self, seen: Tensor, channels: int) -> attending.Learning | None:
+        """What the compiled operators learn from, on the CPU.
+
+        Args:
+            seen: The images.
+            channels: Their channels.
+
+        Returns:
+            None where these cannot: for parameters that are not dense or not of float32, a norm
+            that is none of theirs, or where a layer has been changed.
+        """
+        layers = self._layers()
+        learning = None if layers is None else self._learning(*layers, seen, channels)
+        if learning is None or not backend.attention_kernels(
+            learning.parameters.fc2_bias, self.num_cells, *learning.parameters
+        ):
+            return None
+        return learning
+
+    def _learning(
+        self, fc1: nn.Module, norm: nn.Module, fc2: nn.Module, seen: Tensor, channels: int
+    ) -> attending.Learning | None:
         first, scale, last = fc1._parameters, norm._parameters, fc2._parameters
         parameters = attending.Parameters(
             first['weight'],
@@ -296,19 +323,16 @@ class Attention(LayerAttention):
             last['bias'],
         )
         # What is wrong with the sizes of these PyTorch says.
-        if pooled.shape[1:] != parameters.fc1_weight.shape[1:] or norm.eps <= 0:
+        if channels != parameters.fc1_weight.shape[1] or norm.eps <= 0:
             return None
-        description = self._description(norm, pooled)
+        description = self._description(norm, seen)
         if description is None:
             return None
-        kernels = backend.attention_kernels(pooled, self.num_cells, *parameters)
-        if kernels is None:
-            return None
-        start = attending.Start(self.temperature, self._assigned_on(pooled.device))
-        return attending.attend(kernels, pooled, parameters, description, start, DENOMINATOR_EPS)
+        start = attending.Start(self.temperature, self._assigned_on(seen.device))
+        return attending.Learning(parameters, description, start, DENOMINATOR_EPS)
 
     @staticmethod
-    def _description(norm: Any, pooled: Tensor) -> attending.Norm | None:
+    def _description(norm: Any, seen: Tensor) -> attending.Norm | None:
         """What the kernels take of the norm, or None if they do not take it."""
         if isinstance(norm, nn.LayerNorm):
             return attending.Norm('layer', norm.eps)
@@ -318,7 +342,7 @@ class Attention(LayerAttention):
         if mean is None or var is None:
             return None
         # A batch of one has no variance; see normalised.
-        kind = 'batch' if norm.training and pooled.shape[0] > 1 else 'running'
+        kind = 'batch' if norm.training and seen.shape[0] > 1 else 'running'
         if norm.training and (
             norm.momentum is None or not norm.track_running_stats or _joins_processes(norm)
         ):
@@ -333,7 +357,7 @@ class Attention(LayerAttention):
                 or not statistic.is_contiguous()
                 or statistic.requires_grad
                 or statistic.is_inference()
-                or statistic.device != pooled.device
+                or statistic.device != seen.device
                 or not modes.is_plain(statistic)
             ):
                 return None

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import SampleConv, SampleLinear, apply_mixed, backend, modes
-from ..ops.dynamic import apply_at_once
+from ..ops.at_once import apply_to_image, learn
+from ..ops.averaging import average
 from ..ops.kernels import assemble
 from .arguments import check_arguments, signature_of
 from .attention import Attention
@@ -288,20 +289,25 @@ class DynamicLayer(Weightless, StandsForStatic):
 
     def _attend(self, seen: Tensor) -> Any:
         """The attentions of images, from their averages over space."""
-        return self.attention(_average(seen, self._sample_map.channel_dim))
+        return self.attention(average(seen, self._sample_map.channel_dim))
 
     def _at_once(self, x: Tensor, seen: Tensor) -> Tensor | None:
-        """Computes :meth:`_map` if it is known to be as made; see :func:`apply_at_once`."""
+        """Computes :meth:`_map` by one call if the layer is known to be as made."""
         # What is observed may have a batch without a length.
-        if modes.is_observed() or not x.is_cpu or len(x) != 1:
+        if modes.is_observed() or not x.is_cpu:
             return None
         attention = self.attention
         cells = self._warehouses[0].weights.plain(self._warehouse_index)
         is_as_made = type(attention) is Attention and not modes.is_patched(attention)
-        operands = attention.operands() if is_as_made else None
-        if operands is None or cells is None or modes.is_sharded(cells):
+        if not is_as_made or cells is None or modes.is_sharded(cells):
             return None
-        return apply_at_once(x, seen, operands, cells, self._grid, self._sample_map, self.bias)
+        mixing = cells, self._grid, self._sample_map, self.bias
+        if x.shape[0] == 1 and (operands := attention.operands()) is not None:
+            y = apply_to_image(x, seen, operands, *mixing)
+            if y is not None:
+                return y
+        learning = attention.learning(seen, seen.shape[self._sample_map.channel_dim])
+        return None if learning is None else learn(x, seen, learning, *mixing)
 
     def _mixed(
         self, x: Tensor, attention: Tensor, bias: Tensor | None, taps: Tensor | None = None
@@ -589,42 +595,3 @@ def kernel_shape(name: str, static: nn.Module) -> KernelShape:
     """Reads the shape of a static layer's kernel. A linear layer is a convolution of size one."""
     out_channels, in_channels, *kernel_size = static.weight.shape
     return KernelShape(name, out_channels, in_channels, tuple(kernel_size) or (1,))
-
-
-def _average(x: Tensor, channel_dim: int) -> Tensor:
-    """Averages over space in at least float32, as half precision loses values.
-
-    ``mean`` is not used: its gradient would be a new tensor of the input's size. The gradient of a
-    sum needs no memory, unless the sum has another precision.
-
-    Args:
-        x: Images or tokens.
-        channel_dim: 1 or -1; space has all other dimensions but the first.
-    """
-    if x.dim() == 2:
-        return x
-    first, last = (2, x.dim()) if channel_dim == 1 else (1, x.dim() - 1)
-    precise = torch.promote_types(x.dtype, torch.float32)
-    if precise != x.dtype and not modes.is_seen_through(x):
-        return _Average.apply(x, first, last)
-    total = x.sum(tuple(range(first, last)), dtype=precise)
-    return total / math.prod(x.shape[first:last])
-
-
-class _Average(torch.autograd.Function):
-    """The average of a tensor in half precision. Its gradient is cast before it is expanded."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, first: int, last: int) -> Tensor:
-        ctx.first, ctx.last, ctx.like = first, last, (x.shape, x.dtype)
-        if x.dtype == torch.bfloat16 and backend.computes_constants(x):
-            return torch.ops.mmkw.average(x, first == 1)
-        return x.mean(tuple(range(first, last)), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        shape, dtype = ctx.like
-        grad = (grad / math.prod(shape[ctx.first : ctx.last])).to(dtype)
-        for dim in range(ctx.first, ctx.last):
-            grad = grad.unsqueeze(dim)
-        return grad.expand(shape), None, None

@@ -4,6 +4,7 @@ These kernels are in ``mmkw.ops.triton.attention`` for GPUs, and in :mod:`.compi
 the CPU.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,14 +77,84 @@ class Saved(NamedTuple):
     logits: Tensor
 
 
-def attend(
-    kernels: Any,
-    pooled: Tensor,
-    parameters: Parameters,
-    norm: Norm,
-    start: Start,
-    denominator_eps: float,
-) -> Tensor:
+class Learning(NamedTuple):
+    """All that an attention needs to learn.
+
+    Args:
+        parameters: The parameters, contiguous and in float32.
+        norm: What the norm does. Its running statistics change in place.
+        start: The one-to-one start.
+        denominator_eps: Added to the sum of the logits' magnitudes.
+    """
+
+    parameters: Parameters
+    norm: Norm
+    start: Start
+    denominator_eps: float
+
+
+class Unread:
+    """What gradients of gradients alone need of an attention: parameters and statistics.
+
+    As with PyTorch's operators, what the gradient does not need may change before it.
+
+    Args:
+        parameters: Of the attention; None in the places of those that the gradient reads.
+        norm: What the norm does.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor | None], norm: Norm) -> None:
+        self._parameters = parameters
+        # A batch changes the statistics without a trace, other than that it is counted.
+        statistics = (norm.mean, norm.var, norm.batches) if norm.kind == 'running' else ()
+        self._noted = [
+            (tensor, None if tensor.is_inference() else tensor._version)
+            for tensor in (*parameters, *statistics)
+            if tensor is not None
+        ]
+
+    @classmethod
+    def apart(
+        cls, parameters: Parameters, norm: Norm, needs: Sequence[bool]
+    ) -> tuple[list[Tensor | None], 'Unread']:
+        """Tells what the gradient reads from what it does not.
+
+        Each weight is for the gradients of what comes before it: the averages, fc1, the norm.
+
+        Args:
+            parameters: Of the attention.
+            norm: What the norm does. If it counts batches, it has just counted one.
+            needs: Whether the averages and every parameter need a gradient.
+
+        Returns:
+            The parameters for autograd to save, with None in the places of others, and the rest.
+        """
+        if norm.kind == 'batch' and norm.batches is not None:
+            torch.autograd.graph.increment_version(norm.batches)
+        is_read = (needs[0], False, any(needs[:3]), False, any(needs[:5]), False)
+        read = [tensor if is_one else None for tensor, is_one in zip(parameters, is_read)]
+        return read, cls([None if is_one else t for t, is_one in zip(parameters, is_read)], norm)
+
+    def joined(self, read: Sequence[Tensor | None]) -> Parameters:
+        """All parameters.
+
+        Args:
+            read: What autograd has saved.
+        """
+        unread = self._parameters
+        given: list[Any] = [kept if saved is None else saved for saved, kept in zip(read, unread)]
+        return Parameters(*given)
+
+    def check(self) -> None:
+        """Refuses to go on with other values, as autograd does."""
+        if any(version not in (None, tensor._version) for tensor, version in self._noted):
+            raise RuntimeError(
+                'A tensor of an attention, which gradients of gradients need, has been modified by '
+                'an inplace operation. Compute them before the optimizer steps.'
+            )
+
+
+def attend(kernels: Any, pooled: Tensor, learning: Learning) -> Tensor:
     """Computes attentions, also under autocast in float32.
 
     Autograd can differentiate the result, as often as needed.
@@ -91,16 +162,13 @@ def attend(
     Args:
         kernels: What computes them, as :func:`~mmkw.ops.backend.attention_kernels` gives it.
         pooled: Tensor[batch, channels] in float32.
-        parameters: The parameters, contiguous and in float32.
-        norm: What the norm does. Its running statistics change in place.
-        start: The one-to-one start.
-        denominator_eps: Added to the sum of the logits' magnitudes.
+        learning: The attention.
 
     Returns:
         Tensor[batch, mixtures, cells].
     """
     with modes.without_autocast(pooled):
-        return _Attend.apply(pooled, *parameters, kernels, norm, start, denominator_eps)
+        return _Attend.apply(pooled, *learning.parameters, kernels, *learning[1:])
 
 
 class _Attend(torch.autograd.Function):
@@ -109,22 +177,8 @@ class _Attend(torch.autograd.Function):
         *given, kernels, norm, start, eps = arguments
         pooled, parameters = pooled.contiguous(), Parameters(*given)
         alpha, saved = kernels.forward(pooled, parameters, norm, start, eps)
-        if norm.kind == 'batch' and norm.batches is not None:
-            torch.autograd.graph.increment_version(norm.batches)
-        # As with PyTorch's operators, what the gradient does not need may change before it. Each
-        # weight is for the gradients of what comes before it: pooled, fc1, the norm.
-        needs = ctx.needs_input_grad
-        is_read = (needs[0], False, any(needs[:3]), False, any(needs[:5]), False)
-        ctx.unread = [None if read else tensor for tensor, read in zip(given, is_read)]
-        read = [tensor if read else None for tensor, read in zip(given, is_read)]
+        read, ctx.unread = Unread.apart(parameters, norm, ctx.needs_input_grad)
         ctx.save_for_backward(pooled, *read, *saved)
-        # A batch changes the statistics without a trace, other than that it is counted.
-        statistics = (norm.mean, norm.var, norm.batches) if norm.kind == 'running' else ()
-        ctx.noted = [
-            (tensor, None if tensor.is_inference() else tensor._version)
-            for tensor in (*ctx.unread, *statistics)
-            if tensor is not None
-        ]
         ctx.kernels, ctx.norm, ctx.start, ctx.eps = kernels, norm, start, eps
         return alpha
 
@@ -132,12 +186,10 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count = len(Parameters._fields)
         pooled, *tensors = ctx.saved_tensors
-        read, saved = tensors[:count], Saved(*tensors[count:])
-        given = (kept if tensor is None else tensor for kept, tensor in zip(ctx.unread, read))
-        parameters = Parameters(*given)
+        parameters, saved = ctx.unread.joined(tensors[:count]), Saved(*tensors[count:])
         with modes.without_autocast(pooled):
             if torch.is_grad_enabled() or modes.is_seen_through(grad, pooled):
-                _check_versions(ctx.noted)
+                ctx.unread.check()
                 gradients = _backward_plainly(ctx, grad, pooled, parameters)
             else:
                 gradients = ctx.kernels.backward(
@@ -151,20 +203,6 @@ class _Attend(torch.autograd.Function):
                 )
         needed = zip(gradients, ctx.needs_input_grad)
         return *(value if need else None for value, need in needed), None, None, None, None
-
-
-def _check_versions(noted: list[tuple[Tensor, int | None]]) -> None:
-    """Refuses to go on with other values, as autograd does.
-
-    Args:
-        noted: Tensors whose values only gradients of gradients need, and the versions of their
-            values; None if none is counted.
-    """
-    if any(version not in (None, tensor._version) for tensor, version in noted):
-        raise RuntimeError(
-            'A tensor of an attention, which gradients of gradients need, has been modified by '
-            'an inplace operation. Compute them before the optimizer steps.'
-        )
 
 
 def _backward_plainly(

@@ -122,9 +122,18 @@ class CompiledMap(NamedTuple):
         parts = torch.ops.mmkw.backward_kernels(grad, x, shape, *self.settings)
         return [kernel for part in parts for kernel in part.unbind()]
 
-    def backward_x(self, grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
-        """See :class:`~mmkw.ops.sample_conv.SampleConv`."""
-        return torch.ops.mmkw.backward_images(grad, x, kernels, *self.settings)
+    def backward_x(
+        self, grad: Tensor, x: Tensor, kernels: Tensor, added: Tensor | None = None
+    ) -> Tensor:
+        """See :class:`~mmkw.ops.sample_conv.SampleConv`.
+
+        Args:
+            grad: As there.
+            x: As there.
+            kernels: As there.
+            added: Tensor[batch, in_channels], added to the gradients of all pixels of an image.
+        """
+        return torch.ops.mmkw.backward_images(grad, x, kernels, *self.settings, added)
 
 
 class CompiledMixing(Mixing):

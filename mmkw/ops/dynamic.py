@@ -13,26 +13,62 @@ import torch
 from torch import Tensor
 
 from . import backend, exported, modes, one_operator
-from .compiled import STORED, pack_cells
+from .compiled import pack_cells
 from .gradient import Token
-from .kernels import assembled_shape, is_regular, mix_cells
+from .kernels import assembled_shape, mix_cells
 from .mixing import Mixing
 from .sample_conv import SampleConv, SampleLinear
 
 
-class Operands(NamedTuple):
-    """What ``torch.ops.mmkw.attend`` takes beside the images' averages."""
+class Settings(NamedTuple):
+    """What does not depend on the images.
 
-    tensors: tuple[Tensor | None, ...]
-    numbers: tuple[float, ...]
-
-
-class _Settings(NamedTuple):
-    """Settings: the grid of the kernel, the map that applies it, and the precision of the map."""
+    Args:
+        grid: Cells of the kernel along ``(*spatial, out, in)``.
+        sample_map: The map that applies the kernels.
+        dtype: Precision of the map.
+    """
 
     grid: Sequence[int]
     sample_map: SampleConv | SampleLinear
     dtype: torch.dtype
+
+
+class Chosen(NamedTuple):
+    """What computes a call that learns.
+
+    Args:
+        settings: Of the layer.
+        mixing_of: Makes what mixes from the cells.
+        token: Of the cells; None if they do not learn.
+    """
+
+    settings: Settings
+    mixing_of: Callable[[Tensor], Mixing]
+    token: Token | None
+
+    @staticmethod
+    def of(settings: Settings, mixing_of: 'partial[Any]', cells: Tensor) -> 'Chosen':
+        """Prepares for cells what :func:`~mmkw.ops.backend.mixing_of` has chosen."""
+        token = Token.of(cells) if cells.requires_grad else None
+        if token is not None and backend.packs(mixing_of, cells):
+            packed = partial(token.packed, pack_cells, settings.sample_map)
+            mixing_of = partial(mixing_of, packed=packed)
+        return Chosen(settings, mixing_of, token)
+
+    @property
+    def token_tensor(self) -> Tensor | None:
+        """What autograd sees of the token."""
+        return None if self.token is None else self.token.tensor
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward pass needs, beside that of the cells."""
+
+    x: bool
+    attention: bool
+    bias: bool
+    taps: bool = False
 
 
 def apply_mixed(
@@ -75,52 +111,11 @@ def apply_mixed(
     dtype = modes.autocast_dtype(x)
     if dtype is None:
         dtype = cells.dtype if cells.is_floating_point() else x.dtype
-        return _apply(x, attention, cells, bias, taps, _Settings(grid, sample_map, dtype))
+        return _apply(x, attention, cells, bias, taps, Settings(grid, sample_map, dtype))
     bias = None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        settings = _Settings(grid, sample_map, dtype)
+        settings = Settings(grid, sample_map, dtype)
         return _apply(x.to(dtype), attention, cells, bias, taps, settings)
-
-
-def apply_at_once(
-    x: Tensor,
-    seen: Tensor,
-    operands: Operands,
-    cells: Tensor,
-    grid: Sequence[int],
-    sample_map: SampleConv | SampleLinear,
-    bias: Tensor | None,
-) -> Tensor | None:
-    """Averages, attends, mixes and applies for one image, on the CPU and where nothing learns.
-
-    The same as :func:`apply_mixed` with the attention that the operands give. In small layers the
-    choices of that take longer than what they choose from.
-
-    Args:
-        x: Tensor[1, ...], the image or its tokens.
-        seen: What the attention averages over space: ``x`` before it is padded.
-        operands: Of the attention.
-        cells: As in :func:`apply_mixed`.
-        grid: As in :func:`apply_mixed`.
-        sample_map: As in :func:`apply_mixed`.
-        bias: As in :func:`apply_mixed`.
-
-    Returns:
-        None where the compiled kernels cannot, or should not, do all of this.
-    """
-    if not backend.computes_constants(x, seen, cells, bias, *operands.tensors):
-        return None
-    dtype = modes.autocast_dtype(x)
-    if dtype is not None:
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    elif x.dtype != cells.dtype:
-        # PyTorch says what is wrong.
-        return None
-    if x.dtype not in STORED or not is_regular(cells, grid):
-        return None
-    return torch.ops.mmkw.apply_to_image(
-        x, seen, *operands.tensors, *operands.numbers, cells, grid, bias, *sample_map.settings
-    )
 
 
 def _apply(
@@ -129,7 +124,7 @@ def _apply(
     cells: Tensor,
     bias: Tensor | None,
     taps: Tensor | None,
-    settings: _Settings,
+    settings: Settings,
 ) -> Tensor:
     learning = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, attention, cells, bias, taps)
@@ -139,25 +134,22 @@ def _apply(
         # Attentions that a compiled kernel gave may be more precise than PyTorch's products take.
         attention = attention.to(cells.dtype)
     if mixing_of is None:
-        return _apply_plainly(x, attention, cells, bias, taps, settings)
+        return apply_plainly(x, attention, cells, bias, taps, settings)
     if not learning:
-        return _apply_in_parts(x, attention, bias, taps, settings, mixing_of(cells))
-    token = Token.of(cells) if cells.requires_grad else None
-    if token is not None and backend.packs(mixing_of, cells):
-        packed = partial(token.packed, pack_cells, settings.sample_map)
-        mixing_of = partial(mixing_of, packed=packed)
-    tensor = None if token is None else token.tensor
-    return _ApplyMixed.apply(x, attention, cells, bias, taps, tensor, token, settings, mixing_of)
+        return apply_in_parts(x, attention, bias, taps, settings, mixing_of(cells))
+    chosen = Chosen.of(settings, mixing_of, cells)
+    return _ApplyMixed.apply(x, attention, cells, bias, taps, chosen.token_tensor, chosen)
 
 
-def _apply_plainly(
+def apply_plainly(
     x: Tensor,
     attention: Tensor,
     cells: Tensor,
     bias: Tensor | None,
     taps: Tensor | None,
-    settings: _Settings,
+    settings: Settings,
 ) -> Tensor:
+    """Computes :func:`apply_mixed` by PyTorch's operators, so that autograd records it."""
     grid, sample_map, dtype = settings
     if isinstance(sample_map, SampleConv) and exported.is_wanted():
         y = exported.convolve(x, attention, cells, grid, sample_map, taps)
@@ -186,16 +178,26 @@ def _mixed_plainly(attention: Tensor, cells: Tensor, grid: Sequence[int]) -> Ten
     return mix_cells(attention, cells, grid)
 
 
-def _apply_in_parts(
+def apply_in_parts(
     x: Tensor,
     attention: Tensor,
     bias: Tensor | None,
     taps: Tensor | None,
-    settings: _Settings,
+    settings: Settings,
     mixing: Mixing,
     kept: list[Tensor | None] | None = None,
 ) -> Tensor:
-    """Computes block by block. ``kept`` collects, for every block, its kernels or None."""
+    """Computes :func:`apply_mixed` block by block, without a record.
+
+    Args:
+        x: As there.
+        attention: As there.
+        bias: As there.
+        taps: As there.
+        settings: Of the layer.
+        mixing: What mixes the cells.
+        kept: Collects, for every block, its kernels or None.
+    """
     _, sample_map, dtype = settings
     sample_map = mixing.applying(sample_map)
     results = []
@@ -240,15 +242,13 @@ class _ApplyMixed(torch.autograd.Function):
         bias: Tensor | None,
         taps: Tensor | None,
         token_tensor: Tensor | None,
-        token: Token | None,
-        settings: _Settings,
-        mixing_of: Callable[[Tensor], Mixing],
+        chosen: Chosen,
     ) -> Tensor:
         kept: list[Tensor | None] = []
-        mixing = mixing_of(cells)
-        result = _apply_in_parts(x, attention, bias, taps, settings, mixing, kept)
+        mixing = chosen.mixing_of(cells)
+        result = apply_in_parts(x, attention, bias, taps, chosen.settings, mixing, kept)
         ctx.save_for_backward(x, attention, cells, bias, taps, *kept)
-        ctx.token, ctx.settings, ctx.mixing_of = token, settings, mixing_of
+        ctx.chosen = chosen
         return result
 
     @staticmethod
@@ -257,31 +257,56 @@ class _ApplyMixed(torch.autograd.Function):
         if torch.is_grad_enabled() or modes.is_seen_through(grad, x, attention, cells):
             gradients = _backward_plainly(ctx, grad, x, attention, cells, bias, taps)
         else:
-            gradients = _backward_in_parts(ctx, grad, x, attention, cells, taps, kept)
-        return *gradients, None, None, None, None
+            need_x, need_attention, _, need_bias, need_taps = ctx.needs_input_grad[:5]
+            needs = Needs(need_x, need_attention, need_bias, need_taps)
+            of_x, of_attention, of_bias, of_taps = backward_in_parts(
+                ctx.chosen, needs, grad, x, attention, cells, taps, kept
+            )
+            # The gradient of the cells goes through the token that the layers share.
+            gradients = of_x, of_attention, None, of_bias, of_taps
+        return *gradients, None, None
 
 
-def _backward_in_parts(
-    ctx: Any,
+def backward_in_parts(
+    chosen: Chosen,
+    needs: Needs,
     grad: Tensor,
     x: Tensor,
     attention: Tensor,
     cells: Tensor,
     taps: Tensor | None,
-    kept: list[Tensor | None],
+    kept: Sequence[Tensor | None],
+    through: Callable[[Tensor], Tensor | None] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    need_x, need_attention, _, need_bias, need_taps = ctx.needs_input_grad[:5]
-    grid, sample_map, dtype = ctx.settings
-    mixing = ctx.mixing_of(cells)
+    """Computes gradients block by block. That of the cells is added to the sum of their token.
+
+    Args:
+        chosen: What computes.
+        needs: Which gradients are needed.
+        grad: Gradient of the result.
+        x: The images, as in :func:`apply_mixed`.
+        attention: As there.
+        cells: As there.
+        taps: As there.
+        kept: For every block, its kernels or None, as :func:`apply_in_parts` has collected them.
+        through: Takes the gradient of the attention, and gives what it adds to all pixels of the
+            gradient of the images, Tensor[batch, in_channels], or None. Only compiled maps add.
+
+    Returns:
+        The gradients of the images, the attention, the bias and the taps.
+    """
+    grid, sample_map, dtype = chosen.settings
+    mixing = chosen.mixing_of(cells)
     sample_map = mixing.applying(sample_map)
-    need_cells = ctx.token is not None and ctx.token.is_awaited()
-    total = ctx.token.sum(mixing) if need_cells else None
+    need_cells = chosen.token is not None and chosen.token.is_awaited()
+    total = chosen.token.sum(mixing) if chosen.token is not None and need_cells else None
     shape = assembled_shape(cells.shape[1:], grid)
     grads_x: list[Tensor] = []
     grads_attention: list[Tensor] = []
     grads_taps: list[Tensor] = []
-    need_kernels = need_attention or need_cells or need_taps
-    blocks = mixing.blocks(attention) if need_x or need_kernels else ()
+    need_kernels = needs.attention or need_cells or needs.taps
+    blocks = mixing.blocks(attention) if needs.x or need_kernels else []
+    added: tuple[Tensor, ...] = ()
     for block, kernels in zip(blocks, kept):
         grad_block, x_block, weights = (_images(t, block) for t in (grad, x, attention))
         is_kept = kernels is not None
@@ -296,24 +321,44 @@ def _backward_in_parts(
                 # In memory of their own, since those of mixing are used meanwhile.
                 kernels = mixing.kernels(weights) if kernels is None else kernels
                 grad_kernels = _through_taps(grad_kernels, kernels, taps[block], grads_taps)
-            grad_attention, mixed = mixing.backward(grad_kernels, weights, total, kernels, need_x)
+            grad_attention, mixed = mixing.backward(grad_kernels, weights, total, kernels, needs.x)
             grads_attention.append(grad_attention)
         else:
             mixed = mixing.mixed(weights, kernels)
-        if need_x:
+        if through is not None and needs.attention and len(blocks) == 1:
+            more, through = through(grads_attention[0]), None
+            added = () if more is None else (more,)
+        if needs.x:
             for part, some in _scaled(mixed, taps, block, not is_kept):
                 images = _images(grad_block, part), _images(x_block, part)
-                grads_x.append(sample_map.backward_x(*images, some.to(dtype)))
-    summed = [dim for dim in range(grad.dim()) if dim != sample_map.channel_dim % grad.dim()]
-    return (
-        # No view: autograd adds the gradient of the images' average to it in place.
-        _joined(grads_x).data if need_x else None,
-        _joined(grads_attention) if need_attention else None,
-        # The gradient of the cells goes through the token that the layers share.
-        None,
-        grad.sum(summed) if need_bias else None,
-        torch.cat(grads_taps) if need_taps else None,
-    )
+                grads_x.append(sample_map.backward_x(*images, some.to(dtype), *added))
+    of_attention = _joined(grads_attention) if needs.attention else None
+    # No view: autograd adds the gradient of the images' average to it in place.
+    grad_x = _joined(grads_x).data if needs.x else None
+    if through is not None and of_attention is not None:
+        more = through(of_attention)
+        if grad_x is not None and more is not None:
+            grad_x += over_space(more, x.dim(), sample_map.channel_dim == -1)
+    grad_bias = None
+    if needs.bias:
+        channel_dim = sample_map.channel_dim % grad.dim()
+        grad_bias = grad.sum([dim for dim in range(grad.dim()) if dim != channel_dim])
+    return grad_x, of_attention, grad_bias, torch.cat(grads_taps) if needs.taps else None
+
+
+def over_space(values: Tensor, dims: int, is_tokens: bool) -> Tensor:
+    """Numbers of images as of all their pixels.
+
+    Args:
+        values: Tensor[batch, channels].
+        dims: Dimensions of the images.
+        is_tokens: Whether their channels are the last dimension, not the second.
+
+    Returns:
+        A tensor of so many dimensions, of size one in space.
+    """
+    space = [1] * (dims - 2)
+    return values.view(len(values), *space, -1) if is_tokens else values.view(*values.shape, *space)
 
 
 def _through_taps(
@@ -370,7 +415,7 @@ def _backward_plainly(
         x, attention, cells = (tensor.view_as(tensor) for tensor in (x, attention, cells))
         bias = None if bias is None else bias.view_as(bias)
         taps = None if taps is None else taps.view_as(taps)
-        result = _apply_plainly(x, attention, cells, bias, taps, ctx.settings)
+        result = apply_plainly(x, attention, cells, bias, taps, ctx.chosen.settings)
     needed = ctx.needs_input_grad[:5]
     operands = (x, attention, cells, bias, taps)
     inputs = [tensor for tensor, need in zip(operands, needed) if need and tensor is not None]

@@ -11,7 +11,7 @@ from mmcv.cnn import ConvModule, build_conv_layer
 from torch import nn
 
 from mmkw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, PlanError, set_temperature
-from mmkw.layers.dynamic_layers import _average
+from mmkw.ops.averaging import average
 
 STATIC_CASES = [
     (nn.Conv1d, KWConv1d, (4, 6, 3), dict(stride=2, padding=1), (2, 4, 9)),
@@ -284,7 +284,7 @@ def test_images_in_half_precision_are_averaged_in_float32(learns, channels_last,
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     x.requires_grad_(learns)
-    found, right = _average(x, 1), x.double().mean((2, 3))
+    found, right = average(x, 1), x.double().mean((2, 3))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), right, atol=0, rtol=1e-6)
     if learns:

@@ -39,14 +39,14 @@ LAYERS = {
 @pytest.fixture
 def at_once(monkeypatch):
     """Collects whether the operator has computed, call by call."""
-    found, real = [], module.apply_at_once
+    found, real = [], module.apply_to_image
 
     def spy(*args):
         y = real(*args)
         found.append(y is not None)
         return y
 
-    monkeypatch.setattr(module, 'apply_at_once', spy)
+    monkeypatch.setattr(module, 'apply_to_image', spy)
     return found
 
 
@@ -196,7 +196,7 @@ def test_what_is_changed_counts(change, at_once, monkeypatch):
         changed = copy.deepcopy(layer) if change is train else layer
         y = changed(x)
         assert not any(at_once[1:])
-        monkeypatch.setattr(module, 'apply_at_once', lambda *args: None)
+        monkeypatch.setattr(module, 'apply_to_image', lambda *args: None)
         monkeypatch.setattr(backend, '_switched_on', False)
         torch.testing.assert_close(y, layer(x), atol=1e-5, rtol=1e-4)
         if change not in (train, quantize, to_double):

@@ -70,7 +70,8 @@ def test_attention(kernels, device, kind, images, width, mixtures, cells, tau):
 
     exact = attending.attend_plainly(pooled, parameters, norm, start, 1e-3)
     with torch.autocast(device, torch.bfloat16):
-        result = attending.attend(kernels, pooled, parameters, norm, start, 1e-3)
+        learning = attending.Learning(parameters, norm, start, 1e-3)
+        result = attending.attend(kernels, pooled, learning)
     assert distance(result, exact) < 1e-5
     inputs = [pooled, *(p for p in parameters if p is not None)]
     weights = torch.randn_like(exact)

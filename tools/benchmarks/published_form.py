@@ -59,7 +59,8 @@ def published_operator(
 @contextmanager
 def published_form() -> Iterator[None]:
     """Has every dynamic layer compute by the published operator."""
-    replaced = {'apply_mixed': published_operator, 'apply_at_once': lambda *_: None}
+    none = dict.fromkeys(('apply_to_image', 'learn'), lambda *_: None)
+    replaced = {'apply_mixed': published_operator, **none}
     ours = {name: getattr(dynamic_layers, name) for name in replaced}
     vars(dynamic_layers).update(replaced)
     try:

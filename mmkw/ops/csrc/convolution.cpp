@@ -6,6 +6,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <array>
@@ -77,20 +78,37 @@ at::Tensor image(const at::Tensor& batch, int64_t i) {
   return batch.size(0) == 1 ? batch : batch.narrow(0, i, 1);
 }
 
+// What is added to all pixels of an image: (batch, channels, 1, ...).
+using Added = std::optional<at::Tensor>;
+
+Added over_pixels(const Added& added, int64_t dims) {
+  if (!added) return {};
+  std::vector<int64_t> shape = added->sizes().vec();
+  shape.resize(dims, 1);
+  return added->reshape(shape);
+}
+
 // Joins the results of single images, each while it is in the caches. Channels that lie last do so in
 // the result.
 template <typename Make>
-at::Tensor gathered(int64_t batch, const Make& make) {
+at::Tensor gathered(int64_t batch, const Added& added, const Make& make) {
   const at::Tensor first = make(0);
-  if (batch == 1) return first;
+  if (batch == 1) return added ? first.add_(*added) : first;
   std::vector<int64_t> shape = first.sizes().vec();
   shape[0] = batch;
   const bool is_last = !first.is_contiguous() && first.movedim(1, -1).is_contiguous();
   if (is_last) std::rotate(shape.begin() + 1, shape.begin() + 2, shape.end());
   at::Tensor result = at::empty(shape, first.options());
   if (is_last) result = result.movedim(-1, 1);
-  image(result, 0).copy_(first);
-  for (int64_t i = 1; i < batch; i++) image(result, i).copy_(make(i));
+  const auto put = [&](int64_t i, const at::Tensor& found) {
+    at::Tensor place = image(result, i);
+    if (added)
+      at::add_out(place, found, image(*added, i));
+    else
+      place.copy_(found);
+  };
+  put(0, first);
+  for (int64_t i = 1; i < batch; i++) put(i, make(i));
   return result;
 }
 
@@ -201,7 +219,7 @@ at::Tensor forward(const Geometry& of, const at::Tensor& x, const at::Tensor& ke
   const int64_t batch = x.size(0), groups = of.groups;
   switch (way_of("forward", of, x, kernels.sizes().slice(1), given)) {
     case Way::IMAGES:
-      return gathered(batch, [&](int64_t i) {
+      return gathered(batch, {}, [&](int64_t i) {
         return convolve(of, image(x, i), kernels[i], bias, groups);
       });
     case Way::GROUPS: {
@@ -276,17 +294,20 @@ std::vector<at::Tensor> backward_kernels(const Geometry& of, const at::Tensor& g
 }
 
 at::Tensor backward_images(const Geometry& of, const at::Tensor& grad, const at::Tensor& x,
-                           const at::Tensor& kernels, const std::optional<std::string>& given) {
+                           const at::Tensor& kernels, const Added& of_images,
+                           const std::optional<std::string>& given) {
   const int64_t batch = x.size(0), groups = of.groups;
+  const Added added = over_pixels(of_images, x.dim());
+  const auto with_added = [&](const at::Tensor& found) { return added ? found.add_(*added) : found; };
   switch (way_of("x", of, x, kernels.sizes().slice(1), given)) {
     case Way::IMAGES:
-      return gathered(batch, [&](int64_t i) {
+      return gathered(batch, added, [&](int64_t i) {
         return back<0>(of, image(grad, i), image(x, i), kernels[i], groups);
       });
     case Way::GROUPS:
-      return back<0>(of, joined(grad), joined(x), kernels.flatten(0, 1), batch * groups)
-          .contiguous()
-          .view(x.sizes());
+      return with_added(back<0>(of, joined(grad), joined(x), kernels.flatten(0, 1), batch * groups)
+                            .contiguous()
+                            .view(x.sizes()));
     case Way::PRODUCTS: break;
   }
   const at::Tensor weights = matrices(kernels, groups);
@@ -295,11 +316,11 @@ at::Tensor backward_images(const Geometry& of, const at::Tensor& grad, const at:
           ? from_pixels(multiply_pixels(pixels(grad), weights, {}), grad)
           : from_columns(mmkw::bmm(weights.transpose(1, 2), columns(grad, groups)), grad);
   if (std::all_of(of.stride.begin(), of.stride.end(), [](int64_t step) { return step == 1; }))
-    return found;
+    return with_added(found);
   // Zeros to all pixels that the kernel has not used.
   const at::Tensor whole = at::zeros_like(x);
   sampled(whole, of.stride).copy_(found);
-  return whole;
+  return with_added(whole);
 }
 
 bool are_positive(at::IntArrayRef numbers) {
@@ -332,13 +353,13 @@ void check_kernels(const at::Tensor& x, const at::Tensor& kernels,
                    const std::optional<at::Tensor>& bias = {}) {
   TORCH_CHECK(kernels.dim() > 2 && kernels.size(0) == x.size(0), "one kernel for an image, got ",
               kernels.sizes(), " for ", x.sizes());
-  TORCH_CHECK(kernels.scalar_type() == x.scalar_type(), "kernels of ", kernels.scalar_type(),
-              " for images of ", x.scalar_type());
+  TORCH_CHECK(kernels.scalar_type() == x.scalar_type(), "input type ", x.scalar_type(),
+              " and kernel type ", kernels.scalar_type(), " should be the same");
   if (!bias) return;
   TORCH_CHECK(bias->dim() == 1 && bias->size(0) == kernels.size(1), "a bias of ", bias->sizes(),
               " for kernels of ", kernels.sizes());
-  TORCH_CHECK(bias->scalar_type() == x.scalar_type(), "a bias of ", bias->scalar_type(),
-              " for images of ", x.scalar_type());
+  TORCH_CHECK(bias->scalar_type() == x.scalar_type(), "input type ", x.scalar_type(),
+              " and bias type ", bias->scalar_type(), " should be the same");
 }
 
 void check_tokens(const at::Tensor& x) {
@@ -363,6 +384,7 @@ at::Tensor apply_kernels(const at::Tensor& x, const at::Tensor& kernels,
                          const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                          std::optional<std::string> way) {
+  const c10::impl::ExcludeDispatchKeyGuard as_given(AUTOCAST);
   check_kernels(x, kernels, bias);
   if (!stride.empty()) {
     const Geometry of{stride, padding, dilation, groups};
@@ -381,6 +403,7 @@ std::vector<at::Tensor> backward_kernels(const at::Tensor& grad, const at::Tenso
                                          at::IntArrayRef kernel, at::IntArrayRef stride,
                                          at::IntArrayRef padding, at::IntArrayRef dilation,
                                          int64_t groups, std::optional<std::string> way) {
+  const c10::impl::ExcludeDispatchKeyGuard as_given(AUTOCAST);
   if (!stride.empty()) {
     const Geometry of{stride, padding, dilation, groups};
     check(of, x, kernel, grad);
@@ -397,21 +420,28 @@ std::vector<at::Tensor> backward_kernels(const at::Tensor& grad, const at::Tenso
   return found;
 }
 
-// The gradient of the images.
+// The gradient of the images; to all pixels of an image some numbers are `added` (batch, in_channels).
 at::Tensor backward_images(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& kernels,
                            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                           int64_t groups, std::optional<std::string> way) {
+                           int64_t groups, std::optional<at::Tensor> added,
+                           std::optional<std::string> way) {
+  const c10::impl::ExcludeDispatchKeyGuard as_given(AUTOCAST);
   check_kernels(x, kernels);
+  const int64_t channels = kernels.size(2) * groups;
+  TORCH_CHECK(!added || (added->sizes() == at::IntArrayRef({x.size(0), channels}) &&
+                         added->scalar_type() == x.scalar_type()),
+              "numbers to add of ", added ? added->sizes() : at::IntArrayRef(), ", not one for each of ",
+              channels, " channels of ", x.size(0), " images in ", x.scalar_type());
   if (!stride.empty()) {
     const Geometry of{stride, padding, dilation, groups};
     check(of, x, kernels.sizes().slice(1), grad);
-    return backward_images(of, grad, x, kernels, way);
+    return backward_images(of, grad, x, kernels, added, way);
   }
   check_tokens(x);
   check_tokens(grad);
   const at::Tensor seen = as_image(x), given = as_image(grad), weights = kernels.unsqueeze(-1);
   check(PIXELWISE, seen, weights.sizes().slice(1), given);
-  return as_tokens(backward_images(PIXELWISE, given, seen, weights, way), x);
+  return as_tokens(backward_images(PIXELWISE, given, seen, weights, added, way), x);
 }
 
 }  // namespace mmkw

@@ -48,7 +48,7 @@ TORCH_LIBRARY(mmkw, library) {
       "int[] dilation, int groups, str? way=None) -> Tensor[]");
   library.def(
       "backward_images(Tensor grad, Tensor x, Tensor kernels, int[] stride, int[] padding, "
-      "int[] dilation, int groups, str? way=None) -> Tensor");
+      "int[] dilation, int groups, Tensor? added=None, str? way=None) -> Tensor");
   library.def(
       "apply_to_image(Tensor x, Tensor seen, Tensor fc1_weight, Tensor? fc1_bias, Tensor? mean, "
       "Tensor? variance, Tensor norm_weight, Tensor norm_bias, Tensor fc2_weight, Tensor fc2_bias, "

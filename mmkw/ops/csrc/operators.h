@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/DispatchKeySet.h>
 
 #include <optional>
 #include <string>
@@ -10,6 +11,9 @@
 #include <vector>
 
 namespace mmkw {
+
+// Operands are what they are, also under autocast.
+inline const c10::DispatchKeySet AUTOCAST(c10::DispatchKey::AutocastCPU);
 
 // Whether values are of float32 or bfloat16, which all operators read.
 inline bool is_stored(const at::Tensor& tensor) {
@@ -76,7 +80,8 @@ std::vector<at::Tensor> backward_kernels(const at::Tensor& grad, const at::Tenso
 
 at::Tensor backward_images(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& kernels,
                            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                           int64_t groups, std::optional<std::string> way = {});
+                           int64_t groups, std::optional<at::Tensor> added = {},
+                           std::optional<std::string> way = {});
 
 at::Tensor apply_to_image(const at::Tensor& x, const at::Tensor& seen, const at::Tensor& fc1_weight,
                           const std::optional<at::Tensor>& fc1_bias,

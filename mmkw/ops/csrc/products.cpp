@@ -34,9 +34,6 @@ constexpr int64_t FEW_PRODUCTS = 12 << 20, FEW_PIXELS = 192, MANY_WEIGHTS = 1 <<
 // How often each is timed.
 constexpr int TIMED_RUNS = 5;
 
-// Operands are what they are, also under autocast.
-const c10::DispatchKeySet AUTOCAST(c10::DispatchKey::AutocastCPU);
-
 // Whether each thread multiplies images of its own. Threads that wait for no other are faster, unless
 // too many have no image in the last round.
 bool is_shared_out(int64_t batch) {
