@@ -266,9 +266,9 @@ class Attention(LayerAttention):
         is_as_made = (
             not self.has_nonlocal_basis
             and all(map(_is_as_made, (fc1, norm, relu, fc2)))
-            and norm._parameters.get('weight') is not None
-            and norm._parameters.get('bias') is not None
-            and fc2._parameters.get('bias') is not None
+            and 'bias' in fc1._parameters
+            and all(layer._parameters.get('weight') is not None for layer in (fc1, norm, fc2))
+            and all(layer._parameters.get('bias') is not None for layer in (norm, fc2))
         )
         return (fc1, norm, fc2) if is_as_made else None
 

@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from . import compiled_attention, modes
-from .compiled import MISSING, READ, CompiledMixing, multiplies_bfloat16
+from .compiled import (
+    MISSING,
+    READ,
+    STORED,
+    CompiledMap,
+    CompiledMixing,
+    multiplies_bfloat16,
+)
 from .kernels import assembled_shape, is_regular
 from .mixing import Mixing
 
@@ -112,6 +119,23 @@ def mixing_of(
         channels_last = sample_map.wants_channels_last(x, shape)
         return partial(kernels.FusedMixing, grid=grid, dtype=dtype, channels_last=channels_last)
     return partial(Mixing, grid=grid, dtype=dtype)
+
+
+def applying(sample_map: Any, *operands: Tensor) -> Any:
+    """Chooses what applies kernels, or computes a gradient of that, as constants.
+
+    Args:
+        sample_map: The layer's own map.
+        *operands: The images, and what else is computed from.
+
+    Returns:
+        The map itself, or one that a compiled kernel computes.
+    """
+    first = operands[0].dtype
+    is_given = first in STORED and all(t.dtype == first and t.shape[0] for t in operands)
+    if not is_given or not computes_constants(*operands):
+        return sample_map
+    return CompiledMap(sample_map.settings, sample_map.channel_dim)
 
 
 def packs(mixing_of: 'partial[Any]', cells: Tensor) -> bool:

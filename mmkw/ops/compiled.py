@@ -296,6 +296,7 @@ def _register() -> None:
 
     @library.register_fake('mmkw::backward_kernels')
     def _(grad: Tensor, x: Tensor, kernel: Sequence[int], *_: Any) -> list[Tensor]:
+        # Convolved at once, they would be one result, too.
         if math.prod(kernel[2:]) == 1:
             # Multiplied, not convolved: one result for all.
             return [x.new_empty(len(x), *kernel)]

@@ -73,7 +73,7 @@ class FusedMixing(Mixing):
         self, attention: Tensor, kept: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
         """See :class:`Mixing`."""
-        yield slice(None), self.kernels(attention) if kept is None else kept
+        yield slice(0, len(attention)), self.kernels(attention) if kept is None else kept
 
     def backward(
         self,

@@ -111,7 +111,7 @@ class Mixing:
             kept: The kernels of all these images, if they are mixed already.
 
         Yields:
-            The images of a part, and their kernels.
+            The images of a part, from one to another, and their kernels.
         """
         if kept is not None:
             yield slice(0, kept.shape[0]), kept

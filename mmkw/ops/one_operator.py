@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import backend
 from .memory import Scratch
 from .sample_conv import SampleConv
 
@@ -34,9 +35,11 @@ def _settings(conv: SampleConv) -> tuple:
     return conv.stride, conv.padding, conv.dilation, conv.groups
 
 
-def _conv(settings: Sequence[Any]) -> SampleConv:
+def _map(settings: Sequence[Any], x: Tensor, other: Tensor) -> Any:
+    """What convolves, or computes a gradient, from images and another operand."""
     stride, padding, dilation, groups = settings
-    return SampleConv(tuple(stride), tuple(padding), tuple(dilation), groups)
+    conv = SampleConv(tuple(stride), tuple(padding), tuple(dilation), groups)
+    return backend.applying(conv, x, other)
 
 
 _SETTINGS = 'int[] stride, int[] padding, int[] dilation, int groups'
@@ -45,7 +48,7 @@ _SETTINGS = 'int[] stride, int[] padding, int[] dilation, int groups'
 
 
 def _convolve(x: Tensor, kernels: Tensor, *settings: Any) -> Tensor:
-    return _conv(settings)(x, kernels).contiguous()
+    return _map(settings, x, kernels)(x, kernels).contiguous()
 
 
 def _fake_convolve(x: Tensor, kernels: Tensor, *settings: Any) -> Tensor:
@@ -57,13 +60,14 @@ def _fake_convolve(x: Tensor, kernels: Tensor, *settings: Any) -> Tensor:
 def _convolve_backward_x(grad: Tensor, x: Tensor, kernels: Tensor, *settings: Any) -> Tensor:
     if not len(x):
         return torch.zeros_like(x)
-    return _conv(settings).backward_x(grad, x, kernels).contiguous()
+    return _map(settings, x, grad).backward_x(grad, x, kernels).contiguous()
 
 
 def _convolve_backward_kernels(grad: Tensor, x: Tensor, kernels: Tensor, *settings: Any) -> Tensor:
     if not len(x):
         return torch.zeros_like(kernels)
-    gradients = _conv(settings).backward_kernels(grad, x, kernels.shape[1:], Scratch())
+    conv = _map(settings, x, grad)
+    gradients = conv.backward_kernels(grad, x, kernels.shape[1:], Scratch())
     if isinstance(gradients, Tensor):
         return gradients.contiguous()
     return torch.stack([gradient.reshape(kernels.shape[1:]) for gradient in gradients])

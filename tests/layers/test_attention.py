@@ -163,6 +163,18 @@ def without_bias(attention):
     attention.fc2.bias = None
 
 
+def tensor_in(part):
+    """No parameter, but a plain tensor in its place."""
+
+    def change(attention):
+        layer = getattr(attention, part)
+        weight = layer.weight.detach().clone()
+        del layer.weight
+        layer.weight = weight
+
+    return change
+
+
 CALLED = []
 
 
@@ -175,7 +187,7 @@ def backward_hook(attention):
 
 
 CHANGES = [untracked, gaps, half, integers, two_counters, infinite, nothing_more, cumulative]
-CHANGES += [without_bias, hook, backward_hook]
+CHANGES += [without_bias, hook, backward_hook, *map(tensor_in, ('fc1', 'norm1', 'fc2'))]
 
 
 @pytest.mark.parametrize('change', CHANGES)

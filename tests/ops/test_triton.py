@@ -1,10 +1,12 @@
 """The GPU kernels against PyTorch: on a GPU, or in Triton's interpreter on the CPU."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from mmkw.ops import apply_mixed, backend
 from mmkw.ops.gradient import CellSum
 from mmkw.ops.kernels import cut, mix_cells
 from mmkw.ops.sample_conv import SampleConv
@@ -100,6 +102,31 @@ def test_few_mixtures_and_many(grid, images, channels_last):
     assert distance(grad_attention, exact) < 1e-2
     exact = attention.flatten(0, 1).double().t() @ rows
     assert distance(total.total() / 2, exact.view(cells.shape)) < 1e-2
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize(
+    'conv', [SampleConv((1, 1), (1, 1), (1, 1)), SampleConv((2, 2), (0, 1), (1, 1))]
+)
+def test_the_whole_operator(conv, channels_last, monkeypatch):
+    def mixing_of(x, attention, cells, grid, sample_map, dtype, learning):
+        return partial(fused.FusedMixing, grid=grid, dtype=dtype, channels_last=channels_last)
+
+    monkeypatch.setattr(backend, 'mixing_of', mixing_of)
+    x, attention, cells = (
+        torch.randn(shape, device=DEVICE, requires_grad=True)
+        for shape in ((3, 32, 7, 6), (3, 18, 21), (21, 8, 16, 1, 1))
+    )
+    grid = (3, 3, 1, 2)
+    y = apply_mixed(x, attention, cells, grid, conv)
+    with torch.no_grad():
+        assert distance(apply_mixed(x, attention, cells, grid, conv), y) < 1e-5
+    exact = conv(x.double(), mix_cells(attention.double(), cells.double(), grid))
+    assert distance(y, exact) < ROUNDING
+    grad, learned = torch.randn_like(y), (x, attention, cells)
+    found = torch.autograd.grad(y, learned, grad)
+    for ours, right in zip(found, torch.autograd.grad(exact, learned, grad.double())):
+        assert distance(ours, right) < ROUNDING
 
 
 @pytest.mark.parametrize('channels_last', [False, True])

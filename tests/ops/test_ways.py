@@ -105,7 +105,7 @@ def test_all_ways_of_the_compiled_operators_are_as_in_float64(kind, channels_las
     tolerance = dict(atol=1e-4, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.1, rtol=0.02)
     for way in (None, 'images', 'products' if kind in POINTWISE_CONVS else 'groups'):
         y = ops.apply_kernels(x, kernels, bias, *settings, way)
-        found_x = ops.backward_images(grad, x, kernels, *settings, way)
+        found_x = ops.backward_images(grad, x, kernels, *settings, None, way)
         found = ops.backward_kernels(grad, x, kernels.shape[1:], *settings, way)
         for ours, exact in ((y, right), (found_x, right_x), (torch.cat(found), right_kernels)):
             assert ours.dtype == dtype
@@ -222,6 +222,24 @@ def test_channels_lie_as_those_of_a_static_layer(kind, channels_last, batch):
         assert ours.is_contiguous(memory_format=memory_format)
         assert static.is_contiguous(memory_format=memory_format)
         assert not ours._is_view()
+
+
+@pytest.mark.parametrize('learns', [False, True])
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_one_pixel_lies_as_that_of_a_static_layer(channels_last, batch, learns):
+    """Whoever makes it larger asks its strides where the channels of the result should lie."""
+    dynamic = KWConv2d(16, 8, 1)
+    set_temperature(dynamic, float(learns))
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    images, found = torch.randn(batch, 16, 1, 1).contiguous(memory_format=memory_format), []
+    for layer in (dynamic.eval(), dynamic.static_twin()):
+        x = images.clone().requires_grad_()
+        with torch.set_grad_enabled(learns):
+            y = layer(x)
+        enlarged = F.interpolate(y, (3, 3), mode='bilinear')
+        found.append(enlarged.stride())
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize('batch', [1, 3])

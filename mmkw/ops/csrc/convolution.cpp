@@ -18,12 +18,11 @@
 namespace mmkw {
 namespace {
 
-// PyTorch gives no single image of so few values to its library for convolutions (float32), unless the
-// convolution has groups or a larger kernel. To join images pays then, if all kernels, or the
-// gradients of all of them, have fewer values than the last.
-constexpr int64_t SMALL_IMAGE = 20480, SMALL_KERNEL = 3, FEW_WEIGHTS = 1 << 18;
+// To join small images pays where PyTorch gives no single one of them to its library, as it does with groups
+// and larger kernels, if all kernels, or the gradients of all of them, have fewer values than the last.
+constexpr int64_t SMALL_KERNEL = 3, FEW_WEIGHTS = 1 << 18;
 // Of a channel of an image. Depthwise convolutions of fewer are joined wherever their channels lie.
-constexpr int64_t FEW_PRODUCTS = 1024;
+constexpr int64_t FEW_OF_CHANNEL = 1024;
 // Where channels lie last, oneDNN's gradient of more depthwise kernels at once takes up to twenty times
 // as long.
 constexpr int64_t MOST_CHANNELS = 512;
@@ -39,10 +38,13 @@ const Geometry PIXELWISE{ONES, ZEROS, ONES, 1};
 
 int64_t pixels_of(const at::Tensor& x) { return c10::multiply_integers(x.sizes().slice(2)); }
 
+bool are_last(const at::Tensor& x) {
+  return !x.is_contiguous() && x.movedim(1, -1).is_contiguous();
+}
+
 bool is_channels_last(const at::Tensor& x) {
   // Results of PyTorch's convolutions do not lie so in one dimension, nor of one volume.
-  if (x.dim() == 3 || (x.dim() == 5 && x.size(0) == 1)) return false;
-  return !x.is_contiguous() && x.movedim(1, -1).is_contiguous();
+  return x.dim() != 3 && !(x.dim() == 5 && x.size(0) == 1) && are_last(x);
 }
 
 // Tokens (batch, ..., features), as an image (batch, features, tokens, 1) whose channels lie last.
@@ -96,7 +98,7 @@ at::Tensor gathered(int64_t batch, const Added& added, const Make& make) {
   if (batch == 1) return added ? first.add_(*added) : first;
   std::vector<int64_t> shape = first.sizes().vec();
   shape[0] = batch;
-  const bool is_last = !first.is_contiguous() && first.movedim(1, -1).is_contiguous();
+  const bool is_last = are_last(first);
   if (is_last) std::rotate(shape.begin() + 1, shape.begin() + 2, shape.end());
   at::Tensor result = at::empty(shape, first.options());
   if (is_last) result = result.movedim(-1, 1);
@@ -142,11 +144,20 @@ at::Tensor matrices(const at::Tensor& kernels, int64_t groups) {
   return kernels.reshape({kernels.size(0) * groups, kernels.size(1) / groups, kernels.size(2)});
 }
 
-// Pixels (batch, pixels, channels) of images that are as large as `like`, whose channels lie last.
+// Whether images are multiplied pixel by pixel: as they lie, and if they have one pixel, since products
+// with one column are slow.
+bool by_pixels(const at::Tensor& x, const at::Tensor& used, int64_t groups) {
+  return groups == 1 && (is_channels_last(x) || pixels_of(used) == 1);
+}
+
+// Pixels (batch, pixels, channels) of images that are as large as `like`, whose channels lie last. One
+// pixel's may lie either way, and lie as those of `like` for what comes after.
 at::Tensor from_pixels(const at::Tensor& found, const at::Tensor& like) {
   std::vector<int64_t> shape = like.sizes().vec();
+  shape[1] = found.size(2);
+  if (pixels_of(like) == 1 && like.suggest_memory_format() == at::MemoryFormat::Contiguous)
+    return found.view(shape);
   std::rotate(shape.begin() + 1, shape.begin() + 2, shape.end());
-  shape.back() = found.size(2);
   return found.view(shape).movedim(-1, 1);
 }
 
@@ -192,7 +203,7 @@ bool is_joined(const char* what, const Geometry& of, const at::Tensor& x, at::In
   if (kernel[1] == 1 && of.groups == kernel[0])
     // Where channels lie last, images are copied to be joined.
     return !(x.dim() == 4 && is_channels_last(x) &&
-             pixels_of(x) * c10::multiply_integers(size) > FEW_PRODUCTS);
+             pixels_of(x) * c10::multiply_integers(size) > FEW_OF_CHANNEL);
   const int64_t kernels = what[0] == 'k' ? x.size(0) : 1;
   // Whether PyTorch convolves one of several images by a way that is slower than for all.
   return x.size(0) > 1 && x.dim() == 4 && of.groups == 1 && x.scalar_type() == at::kFloat &&
@@ -234,7 +245,7 @@ at::Tensor forward(const Geometry& of, const at::Tensor& x, const at::Tensor& ke
     case Way::PRODUCTS: break;
   }
   const at::Tensor used = sampled(x, of.stride), weights = matrices(kernels, groups);
-  if (groups == 1 && is_channels_last(x))
+  if (by_pixels(x, used, groups))
     return from_pixels(multiply_pixels(pixels(used), weights.transpose(1, 2), bias), used);
   const at::Tensor y = from_columns(mmkw::bmm(weights, columns(used, groups)), used);
   if (bias) {
@@ -285,7 +296,7 @@ std::vector<at::Tensor> backward_kernels(const Geometry& of, const at::Tensor& g
   const at::Tensor used = sampled(x, of.stride);
   at::Tensor found =
       memory_of_thread({batch * groups, kernel[0] / groups, kernel[1]}, x);
-  if (groups == 1 && is_channels_last(x))
+  if (by_pixels(x, used, groups))
     at::bmm_out(found, pixels(grad).transpose(1, 2), pixels(used));
   else
     at::bmm_out(found, columns(grad, groups), columns(used, groups).transpose(1, 2));
@@ -312,7 +323,7 @@ at::Tensor backward_images(const Geometry& of, const at::Tensor& grad, const at:
   }
   const at::Tensor weights = matrices(kernels, groups);
   const at::Tensor found =
-      groups == 1 && is_channels_last(x)
+      by_pixels(x, grad, groups)
           ? from_pixels(multiply_pixels(pixels(grad), weights, {}), grad)
           : from_columns(mmkw::bmm(weights.transpose(1, 2), columns(grad, groups)), grad);
   if (std::all_of(of.stride.begin(), of.stride.end(), [](int64_t step) { return step == 1; }))
@@ -371,9 +382,10 @@ void check_tokens(const at::Tensor& x) {
 at::Tensor memory_of_thread(at::IntArrayRef shape, const at::Tensor& like) {
   // It outlives an inference mode.
   const c10::InferenceMode normal(false);
-  thread_local at::Tensor memory;
+  thread_local at::Tensor of_float, of_half;
+  at::Tensor& memory = like.scalar_type() == at::kFloat ? of_float : of_half;
   const int64_t size = c10::multiply_integers(shape);
-  if (!memory.defined() || memory.scalar_type() != like.scalar_type() || memory.numel() < size)
+  if (!memory.defined() || memory.numel() < size)
     memory = at::empty({size}, at::TensorOptions(like.scalar_type()));
   return memory.narrow(0, 0, size).view(shape);
 }

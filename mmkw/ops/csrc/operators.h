@@ -15,10 +15,16 @@ namespace mmkw {
 // Operands are what they are, also under autocast.
 inline const c10::DispatchKeySet AUTOCAST(c10::DispatchKey::AutocastCPU);
 
+// PyTorch gives no single image of so few values to its library for convolutions (float32).
+constexpr int64_t SMALL_IMAGE = 20480;
+
 // Whether values are of float32 or bfloat16, which all operators read.
 inline bool is_stored(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16;
 }
+
+// Memory that the thread uses again. Fresh memory of megabytes takes as long as mixing.
+at::Tensor memory_of_thread(at::IntArrayRef shape, const at::Tensor& like);
 
 std::vector<int64_t> kernel_shape(int64_t batch, const at::Tensor& cells, at::IntArrayRef grid);
 
@@ -64,9 +70,6 @@ std::vector<at::Tensor> attend_backward(
     const at::Tensor& norm_weight, const at::Tensor& fc2_weight, const std::string& norm,
     double temperature, double eps, const at::Tensor& hidden, const at::Tensor& normed,
     const at::Tensor& inverses, const at::Tensor& z);
-
-// Memory that the thread uses again. Fresh memory of megabytes takes as long as mixing.
-at::Tensor memory_of_thread(at::IntArrayRef shape, const at::Tensor& like);
 
 at::Tensor apply_kernels(const at::Tensor& x, const at::Tensor& kernels,
                          const std::optional<at::Tensor>& bias, at::IntArrayRef stride,

@@ -29,8 +29,7 @@ constexpr int64_t PACKING_COLUMNS = 100, LEAST_ROWS = 32, LEAST_TERMS = 64;
 // The multiplications below which a convolution's preparations take longer than what it saves. The
 // gradient of a kernel is slow of few pixels, also if there are more weights for each; and PyTorch gives
 // no image of so few values to its library for convolutions.
-constexpr int64_t FEW_PRODUCTS = 12 << 20, FEW_PIXELS = 192, MANY_WEIGHTS = 1 << 13,
-                  SMALL_IMAGE = 20480;
+constexpr int64_t FEW_PRODUCTS = 12 << 20, FEW_PIXELS = 192, MANY_WEIGHTS = 1 << 13;
 // How often each is timed.
 constexpr int TIMED_RUNS = 5;
 

@@ -1,4 +1,4 @@
-"""One image on the CPU where nothing learns is computed by one operator, as batches are."""
+"""Layers on the CPU by one call are as by their steps: of one constant image, and what learns."""
 
 import copy
 import threading
@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from mmkw import quantize_cells
 from mmkw.layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, set_temperature
 from mmkw.layers import dynamic_layers as module
-from mmkw.ops import backend
+from mmkw.ops import backend, mixing
 
 pytestmark = pytest.mark.skipif(
     backend.why_not_compiled() is not None, reason='no compiled kernels'
@@ -36,18 +36,28 @@ LAYERS = {
 }
 
 
-@pytest.fixture
-def at_once(monkeypatch):
-    """Collects whether the operator has computed, call by call."""
-    found, real = [], module.apply_to_image
+def spied(name, monkeypatch):
+    found, real = [], getattr(module, name)
 
     def spy(*args):
         y = real(*args)
         found.append(y is not None)
         return y
 
-    monkeypatch.setattr(module, 'apply_to_image', spy)
+    monkeypatch.setattr(module, name, spy)
     return found
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Collects whether the operator of one image has computed, call by call."""
+    return spied('apply_to_image', monkeypatch)
+
+
+@pytest.fixture
+def learned(monkeypatch):
+    """Collects whether a layer has learned by one call."""
+    return spied('learn', monkeypatch)
 
 
 def made(name, norm='BN1d'):
@@ -244,3 +254,128 @@ def test_threads_have_memory_of_their_own(at_once):
         thread.join()
     assert not faults
     assert len(at_once) == 204 and all(at_once)
+
+
+def learning(layer, images, frozen=(), dtype=None, autocast=False):
+    """Results, gradients, gradients of gradients, and statistics, of a copy of the layer."""
+    layer, x = copy.deepcopy(layer), images.clone().to(dtype or images.dtype)
+    if dtype is not None:
+        layer.to(dtype)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(frozen)))
+    x.requires_grad_('x' not in frozen)
+    inputs = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    # The slope is small where the result is large, as after a norm.
+    loss = y.to(torch.float64).tanh().sum()
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    again = torch.autograd.grad(loss, inputs, retain_graph=True)
+    assert all(map(torch.equal, first, again))
+    seconds: tuple = ()
+    if not autocast:
+        slopes = torch.autograd.grad(loss, inputs, create_graph=True)
+        steep = sum(slope.square().sum() for slope in slopes)
+        seconds = torch.autograd.grad(steep, inputs, allow_unused=True, materialize_grads=True)
+    found = (y.detach(), *first, *layer.buffers()), seconds
+    return [[tensor.double() for tensor in tensors] for tensors in found]
+
+
+def assert_alike(found, right):
+    """Norms by few images round what goes through them, gradients of gradients more."""
+    for tensors, exact_tensors, rounding in zip(found, right, (2e-3, 2e-2), strict=True):
+        for ours, exact in zip(tensors, exact_tensors, strict=True):
+            assert ours.shape == exact.shape
+            assert (ours - exact).norm() <= rounding * exact.norm() + 1e-6
+
+
+def batch_of(x, images):
+    return torch.cat([x, 1 - 2 * x, x.flip(-1)])[:images]
+
+
+@pytest.mark.parametrize('images', [1, 3])
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('norm', ['BN1d', 'LN'])
+@pytest.mark.parametrize('name', LAYERS)
+def test_it_learns_as_by_its_steps(name, norm, training, images, learned):
+    """In float64 the steps compute, one after the other."""
+    layer, x = made(name, norm)
+    set_temperature(layer.train(training), 0.3 * training)
+    x = batch_of(x, images)
+    found = learning(layer, x)
+    assert learned == [True]
+    right = learning(layer, x, dtype=torch.float64)
+    assert learned == [True]
+    assert_alike(found, right)
+
+
+FROZEN = [('x',), ('warehouse_manager',), ('attention',), ('bias',), ('attention.norm1', 'x')]
+FROZEN += [
+    ('attention.fc2',),
+    ('x', 'attention'),
+    ('x', 'attention', 'bias'),
+    ('warehouse', 'bias'),
+]
+
+
+@pytest.mark.parametrize('frozen', FROZEN)
+@pytest.mark.parametrize('name', ['3x3', 'around the edges', 'tokens', '1x1 of every other pixel'])
+def test_parts_of_it_learn(name, frozen, learned):
+    layer, x = made(name)
+    layer.train()
+    found = learning(layer, batch_of(x, 3), frozen)
+    assert learned == [True]
+    right = learning(layer, batch_of(x, 3), frozen, dtype=torch.float64)
+    assert_alike(found, right)
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_it_learns_from_several_blocks_of_images(name, learned, monkeypatch):
+    layer, x = made(name)
+    layer.train()
+    whole = learning(layer, batch_of(x, 3))
+    monkeypatch.setitem(mixing.BLOCK_BYTES, 'cpu', 1)
+    assert_alike(learning(layer, batch_of(x, 3)), whole)
+    assert learned == [True, True]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('name', LAYERS)
+def test_it_learns_under_autocast(name, dtype, learned, monkeypatch):
+    """As near to float64 as the steps come, from images in either precision."""
+    layer, x = made(name)
+    x = batch_of(x, 3).to(dtype)
+    exact = learning(layer.train(), x, dtype=torch.float64)
+    found = learning(layer, x, autocast=True)
+    assert learned == [True]
+    monkeypatch.setattr(module, 'learn', lambda *args: None)
+    steps = learning(layer, x, autocast=True)
+    for ours, theirs, right in zip(found[0], steps[0], exact[0], strict=True):
+        bound = 1.5 * (theirs - right).norm() + 1e-2 * right.norm() + 1e-6
+        assert (ours - right).norm() <= bound
+
+
+@pytest.mark.parametrize('register', ['register_forward_hook', 'register_full_backward_hook'])
+@pytest.mark.parametrize('part', ['', 'fc1', 'norm1', 'relu'])
+def test_hooks_of_its_attention_are_called(part, register, learned):
+    layer, x = made('3x3')
+    calls = []
+    getattr(layer.attention.get_submodule(part), register)(lambda *_: calls.append(part))
+    layer(batch_of(x, 3).requires_grad_()).sum().backward()
+    assert calls == [part] and not learned
+
+
+def test_what_it_needs_may_not_change_before_the_gradient(learned):
+    """As of a static layer."""
+    layer, x = made('1x1')
+    for made_of in (layer, layer.static_twin()):
+        images = batch_of(x, 3)
+        y = made_of(images.requires_grad_())
+        images.detach().mul_(2)
+        with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+            y.sum().backward()
+        # Activations change the result in place.
+        y = made_of(images)
+        torch.testing.assert_close(nn.ReLU(inplace=True)(y), made_of(images).relu())
+        y.sum().backward()
+    assert learned == [True] * 3
