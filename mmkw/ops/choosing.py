@@ -1,4 +1,4 @@
-"""Chooses how a batch is convolved, by measurement on a GPU and by a rule elsewhere.
+"""Chooses how PyTorch convolves a batch, by measurement on a GPU and by a rule elsewhere.
 
 As PyTorch's ``cudnn.benchmark`` does, every way is timed once for each kind of shape, and the
 fastest is remembered. Sizes of images fall into few classes, since detectors see many. Where all

@@ -1,7 +1,8 @@
-"""The ways in which a batch is convolved with one kernel per image.
+"""The ways in which PyTorch convolves a batch with one kernel per image.
 
 All ways give the same results. Which one is the fastest depends on the device and on the sizes;
-:mod:`.choosing` finds out. A way has three methods, for the result, for the gradients of the
+:mod:`.choosing` finds out. The compiled kernels have ways of their own, for constants on the CPU
+(``csrc/convolution.cpp``). A way has three methods, for the result, for the gradients of the
 kernels, and for the gradient of the images; see :class:`~mmkw.ops.sample_conv.SampleConv`.
 """
 
