@@ -300,10 +300,17 @@ class Attention(LayerAttention):
 
         Returns:
             None where these cannot: for parameters that are not dense or not of float32, a norm
-            that is none of theirs, or where a layer has been changed.
+            that is none of theirs, or where a layer has been changed. None, too, if neither the
+            images nor a parameter needs a gradient.
         """
-        layers = self._layers()
-        learning = None if layers is None else self._learning(*layers, seen, channels)
+        layers = self._layers() if torch.is_grad_enabled() else None
+        if layers is None or not (
+            seen.requires_grad
+            or any(p is not None and p.requires_grad for p in _parameters_of(*layers))
+        ):
+            return None
+        learning = self._learning(*layers, seen, channels)
+        # The images are averaged to float32, whatever they are.
         if learning is None or not backend.attention_kernels(
             learning.parameters.fc2_bias, self.num_cells, *learning.parameters
         ):
@@ -313,15 +320,7 @@ class Attention(LayerAttention):
     def _learning(
         self, fc1: nn.Module, norm: nn.Module, fc2: nn.Module, seen: Tensor, channels: int
     ) -> attending.Learning | None:
-        first, scale, last = fc1._parameters, norm._parameters, fc2._parameters
-        parameters = attending.Parameters(
-            first['weight'],
-            first['bias'],
-            scale['weight'],
-            scale['bias'],
-            last['weight'],
-            last['bias'],
-        )
+        parameters = _parameters_of(fc1, norm, fc2)
         # What is wrong with the sizes of these PyTorch says.
         if channels != parameters.fc1_weight.shape[1] or norm.eps <= 0:
             return None
@@ -389,10 +388,9 @@ class Attention(LayerAttention):
                 return None
         elif not isinstance(norm, nn.LayerNorm):
             return None
-        first, scale, last = fc1._parameters, norm._parameters, fc2._parameters
-        hidden = (first['weight'], first['bias'], mean, variance, scale['weight'], scale['bias'])
+        fc1_weight, fc1_bias, *rest = _parameters_of(fc1, norm, fc2)
         return Operands(
-            (*hidden, last['weight'], last['bias']),
+            (fc1_weight, fc1_bias, mean, variance, *rest),
             (self.num_mixtures, norm.eps, DENOMINATOR_EPS),
         )
 
@@ -526,6 +524,13 @@ def normalised(norm: nn.Module, hidden: Tensor) -> Tensor:
             eps=norm.eps,
         )
     return norm(hidden)
+
+
+def _parameters_of(fc1: nn.Module, norm: nn.Module, fc2: nn.Module) -> attending.Parameters:
+    first, scale, last = fc1._parameters, norm._parameters, fc2._parameters
+    return attending.Parameters(
+        first['weight'], first['bias'], scale['weight'], scale['bias'], last['weight'], last['bias']
+    )
 
 
 def _is_as_made(module: nn.Module) -> bool:

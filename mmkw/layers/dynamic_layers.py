@@ -298,7 +298,11 @@ class DynamicLayer(Weightless, StandsForStatic):
             return None
         attention = self.attention
         cells = self._warehouses[0].weights.plain(self._warehouse_index)
-        is_as_made = type(attention) is Attention and not modes.is_patched(attention)
+        is_as_made = (
+            type(attention) is Attention
+            and not modes.is_patched(attention)
+            and type(self).cells is DynamicLayer.cells
+        )
         if not is_as_made or cells is None or modes.is_sharded(cells):
             return None
         mixing = cells, self._grid, self._sample_map, self.bias

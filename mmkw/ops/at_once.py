@@ -10,19 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, compiled_attention, modes
-from .attending import Learning, Parameters, Saved, Unread, attend_plainly
+from . import backend, compiled_attention, modes, recorded
+from .attending import Learning, Parameters, Saved, Unread, attend_plainly, count_batch
 from .averaging import average
 from .compiled import STORED, CompiledMixing
-from .dynamic import (
-    Chosen,
-    Needs,
-    Settings,
-    apply_in_parts,
-    apply_plainly,
-    backward_in_parts,
-    over_space,
-)
+from .dynamic import Chosen, Needs, Settings, apply_in_parts, apply_plainly, backward_in_parts
 from .kernels import is_regular
 from .sample_conv import SampleConv, SampleLinear
 
@@ -86,21 +78,18 @@ def learn(
     Args:
         x: As in :func:`~mmkw.ops.apply_mixed`.
         seen: What the attention averages over space: ``x`` before it is padded.
-        learning: The attention.
+        learning: The attention. It or what it sees needs a gradient.
         cells: As in :func:`~mmkw.ops.apply_mixed`.
         grid: As there.
         sample_map: As there.
         bias: As there.
 
     Returns:
-        None where nothing learns, and where the compiled kernels cannot do all of this.
+        None where the compiled kernels cannot do all of this.
     """
     parameters = learning.parameters
-    learns = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, cells, bias, *parameters)
-    )
     dtype = modes.autocast_dtype(x)
-    if not learns or (dtype or x.dtype) not in STORED or seen.dtype not in STORED:
+    if (dtype or x.dtype) not in STORED or seen.dtype not in STORED:
         return None
     if dtype is None and x.dtype != cells.dtype:
         # PyTorch says what is wrong.
@@ -111,106 +100,93 @@ def learn(
     if mixing_of is None or mixing_of.func is not CompiledMixing or not modes.is_plain(seen):
         return None
     chosen = Chosen.of(settings, mixing_of, cells)
-
-    def applied(x: Tensor, bias: Tensor | None) -> Tensor:
-        apart = None if seen is x else seen
-        return _Learn.apply(
-            x, apart, cells, bias, chosen.token_tensor, *parameters, chosen, learning[1:]
-        )
-
-    if dtype is None:
-        return applied(x, bias)
-    bias = None if bias is None else bias.to(dtype)
-    with torch.autocast('cpu', enabled=False):
-        return applied(x.to(dtype), bias)
+    images = x.to(settings.dtype)
+    bias = bias if bias is None or dtype is None else bias.to(dtype)
+    with modes.without_autocast(x):
+        # Autograd need not keep what is averaged, unless it is the images.
+        given = None if images is seen else average(seen, sample_map.channel_dim)
+        operands = images, given, cells, bias, chosen.token_tensor, *parameters
+        return _Learn.apply(*operands, chosen, learning.without_parameters())
 
 
 class _Learn(torch.autograd.Function):
-    """The layer as autograd sees it. What is averaged is given if it is not the images."""
+    """The layer as autograd sees it. Averages are given if they are not of the images."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        seen: Tensor | None,
+        given: Tensor | None,
         cells: Tensor,
         bias: Tensor | None,
         token_tensor: Tensor | None,
         *arguments: Any,
     ) -> Tensor:
-        *given, chosen, (norm, start, eps) = arguments
-        parameters, is_tokens = Parameters(*given), chosen.settings.sample_map.channel_dim == -1
-        pooled = torch.ops.mmkw.average(x if seen is None else seen, is_tokens)
-        attention, saved = compiled_attention.forward(pooled, parameters, norm, start, eps)
+        *tensors, chosen, learning = arguments
+        parameters, settings = Parameters(*tensors), chosen.settings
+        is_tokens = settings.sample_map.channel_dim == -1
+        pooled = torch.ops.mmkw.average(x, is_tokens) if given is None else given.contiguous()
+        attention, saved = compiled_attention.forward(pooled, parameters, *learning[1:])
+        count_batch(learning.norm)
         kept: list[Tensor | None] = []
         mixing = chosen.mixing_of(cells)
-        result = apply_in_parts(x, attention, bias, None, chosen.settings, mixing, kept)
+        result = apply_in_parts(x, attention, bias, None, settings, mixing, kept)
         needs = ctx.needs_input_grad
-        ctx.needs_average = needs[0 if seen is None else 1]
-        read, ctx.unread = Unread.apart(parameters, norm, (ctx.needs_average, *needs[5:]))
-        ctx.save_for_backward(x, seen, cells, bias, pooled, attention, *read, *saved, *kept)
-        ctx.chosen, ctx.rest = chosen, (norm, start, eps)
+        of_average = needs[0 if given is None else 1]
+        read, ctx.unread = Unread.apart(parameters, learning.norm, (of_average, *needs[5:]))
+        ctx.save_for_backward(x, cells, bias, pooled, attention, *read, *saved, *kept)
+        ctx.chosen, ctx.learning, ctx.averages_x = chosen, learning, given is None
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, seen, cells, bias, pooled, attention, *tensors = ctx.saved_tensors
+        x, cells, bias, pooled, attention, *tensors = ctx.saved_tensors
         last, end = len(Parameters._fields), len(Parameters._fields) + len(Saved._fields)
         parameters, saved = ctx.unread.joined(tensors[:last]), Saved(*tensors[last:end])
+        needs, chosen, learning = ctx.needs_input_grad, ctx.chosen, ctx.learning
         if torch.is_grad_enabled() or modes.is_seen_through(grad, x, cells):
             ctx.unread.check()
+            given = None if ctx.averages_x else pooled
+
+            def compute(x: Tensor, given: Tensor | None, *rest: Any) -> Tensor:
+                cells, bias, *parameters = rest
+                if given is None:
+                    given = average(x, chosen.settings.sample_map.channel_dim)
+                attention = attend_plainly(given, Parameters(*parameters), *learning[1:])
+                return apply_plainly(x, attention, cells, bias, None, chosen.settings)
+
+            operands = x, given, cells, bias, *parameters
             with modes.without_autocast(x):
-                gradients = _backward_plainly(ctx, grad, (x, seen, cells, bias), parameters)
-            return *gradients[:4], None, *gradients[4:], None, None
-        needs, source = ctx.needs_input_grad, x if seen is None else seen
-        of_parameters: Sequence[Tensor | None] = [None] * last
-        of_seen = None
-        norm, start, eps = ctx.rest
+                found = recorded.gradients(
+                    compute, operands, (*needs[:4], *needs[5 : 5 + last]), grad
+                )
+            return *found[:4], None, *found[4:], None, None
+
+        of_attention: list[Tensor] = []
 
         def through(grad_attention: Tensor) -> Tensor | None:
-            nonlocal of_parameters, of_seen
-            of_average, *of_parameters = compiled_attention.backward(
-                grad_attention, pooled, parameters, norm.kind, start.temperature, eps, saved
+            of_attention[:] = compiled_attention.backward(
+                grad_attention,
+                pooled,
+                parameters,
+                learning.norm.kind,
+                learning.start.temperature,
+                learning.denominator_eps,
+                saved,
             )
-            if not ctx.needs_average:
+            if not ctx.averages_x or not needs[0]:
                 return None
-            # Cast before it is expanded.
-            of_pixel = (of_average / (source.numel() // pooled.numel())).to(source.dtype)
-            if seen is None:
-                return of_pixel
-            is_tokens = ctx.chosen.settings.sample_map.channel_dim == -1
-            of_seen = over_space(of_pixel, seen.dim(), is_tokens).expand(seen.shape)
-            return None
+            return (of_attention[0] / (x.numel() // pooled.numel())).to(x.dtype)
 
-        attends = ctx.needs_average or any(needs[5:])
-        need = Needs(needs[0], attends, needs[3])
-        operands = grad, x, attention, cells, None, tensors[end:]
+        need = Needs(needs[0], True, needs[3])
+        kept = tensors[end:]
         with modes.without_autocast(x):
-            of_x, _, of_bias, _ = backward_in_parts(ctx.chosen, need, *operands, through)
-        needed = (value if need else None for value, need in zip(of_parameters, needs[5:]))
+            of_x, _, of_bias, _ = backward_in_parts(
+                chosen, need, grad, x, attention, cells, None, kept, through
+            )
+        of_given, *of_parameters = (
+            value if is_needed else None
+            for value, is_needed in zip(of_attention, (needs[1], *needs[5:]))
+        )
         # The gradient of the cells goes through the token that the layers share.
-        return of_x, of_seen, None, of_bias, None, *needed, None, None
-
-
-def _backward_plainly(
-    ctx: Any, grad: Tensor, operands: Sequence[Tensor | None], parameters: Parameters
-) -> list[Tensor | None]:
-    """Computes the gradients by autograd, so that they can be differentiated and transformed."""
-    needs = ctx.needs_input_grad
-    norm, start, eps = ctx.rest
-    settings = ctx.chosen.settings
-    with torch.enable_grad():
-        # New views, so that differentiation ends here.
-        views: list[Any] = [
-            None if tensor is None else tensor.view_as(tensor)
-            for tensor in (*operands, *parameters)
-        ]
-        x, seen, cells, bias, *given = views
-        pooled = average(x if seen is None else seen, settings.sample_map.channel_dim)
-        attention = attend_plainly(pooled, Parameters(*given), norm, start, eps)
-        result = apply_plainly(x, attention, cells, bias, None, settings)
-    needed = [view if need else None for view, need in zip(views, (*needs[:4], *needs[5:]))]
-    inputs = [view for view in needed if view is not None]
-    again = torch.is_grad_enabled()
-    gradients = iter(torch.autograd.grad(result, inputs, grad, create_graph=again))
-    return [None if view is None else next(gradients) for view in needed]
+        return of_x, of_given, None, of_bias, None, *of_parameters, None, None

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import modes
+from . import modes, recorded
 
 
 class Norm(NamedTuple):
@@ -87,10 +87,24 @@ class Learning(NamedTuple):
         denominator_eps: Added to the sum of the logits' magnitudes.
     """
 
-    parameters: Parameters
+    parameters: Any
     norm: Norm
     start: Start
     denominator_eps: float
+
+    def without_parameters(self) -> 'Learning':
+        """The rest, for a backward pass: autograd keeps the parameters."""
+        return self._replace(parameters=None)
+
+
+def count_batch(norm: Norm) -> None:
+    """Tells autograd that a kernel has changed the statistics.
+
+    Args:
+        norm: What the norm does.
+    """
+    if norm.kind == 'batch' and norm.batches is not None:
+        torch.autograd.graph.increment_version(norm.batches)
 
 
 class Unread:
@@ -123,14 +137,12 @@ class Unread:
 
         Args:
             parameters: Of the attention.
-            norm: What the norm does. If it counts batches, it has just counted one.
+            norm: What the norm does.
             needs: Whether the averages and every parameter need a gradient.
 
         Returns:
             The parameters for autograd to save, with None in the places of others, and the rest.
         """
-        if norm.kind == 'batch' and norm.batches is not None:
-            torch.autograd.graph.increment_version(norm.batches)
         is_read = (needs[0], False, any(needs[:3]), False, any(needs[:5]), False)
         read = [tensor if is_one else None for tensor, is_one in zip(parameters, is_read)]
         return read, cls([None if is_one else t for t, is_one in zip(parameters, is_read)], norm)
@@ -168,59 +180,48 @@ def attend(kernels: Any, pooled: Tensor, learning: Learning) -> Tensor:
         Tensor[batch, mixtures, cells].
     """
     with modes.without_autocast(pooled):
-        return _Attend.apply(pooled, *learning.parameters, kernels, *learning[1:])
+        return _Attend.apply(pooled, *learning.parameters, kernels, learning.without_parameters())
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pooled: Tensor, *arguments: Any) -> Tensor:
-        *given, kernels, norm, start, eps = arguments
+        *given, kernels, ctx.learning = arguments
         pooled, parameters = pooled.contiguous(), Parameters(*given)
-        alpha, saved = kernels.forward(pooled, parameters, norm, start, eps)
-        read, ctx.unread = Unread.apart(parameters, norm, ctx.needs_input_grad)
+        alpha, saved = kernels.forward(pooled, parameters, *ctx.learning[1:])
+        count_batch(ctx.learning.norm)
+        read, ctx.unread = Unread.apart(parameters, ctx.learning.norm, ctx.needs_input_grad)
         ctx.save_for_backward(pooled, *read, *saved)
-        ctx.kernels, ctx.norm, ctx.start, ctx.eps = kernels, norm, start, eps
+        ctx.kernels = kernels
         return alpha
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count = len(Parameters._fields)
         pooled, *tensors = ctx.saved_tensors
+        learning = ctx.learning
         parameters, saved = ctx.unread.joined(tensors[:count]), Saved(*tensors[count:])
         with modes.without_autocast(pooled):
             if torch.is_grad_enabled() or modes.is_seen_through(grad, pooled):
                 ctx.unread.check()
-                gradients = _backward_plainly(ctx, grad, pooled, parameters)
+
+                def compute(pooled: Tensor, *given: Any) -> Tensor:
+                    return attend_plainly(pooled, Parameters(*given), *learning[1:])
+
+                needs = ctx.needs_input_grad[: 1 + count]
+                gradients = recorded.gradients(compute, (pooled, *parameters), needs, grad)
             else:
                 gradients = ctx.kernels.backward(
                     grad.contiguous(),
                     pooled,
                     parameters,
-                    ctx.norm.kind,
-                    ctx.start.temperature,
-                    ctx.eps,
+                    learning.norm.kind,
+                    learning.start.temperature,
+                    learning.denominator_eps,
                     saved,
                 )
         needed = zip(gradients, ctx.needs_input_grad)
-        return *(value if need else None for value, need in needed), None, None, None, None
-
-
-def _backward_plainly(
-    ctx: Any, grad: Tensor, pooled: Tensor, parameters: Parameters
-) -> tuple[Tensor | None, ...]:
-    """Computes the gradients by autograd, so that they can be differentiated."""
-    with torch.enable_grad():
-        # New views, so that differentiation ends here.
-        pooled = pooled.view_as(pooled)
-        views: list[Any] = [None if t is None else t.view_as(t) for t in parameters]
-        result = attend_plainly(pooled, Parameters(*views), ctx.norm, ctx.start, ctx.eps)
-    operands = zip([pooled, *views], ctx.needs_input_grad)
-    needed = [tensor if need else None for tensor, need in operands]
-    inputs = [tensor for tensor in needed if tensor is not None]
-    gradients = iter(
-        torch.autograd.grad(result, inputs, grad, create_graph=torch.is_grad_enabled())
-    )
-    return tuple(None if tensor is None else next(gradients) for tensor in needed)
+        return *(value if need else None for value, need in needed), None, None
 
 
 def attend_plainly(

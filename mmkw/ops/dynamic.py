@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, exported, modes, one_operator
+from . import backend, exported, modes, one_operator, recorded
 from .compiled import pack_cells
 from .gradient import Token
 from .kernels import assembled_shape, mix_cells
@@ -255,7 +255,12 @@ class _ApplyMixed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, attention, cells, bias, taps, *kept = ctx.saved_tensors
         if torch.is_grad_enabled() or modes.is_seen_through(grad, x, attention, cells):
-            gradients = _backward_plainly(ctx, grad, x, attention, cells, bias, taps)
+            gradients = recorded.gradients(
+                partial(apply_plainly, settings=ctx.chosen.settings),
+                (x, attention, cells, bias, taps),
+                ctx.needs_input_grad[:5],
+                grad,
+            )
         else:
             need_x, need_attention, _, need_bias, need_taps = ctx.needs_input_grad[:5]
             needs = Needs(need_x, need_attention, need_bias, need_taps)
@@ -263,7 +268,7 @@ class _ApplyMixed(torch.autograd.Function):
                 ctx.chosen, needs, grad, x, attention, cells, taps, kept
             )
             # The gradient of the cells goes through the token that the layers share.
-            gradients = of_x, of_attention, None, of_bias, of_taps
+            gradients = [of_x, of_attention, None, of_bias, of_taps]
         return *gradients, None, None
 
 
@@ -289,8 +294,9 @@ def backward_in_parts(
         cells: As there.
         taps: As there.
         kept: For every block, its kernels or None, as :func:`apply_in_parts` has collected them.
-        through: Takes the gradient of the attention, and gives what it adds to all pixels of the
-            gradient of the images, Tensor[batch, in_channels], or None. Only compiled maps add.
+        through: Takes the gradient of the attention, which must be needed, and gives what it adds
+            to all pixels of the gradient of the images, Tensor[batch, in_channels], or None. Only
+            compiled maps add.
 
     Returns:
         The gradients of the images, the attention, the bias and the taps.
@@ -298,14 +304,15 @@ def backward_in_parts(
     grid, sample_map, dtype = chosen.settings
     mixing = chosen.mixing_of(cells)
     sample_map = mixing.applying(sample_map)
-    need_cells = chosen.token is not None and chosen.token.is_awaited()
-    total = chosen.token.sum(mixing) if chosen.token is not None and need_cells else None
+    token = chosen.token
+    total = token.sum(mixing) if token is not None and token.is_awaited() else None
     shape = assembled_shape(cells.shape[1:], grid)
     grads_x: list[Tensor] = []
     grads_attention: list[Tensor] = []
     grads_taps: list[Tensor] = []
-    need_kernels = needs.attention or need_cells or needs.taps
+    need_kernels = needs.attention or total is not None or needs.taps
     blocks = mixing.blocks(attention) if needs.x or need_kernels else []
+    more: Tensor | None = None
     added: tuple[Tensor, ...] = ()
     for block, kernels in zip(blocks, kept):
         grad_block, x_block, weights = (_images(t, block) for t in (grad, x, attention))
@@ -325,8 +332,8 @@ def backward_in_parts(
             grads_attention.append(grad_attention)
         else:
             mixed = mixing.mixed(weights, kernels)
-        if through is not None and needs.attention and len(blocks) == 1:
-            more, through = through(grads_attention[0]), None
+        if through is not None and len(blocks) == 1:
+            more = through(grads_attention[0])
             added = () if more is None else (more,)
         if needs.x:
             for part, some in _scaled(mixed, taps, block, not is_kept):
@@ -335,10 +342,10 @@ def backward_in_parts(
     of_attention = _joined(grads_attention) if needs.attention else None
     # No view: autograd adds the gradient of the images' average to it in place.
     grad_x = _joined(grads_x).data if needs.x else None
-    if through is not None and of_attention is not None:
-        more = through(of_attention)
+    if through is not None and len(blocks) > 1:
+        more = through(_joined(grads_attention))
         if grad_x is not None and more is not None:
-            grad_x += over_space(more, x.dim(), sample_map.channel_dim == -1)
+            grad_x += _over_space(more, x.dim(), sample_map.channel_dim == -1)
     grad_bias = None
     if needs.bias:
         channel_dim = sample_map.channel_dim % grad.dim()
@@ -346,7 +353,7 @@ def backward_in_parts(
     return grad_x, of_attention, grad_bias, torch.cat(grads_taps) if needs.taps else None
 
 
-def over_space(values: Tensor, dims: int, is_tokens: bool) -> Tensor:
+def _over_space(values: Tensor, dims: int, is_tokens: bool) -> Tensor:
     """Numbers of images as of all their pixels.
 
     Args:
@@ -397,28 +404,3 @@ def _images(batch: Tensor, some: slice) -> Tensor:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _backward_plainly(
-    ctx: Any,
-    grad: Tensor,
-    x: Tensor,
-    attention: Tensor,
-    cells: Tensor,
-    bias: Tensor | None,
-    taps: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """Computes the gradients by autograd, so that they can be differentiated and transformed."""
-    with torch.enable_grad():
-        # New views, so that differentiation ends here. The attention is computed from the images,
-        # and differentiation must not continue through that.
-        x, attention, cells = (tensor.view_as(tensor) for tensor in (x, attention, cells))
-        bias = None if bias is None else bias.view_as(bias)
-        taps = None if taps is None else taps.view_as(taps)
-        result = apply_plainly(x, attention, cells, bias, taps, ctx.chosen.settings)
-    needed = ctx.needs_input_grad[:5]
-    operands = (x, attention, cells, bias, taps)
-    inputs = [tensor for tensor, need in zip(operands, needed) if need and tensor is not None]
-    again = torch.is_grad_enabled()
-    gradients = iter(torch.autograd.grad(result, inputs, grad, create_graph=again))
-    return tuple(next(gradients) if need else None for need in needed)

@@ -324,7 +324,8 @@ def test_parts_of_it_learn(name, frozen, learned):
     layer, x = made(name)
     layer.train()
     found = learning(layer, batch_of(x, 3), frozen)
-    assert learned == [True]
+    # A constant attention is computed once, and kept.
+    assert learned == [] if {'x', 'attention'} <= set(frozen) else [True]
     right = learning(layer, batch_of(x, 3), frozen, dtype=torch.float64)
     assert_alike(found, right)
 
@@ -379,3 +380,54 @@ def test_what_it_needs_may_not_change_before_the_gradient(learned):
         torch.testing.assert_close(nn.ReLU(inplace=True)(y), made_of(images).relu())
         y.sum().backward()
     assert learned == [True] * 3
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: KWConv2d(8, 16, 3, padding=1, padding_mode='circular'),
+        lambda: KWConv2d(8, 16, 2, padding='same'),
+    ],
+)
+def test_what_is_averaged_alone_may_change(make, autocast, learned):
+    """Padded or cast images are what a static layer keeps, too."""
+    layer = make()
+    frozen = torch.nn.Conv2d(8, 8, 1)
+    for module_of in (layer, layer.static_twin()):
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            images = torch.randn(4, 8, 9, 8, requires_grad=True) * 1
+            y = module_of(images)
+            images.add_(1)
+            y.float().sum().backward()
+            with torch.inference_mode():
+                images = frozen(torch.randn(4, 8, 9, 8)).float()
+            module_of(images).float().sum().backward()
+    assert learned == [True] * 2
+
+
+def test_a_constant_attention_may_change_before_gradients_of_gradients(learned):
+    layer, x = made('3x3')
+    layer.attention.requires_grad_(False)
+    y = layer(batch_of(x, 3))
+    with torch.no_grad():
+        layer.attention.fc2.weight.mul_(1.1)
+    assert torch.autograd.grad(y.square().sum(), [layer.cells], create_graph=True)
+    assert not learned
+
+
+class Centred(KWConv2d):
+    @property
+    def cells(self):
+        cells = super().cells
+        return cells - cells.mean()
+
+
+def test_cells_are_those_of_the_class(at_once, learned):
+    torch.manual_seed(0)
+    layer, x = Centred(8, 16, 3).eval(), torch.randn(1, 8, 9, 8)
+    right = copy.deepcopy(layer).double()(x.double())
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).double(), right, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layer(x).double(), right, atol=1e-4, rtol=1e-4)
+    assert not at_once and not learned

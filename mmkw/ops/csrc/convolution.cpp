@@ -442,8 +442,8 @@ at::Tensor backward_images(const at::Tensor& grad, const at::Tensor& x, const at
   const int64_t channels = kernels.size(2) * groups;
   TORCH_CHECK(!added || (added->sizes() == at::IntArrayRef({x.size(0), channels}) &&
                          added->scalar_type() == x.scalar_type()),
-              "numbers to add of ", added ? added->sizes() : at::IntArrayRef(), ", not one for each of ",
-              channels, " channels of ", x.size(0), " images in ", x.scalar_type());
+              "numbers to add must be ", x.scalar_type(), ", one for each of ", channels,
+              " channels of ", x.size(0), " images");
   if (!stride.empty()) {
     const Geometry of{stride, padding, dilation, groups};
     check(of, x, kernels.sizes().slice(1), grad);
