@@ -131,9 +131,13 @@ def applying(sample_map: Any, *operands: Tensor) -> Any:
     Returns:
         The map itself, or one that a compiled kernel computes.
     """
-    first = operands[0].dtype
-    is_given = first in STORED and all(t.dtype == first and t.shape[0] for t in operands)
-    if not is_given or not computes_constants(*operands):
+    dtype, images = operands[0].dtype, operands[0].shape[0]
+    if (
+        dtype not in STORED
+        or images == 0
+        or any(t.dtype != dtype or t.shape[0] != images for t in operands)
+        or not computes_constants(*operands)
+    ):
         return sample_map
     return CompiledMap(sample_map.settings, sample_map.channel_dim)
 
