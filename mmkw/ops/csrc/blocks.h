@@ -63,6 +63,10 @@ using Gemm = void (*)(int64_t m, int64_t n, int64_t k, const float* a, const Val
 template <typename Value>
 using Widen = void (*)(int64_t n, const Value* x, float* y);
 
+// B (n, m) = A (m, n) transposed.
+template <typename Value>
+using Transpose = void (*)(int64_t m, int64_t n, const Value* a, int64_t lda, Value* b, int64_t ldb);
+
 // The products of tiles.h for one generation of processors.
 struct Blocks {
   // PyTorch's name for the generation.
@@ -77,6 +81,7 @@ struct Blocks {
   std::tuple<Widen<BFloat16>, Widen<int8_t>> widen;
   // y = scale * x, rounded to the nearest. y may begin where x does.
   void (*narrow)(int64_t n, float scale, const float* x, BFloat16* y);
+  std::tuple<Transpose<float>, Transpose<BFloat16>> omatcopy;
   // C += A * B^T.
   void (*gemm_nt)(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
                   int64_t ldb, float* c, int64_t ldc);

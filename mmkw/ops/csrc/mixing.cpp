@@ -137,15 +137,25 @@ inline void copy_run(const From* from, int64_t count, To* to) {
     blocks().narrow(count, 1, from, to);
 }
 
-template <int TAPS, bool INTO_KERNEL, typename Kernel, typename Rows>
-inline void move_run(Kernel* kernel, Rows* rows, int64_t tap_stride, int64_t taps, int64_t run) {
-  const int64_t step = TAPS ? TAPS : taps;
-  for (int64_t r = 0; r < run; r++)
-    for (int64_t tap = 0; tap < step; tap++)
-      if constexpr (INTO_KERNEL)
-        kernel[r * step + tap] = rows[tap * tap_stride + r];
-      else
-        rows[tap * tap_stride + r] = kernel[r * step + tap];
+// Moves values (taps, run), whose taps are `tap_stride` apart, into a kernel (run, taps), or out of it.
+template <typename Value>
+void move_run(Value* kernel, const Value* rows, int64_t tap_stride, int64_t taps, int64_t run) {
+  std::get<Transpose<Value>>(blocks().omatcopy)(taps, run, rows, tap_stride, kernel, taps);
+}
+
+template <typename Value, typename Given>
+void move_run(const Given* kernel, Value* rows, int64_t tap_stride, int64_t taps, int64_t run) {
+  const Value* values;
+  if constexpr (std::is_same_v<Value, Given>) {
+    values = kernel;
+  } else {
+    // Kept from call to call, as the memory of the blocks is.
+    thread_local std::vector<Value> converted;
+    converted.resize(std::max<size_t>(converted.size(), run * taps));
+    copy_run(kernel, run * taps, converted.data());
+    values = converted.data();
+  }
+  std::get<Transpose<Value>>(blocks().omatcopy)(run, taps, values, taps, rows, tap_stride);
 }
 
 // Moves columns [begin, end) of one image's rows into its kernel, or out of the kernel. `rows` is a
@@ -166,10 +176,8 @@ void move_columns(Kernel* kernel, Rows* rows, int64_t stride, const Places& p, i
             copy_run(first, run, at);
           else
             copy_run(at, run, first);
-        } else if (p.taps == 9) {
-          move_run<9, INTO_KERNEL>(at, first, tap_stride, 9, run);
         } else {
-          move_run<0, INTO_KERNEL>(at, first, tap_stride, p.taps, run);
+          move_run(at, first, tap_stride, p.taps, run);
         }
       }
     c += run;

@@ -134,9 +134,11 @@ INLINE Four sums_of(const Vec (&values)[4]) {
     sum[i] = parts[0];
     for (int part = 1; part < LANES / 4; part++) sum[i] += parts[part];
   }
-  const Four low = SHUFFLE(sum[0], sum[1], 0, 1, 4, 5) + SHUFFLE(sum[0], sum[1], 2, 3, 6, 7);
-  const Four high = SHUFFLE(sum[2], sum[3], 0, 1, 4, 5) + SHUFFLE(sum[2], sum[3], 2, 3, 6, 7);
-  return SHUFFLE(low, high, 0, 2, 4, 6) + SHUFFLE(low, high, 1, 3, 5, 7);
+  const Four low = SHUFFLE(Indices, sum[0], sum[1], 0, 1, 4, 5) +
+                   SHUFFLE(Indices, sum[0], sum[1], 2, 3, 6, 7);
+  const Four high = SHUFFLE(Indices, sum[2], sum[3], 0, 1, 4, 5) +
+                    SHUFFLE(Indices, sum[2], sum[3], 2, 3, 6, 7);
+  return SHUFFLE(Indices, low, high, 0, 2, 4, 6) + SHUFFLE(Indices, low, high, 1, 3, 5, 7);
 }
 
 // C (M, N) += A (M, k) * B (N, k)^T. k is a multiple of LANES. Asks for B's values ahead, as gemm does.
@@ -187,9 +189,58 @@ TARGET void gemm_nt(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda
   });
 }
 
+// Integers as wide as a value, eight of them. Values are moved so, whatever they are.
+template <typename Value>
+struct Eight {
+  typedef std::conditional_t<sizeof(Value) == 4, uint32_t, uint16_t> Word;
+  typedef Word Words __attribute__((vector_size(8 * sizeof(Word)), aligned(sizeof(Word)), may_alias));
+};
+
+// B (8, 8) = A (8, 8) transposed: neighbours change places, then pairs, then halves.
+template <typename Value>
+INLINE void omatcopy_tile(const Value* a, int64_t lda, Value* b, int64_t ldb) {
+  using Words = typename Eight<Value>::Words;
+  Words row[8], pair[8], four[8];
+  UNROLL for (int i = 0; i < 8; i++) row[i] = *reinterpret_cast<const Words*>(a + i * lda);
+  UNROLL for (int i = 0; i < 8; i += 2) {
+    pair[i] = SHUFFLE(Words, row[i], row[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pair[i + 1] = SHUFFLE(Words, row[i], row[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  UNROLL for (int i = 0; i < 8; i += 4)
+    UNROLL for (int half = 0; half < 2; half++) {
+      const Words &left = pair[i + half], &right = pair[i + half + 2];
+      four[i + 2 * half] = SHUFFLE(Words, left, right, 0, 1, 8, 9, 4, 5, 12, 13);
+      four[i + 2 * half + 1] = SHUFFLE(Words, left, right, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  UNROLL for (int i = 0; i < 4; i++) {
+    *reinterpret_cast<Words*>(b + i * ldb) =
+        SHUFFLE(Words, four[i], four[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    *reinterpret_cast<Words*>(b + (i + 4) * ldb) =
+        SHUFFLE(Words, four[i], four[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+// B (n, m) = A (m, n) transposed.
+template <typename Value>
+TARGET void omatcopy(int64_t m, int64_t n, const Value* a, int64_t lda, Value* b, int64_t ldb) {
+  const auto one_by_one = [&](int64_t i, int64_t rows, int64_t j) {
+    for (; j < n; j++)
+      for (int64_t r = i; r < i + rows; r++) b[j * ldb + r] = a[r * lda + j];
+  };
+  int64_t i = 0;
+  for (; i + 8 <= m; i += 8) {
+    int64_t j = 0;
+    for (; j + 8 <= n; j += 8) omatcopy_tile(a + i * lda + j, lda, b + j * ldb + i, ldb);
+    one_by_one(i, 8, j);
+  }
+  one_by_one(i, m - i, 0);
+}
+
 constexpr Blocks blocks{CPU_LEVEL,       LANES,           ROWS,           WIDTH,
                        {&gemm<float>, &gemm<BFloat16>, &gemm<int8_t>},
-                       {&widen<BFloat16>, &widen<int8_t>}, &narrow, &gemm_nt};
+                       {&widen<BFloat16>, &widen<int8_t>}, &narrow,
+                       {&omatcopy<float>, &omatcopy<BFloat16>},
+                       &gemm_nt};
 
 #undef INLINE
 #undef CPU_LEVEL
