@@ -391,8 +391,8 @@ def test_attentions_of_one_image_are_read_as_they_lie():
             assert torch.equal(one, other)
 
 
-# Batch, rows, terms and columns; columns that fill tiles or not, many terms, and as many images as
-# threads or more.
+# Batch, rows, terms and columns; columns that fill tiles or not, fewer of them than rows, many terms,
+# and as many images as threads or more.
 PRODUCTS = [
     (1, 1, 1, 1),
     (1, 5, 3, 2000),
@@ -400,6 +400,9 @@ PRODUCTS = [
     (2, 13, 200, 1600),
     (3, 40, 250, 1601),
     (8, 50, 7, 1664),
+    (2, 300, 60, 49),
+    (1, 2000, 3, 5),
+    (3, 129, 250, 1),
 ]
 
 

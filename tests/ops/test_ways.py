@@ -80,6 +80,8 @@ POINTWISE_CONVS = {
     '1d of size one': (SampleConv((2,), (0,), (1,)), (8, 12, 1), (8, 20)),
     'size one': (SampleConv((2, 1), (0, 0), (1, 1)), (8, 12, 1, 1), (8, 9, 11)),
     'grouped of size one': (SampleConv((1, 1), (0, 0), (1, 1), 2), (4, 12, 1, 1), (8, 9, 11)),
+    'into fewer channels': (SampleConv((1, 1), (0, 0), (1, 1)), (600, 70, 1, 1), (600, 7, 7)),
+    'into more channels': (SampleConv((1, 1), (0, 0), (1, 1)), (70, 600, 1, 1), (70, 7, 7)),
     'tokens': (SampleLinear(), (8, 12, 1), (5, 3, 8)),
 }
 
@@ -460,8 +462,8 @@ def test_kernels_of_size_one_are_convolved_where_that_may_be_faster(channels_las
         return torch.ops.mmkw.is_convolution_faster(what, *sizes, channels_last, saved)
 
     parts = 'forward', 'x', 'kernels'
-    # Of fewer pixels than tiles are for.
-    many = [('forward', 2, 512, 512, 98), ('x', 2, 512, 512, 98), ('kernels', 2, 512, 512, 196)]
+    # Of fewer channels than tiles are for.
+    many = [('forward', 2, 24, 64, 9216), ('x', 2, 64, 24, 9216), ('kernels', 2, 64, 24, 9216)]
     assert all(faster(*sizes) for sizes in many)
     assert not any(faster(*sizes, saved=0.02) for sizes in many)
     assert not any(faster(part, 0, *sizes) for part, _, *sizes in many), 'of no images'
@@ -506,6 +508,7 @@ class Pointwise(nn.Module):
 POINTWISE = {
     'pixels': ((64, 40), (48, 33)),
     'channels': ((512, 256), (14, 15)),
+    'few pixels': ((512, 768), (7, 7)),
     'stride': ((512, 256, 2), (27, 30)),
 }
 

@@ -170,9 +170,9 @@ at::Tensor from_columns(const at::Tensor& found, const at::Tensor& like) {
 
 at::Tensor multiply_pixels(const at::Tensor& given, const at::Tensor& b,
                            const std::optional<at::Tensor>& bias) {
-  if (given.size(0) == 1)
-    return (bias ? at::addmm(*bias, given[0], b[0]) : at::mm(given[0], b[0])).unsqueeze(0);
-  const at::Tensor y = at::bmm(given, b);
+  if (bias && given.size(0) == 1 && !are_tiles_faster(given, b))
+    return at::addmm(*bias, given[0], b[0]).unsqueeze(0);
+  const at::Tensor y = mmkw::bmm(given, b);
   if (bias) y.add_(*bias);
   return y;
 }
@@ -297,9 +297,9 @@ std::vector<at::Tensor> backward_kernels(const Geometry& of, const at::Tensor& g
   at::Tensor found =
       memory_of_thread({batch * groups, kernel[0] / groups, kernel[1]}, x);
   if (by_pixels(x, used, groups))
-    at::bmm_out(found, pixels(grad).transpose(1, 2), pixels(used));
+    mmkw::bmm_into(pixels(grad).transpose(1, 2), pixels(used), found);
   else
-    at::bmm_out(found, columns(grad, groups), columns(used, groups).transpose(1, 2));
+    mmkw::bmm_into(columns(grad, groups), columns(used, groups).transpose(1, 2), found);
   shape.insert(shape.begin(), batch);
   return {found.view(shape)};
 }

@@ -409,6 +409,8 @@ struct Mixing {
   bool by_amx;
   // Whether instructions for vectors of bfloat16 multiply, as cells and kernels are of it.
   bool paired;
+  // Whether the values of all cells at one column lie together. Then copies are transposed.
+  bool transposed;
   // Whether products do read the cells directly to mix: they are aligned, and paired or the mixtures few.
   bool streamed;
   at::Tensor cells, attention;
@@ -428,9 +430,11 @@ struct Mixing {
         aligned(size % blocks().width == 0),
         by_amx(!in_panels && uses_amx(warehouse.scalar_type() != at::kFloat, rounds)),
         paired(in_panels || (rounds && !by_amx && is_paired(warehouse, size))),
-        streamed(paired || (aligned && rows < MANY_ROWS)),
+        transposed(!in_panels && !by_amx && !paired && warehouse.scalar_type() == at::kFloat &&
+                   !warehouse.is_contiguous() && warehouse.movedim(0, -1).is_contiguous()),
+        streamed(paired || (aligned && rows < MANY_ROWS && !transposed)),
         // What lies in panels is not read.
-        cells(in_panels ? warehouse : warehouse.contiguous()),
+        cells(in_panels || transposed ? warehouse : warehouse.contiguous()),
         attention(dense(checked(attention_of_images, grid))),
         scales(paired ? largest(attention.const_data_ptr<float>(), rows, num_cells)
                       : std::vector<float>()),
@@ -486,6 +490,12 @@ struct Mixing {
   }
 
   void copy_cells(const Block<float>& block, Span span) const {
+    if (transposed) {
+      const float* const from = cells.const_data_ptr<float>() + span.begin * num_cells;
+      std::get<Transpose<float>>(blocks().omatcopy)(span.count, num_cells, from, num_cells,
+                                                    block.values, block.stride);
+      return clear_rest(block, num_cells, span.count);
+    }
     with_cells(cells, [&](const auto* warehouse) {
       copy_columns(block, warehouse, num_cells, size, span);
     });
@@ -501,7 +511,8 @@ struct Mixing {
       // A tile's columns of the part stay in the innermost cache for all mixtures.
       for (int64_t c = 0; c < span.count; c += width) {
         Next next;
-        if (const int64_t column = span.begin + span.count + c; span.has_next && column < size)
+        if (const int64_t column = span.begin + span.count + c;
+            span.has_next && column < size && !transposed)
           next = {warehouse + first * stride + column * bytes, stride};
         weights.multiply(first, terms, mixed.values + c, mixed.stride,
                          copy.values + first * copy.stride + c, copy.stride, width, first == 0, next);
@@ -681,7 +692,7 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
                         const at::Tensor& cells, at::IntArrayRef grid,
                         std::optional<at::Tensor> kernels, std::optional<at::Tensor> rows,
                         std::optional<at::Tensor> panels) {
-  const Mixing m(attention, cells, grid, false, panels.has_value());
+  const Mixing m(attention, cells.contiguous(), grid, false, panels.has_value());
   const at::ScalarType precision = panels ? at::kBFloat16 : at::kFloat;
   if (kernels) m.check_kernels(*kernels, grid);
   std::vector<int64_t> rows_shape = cells.sizes().slice(1).vec();

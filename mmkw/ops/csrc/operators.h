@@ -44,7 +44,10 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
 
 at::Tensor bmm(const at::Tensor& a, const at::Tensor& b, std::optional<bool> by_tiles = {});
 
+void bmm_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c);
+
 bool are_tiles_faster(int64_t batch, int64_t m, int64_t k, int64_t n);
+bool are_tiles_faster(const at::Tensor& a, const at::Tensor& b);
 
 bool is_convolution_faster(const std::string& what, int64_t batch, int64_t out, int64_t in,
                            int64_t pixels, bool channels_last,

@@ -23,9 +23,10 @@ namespace {
 
 // What another way must save of the library's time.
 constexpr double SAVED = 0.05;
-// Packing A takes one thread as long as multiplying so many columns. What tiles save of all columns must
-// be more. With fewer rows or terms copying B is too much beside the product.
-constexpr int64_t PACKING_COLUMNS = 100, LEAST_ROWS = 32, LEAST_TERMS = 64;
+// Packing the rows of the smaller matrix takes one thread as long as multiplying so many columns of the
+// larger one. What tiles save of all columns must be more. With fewer rows or terms copying the larger one
+// is too much beside the product.
+constexpr int64_t PACKING_COLUMNS = 100, LEAST_ROWS = 32, LEAST_TERMS = 48, LONG_ROW = 512;
 // The multiplications below which a convolution's preparations take longer than what it saves. The
 // gradient of a kernel is slow of few pixels, also if there are more weights for each; and PyTorch gives
 // no image of so few values to its library for convolutions.
@@ -40,21 +41,31 @@ bool is_shared_out(int64_t batch) {
   return (num_parts(batch, threads) * threads - batch) * 10 <= batch;
 }
 
-at::Tensor bmm_by_tiles(const at::Tensor& a, const at::Tensor& b) {
-  const int64_t batch = a.size(0), m = a.size(1);
-  const at::Tensor c = at::empty({batch, m, b.size(2)}, b.options());
+void bmm_by_tiles(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c) {
+  const int64_t batch = a.size(0), m = a.size(1), n = b.size(2);
+  // One product: a mixture is a row of the result, or of the transposed result, whose values of all
+  // mixtures lie together as the taps of a kernel do. Longer rows are faster, unless they are long enough.
+  const auto mix = [&](int64_t i) {
+    const at::Tensor left = a.narrow(0, i, 1), right = b.narrow(0, i, 1), to = c.narrow(0, i, 1);
+    if (m > n && n < LONG_ROW)
+      mix_cells_into(right.transpose(1, 2), left[0].t().unsqueeze(1).unsqueeze(3), {n, 1, 1},
+                     to.view({1, 1, m, n}));
+    else
+      mix_cells_into(left, right[0].unsqueeze(1).unsqueeze(3), {1, m, 1}, to.unsqueeze(3));
+  };
   const auto multiply = [&](int64_t begin, int64_t end) {
     // Other threads do not know that nothing is recorded.
     const at::AutoDispatchBelowADInplaceOrView constants;
-    for (int64_t i = begin; i < end; i++)
-      mix_cells_into(a.narrow(0, i, 1), b[i].unsqueeze(1).unsqueeze(3), {1, m, 1},
-                     c.narrow(0, i, 1).unsqueeze(3));
+    for (int64_t i = begin; i < end; i++) mix(i);
   };
   if (is_shared_out(batch))
     at::parallel_for(0, batch, 1, multiply);
   else
     multiply(0, batch);
-  return c;
+}
+
+at::Tensor empty_product(const at::Tensor& a, const at::Tensor& b) {
+  return at::empty({a.size(0), a.size(1), b.size(2)}, b.options());
 }
 
 template <typename Product>
@@ -83,7 +94,7 @@ double share_saved(const Way& way, const Library& library) {
 double saved_by_tiles() {
   static const double saved = [] {
     const at::Tensor a = at::ones({1, 128, 512}, at::kFloat), b = at::ones({1, 512, 4096}, at::kFloat);
-    return share_saved([&] { bmm_by_tiles(a, b); }, [&] { at::bmm(a, b); });
+    return share_saved([&] { bmm_by_tiles(a, b, empty_product(a, b)); }, [&] { at::bmm(a, b); });
   }();
   return saved;
 }
@@ -111,10 +122,16 @@ double saved_by_convolution() {
 // compute the same bits: this is measured.
 bool are_tiles_faster(int64_t batch, int64_t m, int64_t k, int64_t n) {
   const int64_t packed = PACKING_COLUMNS * (is_shared_out(batch) ? 1 : at::get_num_threads());
+  const int64_t rows = std::min(m, n), columns = std::max(m, n);
   // Of what is too small in any case nothing is measured.
-  return batch > 0 && n > packed && m >= LEAST_ROWS && k >= LEAST_TERMS &&
+  return batch > 0 && columns > packed && rows >= LEAST_ROWS && k >= LEAST_TERMS &&
          !at::globalContext().deterministicAlgorithms() && saved_by_tiles() > SAVED &&
-         n * saved_by_tiles() > packed;
+         columns * saved_by_tiles() > packed;
+}
+
+bool are_tiles_faster(const at::Tensor& a, const at::Tensor& b) {
+  return a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat &&
+         are_tiles_faster(a.size(0), a.size(1), a.size(2), b.size(2));
 }
 
 // Whether PyTorch convolves images (batch, in, pixels) of float32 faster by kernels (batch, out, in), one
@@ -130,10 +147,14 @@ bool is_convolution_faster(const std::string& what, int64_t batch, int64_t out, 
       !at::globalContext().userEnabledMkldnn() || at::globalContext().deterministicAlgorithms())
     return false;
   if (what == "kernels") {
-    if (pixels < FEW_PIXELS || out * in > MANY_WEIGHTS * pixels) return false;
-  } else if (!channels_last) {
-    const bool back = what == "x";
-    if (are_tiles_faster(batch, back ? in : out, back ? out : in, pixels)) return false;
+    if (pixels < FEW_PIXELS || out * in > MANY_WEIGHTS * pixels ||
+        are_tiles_faster(batch, out, pixels, in))
+      return false;
+  } else {
+    const int64_t from = what == "x" ? out : in, to = what == "x" ? in : out;
+    if (channels_last ? pixels < FEW_PIXELS && are_tiles_faster(batch, pixels, from, to)
+                      : are_tiles_faster(batch, to, from, pixels))
+      return false;
   }
   if (!saved) saved = channels_last ? saved_by_convolution<true>() : saved_by_convolution<false>();
   return *saved > SAVED;
@@ -144,16 +165,23 @@ bool is_convolution_faster(const std::string& what, int64_t batch, int64_t out, 
 at::Tensor bmm(const at::Tensor& a, const at::Tensor& b, std::optional<bool> by_tiles) {
   TORCH_CHECK(a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) && a.size(2) == b.size(1),
               "no product of ", a.sizes(), " and ", b.sizes());
-  if (!by_tiles)
-    by_tiles = a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat &&
-               are_tiles_faster(a.size(0), a.size(1), a.size(2), b.size(2));
+  if (!by_tiles) by_tiles = are_tiles_faster(a, b);
   const c10::impl::ExcludeDispatchKeyGuard as_given(AUTOCAST);
   if (!*by_tiles) return a.size(0) == 1 ? at::mm(a[0], b[0]).unsqueeze(0) : at::bmm(a, b);
   TORCH_CHECK(a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat && a.numel() > 0 &&
                   b.numel() > 0,
               "tiles multiply float32, and not nothing: got ", a.scalar_type(), " and ",
               b.scalar_type(), " of ", a.sizes(), " and ", b.sizes());
-  return bmm_by_tiles(a, b);
+  const at::Tensor c = empty_product(a, b);
+  bmm_by_tiles(a, b, c);
+  return c;
+}
+
+// The same into C, which is contiguous, by what is faster.
+void bmm_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c) {
+  if (are_tiles_faster(a, b)) return bmm_by_tiles(a, b, c);
+  at::Tensor result = c;
+  at::bmm_out(result, a, b);
 }
 
 }  // namespace mmkw
