@@ -391,8 +391,8 @@ def test_attentions_of_one_image_are_read_as_they_lie():
             assert torch.equal(one, other)
 
 
-# Batch, rows, terms and columns; columns that fill tiles or not, fewer of them than rows, many terms,
-# and as many images as threads or more.
+# Batch, rows, terms and columns; columns that fill tiles or not, fewer of them than rows, many
+# terms, and as many images as threads or more.
 PRODUCTS = [
     (1, 1, 1, 1),
     (1, 5, 3, 2000),
