@@ -127,10 +127,27 @@ def test_mixing_is_timed(root):
 @pytest.mark.slow
 @pytest.mark.skipif(MISSING is not None, reason=f'compiled kernels: {MISSING}')
 def test_products_are_timed(root):
-    lines = run(root, 'products.py', '--sizes', '8x4x40', '3x5x9', '--repeats', '2').splitlines()
+    sizes = '--sizes', '8x4x40', '3x5x9'
+    lines = run(root, 'products.py', *sizes, '--part', 'x', '--repeats', '2').splitlines()
     assert 'GFLOP/s' in lines[0]
-    assert all(name in lines[2] for name in ('by tiles', 'torch.bmm', 'F.conv2d'))
+    assert all(lines[2].count(name) == 2 for name in ('by tiles', 'torch.bmm', 'convolution'))
     assert [line.split(' | ')[0] for line in lines[4:]] == ['| 8x4x40', '| 3x5x9']
+
+
+@pytest.mark.parametrize('part', ['forward', 'x', 'kernels'])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_timed_products_and_convolutions_compute_the_same(tool, part, memory_format):
+    products, kernel = tool('products'), torch.randn(1, 8, 5)
+    x, grad = (
+        torch.randn(1, channels, 7, 7).contiguous(memory_format=memory_format)
+        for channels in (5, 8)
+    )
+    left, right = products.factors(part, kernel, x, grad)
+    found = left @ right
+    expected = products.convolved(part, kernel.view(8, 5, 1, 1), x, grad)
+    if part != 'kernels' and memory_format == torch.channels_last:
+        expected = expected.movedim(1, -1)
+    torch.testing.assert_close(found, expected.reshape(found.shape), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
