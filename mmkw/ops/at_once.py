@@ -106,7 +106,7 @@ def learn(
         # Autograd need not keep what is averaged, unless it is the images.
         given = None if images is seen else average(seen, sample_map.channel_dim)
         operands = images, given, cells, bias, chosen.token_tensor, *parameters
-        return _Learn.apply(*operands, chosen, learning.without_parameters())
+        return _Learn.apply(*operands, chosen, learning.with_parameters(None))
 
 
 class _Learn(torch.autograd.Function):
@@ -126,7 +126,8 @@ class _Learn(torch.autograd.Function):
         parameters, settings = Parameters(*tensors), chosen.settings
         is_tokens = settings.sample_map.channel_dim == -1
         pooled = torch.ops.mmkw.average(x, is_tokens) if given is None else given.contiguous()
-        attention, saved = compiled_attention.forward(pooled, parameters, *learning[1:])
+        whole = learning.with_parameters(parameters)
+        attention, saved = compiled_attention.forward(pooled, whole)
         count_batch(learning.norm)
         kept: list[Tensor | None] = []
         mixing = chosen.mixing_of(cells)
@@ -152,7 +153,8 @@ class _Learn(torch.autograd.Function):
                 cells, bias, *parameters = rest
                 if given is None:
                     given = average(x, chosen.settings.sample_map.channel_dim)
-                attention = attend_plainly(given, Parameters(*parameters), *learning[1:])
+                whole = learning.with_parameters(Parameters(*parameters))
+                attention = attend_plainly(given, whole)
                 return apply_plainly(x, attention, cells, bias, None, chosen.settings)
 
             operands = x, given, cells, bias, *parameters
@@ -165,15 +167,8 @@ class _Learn(torch.autograd.Function):
         of_attention: list[Tensor] = []
 
         def through(grad_attention: Tensor) -> Tensor | None:
-            of_attention[:] = compiled_attention.backward(
-                grad_attention,
-                pooled,
-                parameters,
-                learning.norm.kind,
-                learning.start.temperature,
-                learning.denominator_eps,
-                saved,
-            )
+            whole = learning.with_parameters(parameters)
+            of_attention[:] = compiled_attention.backward(grad_attention, pooled, whole, saved)
             if not ctx.averages_x or not needs[0]:
                 return None
             return (of_attention[0] / (x.numel() // pooled.numel())).to(x.dtype)

@@ -92,9 +92,9 @@ class Learning(NamedTuple):
     start: Start
     denominator_eps: float
 
-    def without_parameters(self) -> 'Learning':
-        """The rest, for a backward pass: autograd keeps the parameters."""
-        return self._replace(parameters=None)
+    def with_parameters(self, parameters: Parameters | None) -> 'Learning':
+        """The same with other parameters, or none: autograd keeps them for a backward pass."""
+        return self._replace(parameters=parameters)
 
 
 def count_batch(norm: Norm) -> None:
@@ -180,7 +180,8 @@ def attend(kernels: Any, pooled: Tensor, learning: Learning) -> Tensor:
         Tensor[batch, mixtures, cells].
     """
     with modes.without_autocast(pooled):
-        return _Attend.apply(pooled, *learning.parameters, kernels, learning.without_parameters())
+        rest = learning.with_parameters(None)
+        return _Attend.apply(pooled, *learning.parameters, kernels, rest)
 
 
 class _Attend(torch.autograd.Function):
@@ -188,7 +189,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, pooled: Tensor, *arguments: Any) -> Tensor:
         *given, kernels, ctx.learning = arguments
         pooled, parameters = pooled.contiguous(), Parameters(*given)
-        alpha, saved = kernels.forward(pooled, parameters, *ctx.learning[1:])
+        alpha, saved = kernels.forward(pooled, ctx.learning.with_parameters(parameters))
         count_batch(ctx.learning.norm)
         read, ctx.unread = Unread.apart(parameters, ctx.learning.norm, ctx.needs_input_grad)
         ctx.save_for_backward(pooled, *read, *saved)
@@ -206,28 +207,20 @@ class _Attend(torch.autograd.Function):
                 ctx.unread.check()
 
                 def compute(pooled: Tensor, *given: Any) -> Tensor:
-                    return attend_plainly(pooled, Parameters(*given), *learning[1:])
+                    return attend_plainly(pooled, learning.with_parameters(Parameters(*given)))
 
                 needs = ctx.needs_input_grad[: 1 + count]
                 gradients = recorded.gradients(compute, (pooled, *parameters), needs, grad)
             else:
-                gradients = ctx.kernels.backward(
-                    grad.contiguous(),
-                    pooled,
-                    parameters,
-                    learning.norm.kind,
-                    learning.start.temperature,
-                    learning.denominator_eps,
-                    saved,
-                )
+                whole = learning.with_parameters(parameters)
+                gradients = ctx.kernels.backward(grad.contiguous(), pooled, whole, saved)
         needed = zip(gradients, ctx.needs_input_grad)
         return *(value if need else None for value, need in needed), None, None
 
 
-def attend_plainly(
-    pooled: Tensor, parameters: Parameters, norm: Norm, start: Start, denominator_eps: float
-) -> Tensor:
+def attend_plainly(pooled: Tensor, learning: Learning) -> Tensor:
     """Computes :func:`attend` by PyTorch's operators. Running statistics do not change."""
+    parameters, norm, start, denominator_eps = learning
     hidden = F.linear(pooled, parameters.fc1_weight, parameters.fc1_bias)
     affine = parameters.norm_weight, parameters.norm_bias
     if norm.kind == 'layer':

@@ -68,9 +68,9 @@ def test_attention(kernels, device, kind, images, width, mixtures, cells, tau):
         reference.running_var.copy_(norm.var)
         reference(F.linear(pooled, parameters.fc1_weight))
 
-    exact = attending.attend_plainly(pooled, parameters, norm, start, 1e-3)
+    learning = attending.Learning(parameters, norm, start, 1e-3)
+    exact = attending.attend_plainly(pooled, learning)
     with torch.autocast(device, torch.bfloat16):
-        learning = attending.Learning(parameters, norm, start, 1e-3)
         result = attending.attend(kernels, pooled, learning)
     assert distance(result, exact) < 1e-5
     inputs = [pooled, *(p for p in parameters if p is not None)]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attending import Norm, Parameters, Saved, Start
+from ..attending import Learning, Parameters, Saved
 
 # Larger ones would not fit into the registers: the images of a batch, and the cells of a warehouse.
 MOST_IMAGES = 128
@@ -203,21 +203,17 @@ def _hidden_backward_kernel(
         )
 
 
-def forward(
-    pooled: Tensor, parameters: Parameters, norm: Norm, start: Start, denominator_eps: float
-) -> tuple[Tensor, Saved]:
+def forward(pooled: Tensor, learning: Learning) -> tuple[Tensor, Saved]:
     """Computes attentions.
 
     Args:
         pooled: Tensor[batch, channels] in float32, with at most MOST_IMAGES images.
-        parameters: The parameters, all contiguous and in float32.
-        norm: What the norm does. Its running statistics change in place.
-        start: The one-to-one start.
-        denominator_eps: Added to the sum of the logits' magnitudes.
+        learning: The attention.
 
     Returns:
         Tensor[batch, mixtures, cells], and what :func:`backward` needs.
     """
+    parameters, norm, start, denominator_eps = learning
     images, width = len(pooled), len(parameters.fc1_weight)
     mixtures = len(start.assigned)
     outputs = len(parameters.fc2_bias) // mixtures
@@ -260,25 +256,17 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    pooled: Tensor,
-    parameters: Parameters,
-    norm_kind: str,
-    temperature: float,
-    denominator_eps: float,
-    saved: Saved,
+    grad: Tensor, pooled: Tensor, learning: Learning, saved: Saved
 ) -> tuple[Tensor | None, ...]:
     """Computes the gradients of the pooled images and of all parameters, in their order.
 
     Args:
         grad: Gradient of the attentions, contiguous.
         pooled: As in :func:`forward`.
-        parameters: As in :func:`forward`.
-        norm_kind: The kind of :class:`Norm`.
-        temperature: tau.
-        denominator_eps: As in :func:`forward`.
+        learning: As in :func:`forward`.
         saved: Of :func:`forward`.
     """
+    parameters, norm, start, denominator_eps = learning
     images, mixtures, cells = grad.shape
     width, channels = parameters.fc1_weight.shape
     grad_logits = torch.empty_like(saved.logits)
@@ -287,7 +275,7 @@ def backward(
         saved.logits,
         grad_logits,
         cells + 1,
-        temperature,
+        start.temperature,
         denominator_eps,
         triton.next_power_of_2(cells + 1),
     )
@@ -301,7 +289,7 @@ def backward(
     )
     grad_hidden = grad_logits @ parameters.fc2_weight
     before = pooled.new_empty(images, width)
-    units = _units(norm_kind, width)
+    units = _units(norm.kind, width)
     _hidden_backward_kernel[(triton.cdiv(width, units),)](
         grad_hidden,
         saved.hidden,
@@ -317,7 +305,7 @@ def backward(
         images,
         channels,
         width,
-        norm_kind,
+        norm.kind,
         parameters.fc1_bias is not None,
         _padded(images),
         units,
