@@ -422,6 +422,26 @@ def test_products_are_as_in_float64(batch, m, k, n, by_tiles):
                 assert torch.equal(alone, found[:1]), 'an image is the same in every batch'
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('batch', [1, 3, 8])
+@pytest.mark.parametrize('grid, cell', [((3, 3, 2, 1), (20, 12, 1, 1)), ((1, 2, 3), (5, 7, 3))])
+def test_cells_may_lie_in_any_order(grid, cell, batch, dtype):
+    """As where the values of all cells at one place lie together."""
+    cells, attention = floats(30, *cell), floats(batch, torch.Size(grid).numel(), 30)
+    turned = cells.movedim(0, -1).contiguous().movedim(-1, 0)
+    exact = attention.double().requires_grad_()
+    right = mix_cells(exact, cells.double(), grid)
+    gradients = floats(*right.shape)
+    (right_attention,) = torch.autograd.grad(right, exact, gradients.double())
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    for laid in (cells, turned):
+        mixed = torch.empty(right.shape, dtype=dtype)
+        ops.mix_cells_into(attention, laid, grid, mixed)
+        torch.testing.assert_close(mixed.double(), right, atol=tolerance, rtol=tolerance)
+        found = ops.mix_backward(list(gradients), attention, laid, grid, None, None)
+        torch.testing.assert_close(found.double(), right_attention, atol=1e-3, rtol=1e-4)
+
+
 def test_products_of_nothing():
     for shapes in (
         ((0, 3, 5), (0, 5, 1600)),

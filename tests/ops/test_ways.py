@@ -105,7 +105,10 @@ def test_all_ways_of_the_compiled_operators_are_as_in_float64(kind, channels_las
     right_x, right_kernels = torch.autograd.grad(right, precise[:2], grad.double())
     settings = sample_map.settings
     tolerance = dict(atol=1e-4, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.1, rtol=0.02)
-    for way in (None, 'images', 'products' if kind in POINTWISE_CONVS else 'groups'):
+    ways = [None, 'images', *(['products'] if kind in POINTWISE_CONVS else ['groups'])]
+    if kind in POINTWISE_CONVS and dtype == torch.float32:
+        ways.append('tiles')
+    for way in ways:
         y = ops.apply_kernels(x, kernels, bias, *settings, way)
         found_x = ops.backward_images(grad, x, kernels, *settings, None, way)
         found = ops.backward_kernels(grad, x, kernels.shape[1:], *settings, way)
@@ -436,7 +439,7 @@ def test_kernels_of_size_one_are_convolved_as_they_are_multiplied(
     names = ('apply_kernels', 'backward_kernels', 'backward_images')
     operators = {name: getattr(ops, name) for name in names}
     calls, layouts = [], []
-    for way in ('images', 'products'):
+    for way in ('images', 'products', 'tiles'):
         for name, operator in operators.items():
             monkeypatch.setattr(ops, name, partial(operator, way=way))
         with torch.profiler.profile() as profile:
@@ -445,10 +448,10 @@ def test_kernels_of_size_one_are_convolved_as_they_are_multiplied(
         layouts.append([found[0].stride(), found[2].stride()])
         for ours, exact in zip(found, right, strict=True):
             torch.testing.assert_close(ours.double(), exact, atol=1e-3, rtol=1e-3)
-    assert calls[0] and not calls[1]
+    assert calls[0] and not calls[1] and not calls[2]
     # PyTorch convolves in these layouts alone.
     if 'map' in case or not channels_last:
-        assert layouts[0] == layouts[1]
+        assert layouts[0] == layouts[1] == layouts[2]
 
 
 @needs_kernels

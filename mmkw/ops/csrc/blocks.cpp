@@ -19,11 +19,11 @@ typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int Indices __attribute__((vector_size(16)));
 
 #if defined(__clang__)
-#define SHUFFLE(Indices, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLE(Type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #define TUNED_FOR_ZEN ""
 #else
 #define TUNED_FOR_ZEN ",tune=znver2"
-#define SHUFFLE(Indices, a, b, ...) __builtin_shuffle(a, b, Indices{__VA_ARGS__})
+#define SHUFFLE(Type, a, b, ...) __builtin_shuffle(a, b, Type{__VA_ARGS__})
 #endif
 
 // Compilers convert integers of eight bits one by one, and those of sixteen bits in two halves, unless

@@ -1,4 +1,4 @@
-// Products of matrices that lie in the caches of a core. All kernels consist of these products.
+// Products and transposed copies of matrices that lie in the caches of a core. All kernels consist of these.
 
 #pragma once
 

@@ -169,16 +169,17 @@ at::Tensor from_columns(const at::Tensor& found, const at::Tensor& like) {
 }
 
 at::Tensor multiply_pixels(const at::Tensor& given, const at::Tensor& b,
-                           const std::optional<at::Tensor>& bias) {
-  if (bias && given.size(0) == 1 && !are_tiles_faster(given, b))
+                           const std::optional<at::Tensor>& bias, std::optional<bool> by_tiles) {
+  by_tiles = by_tiles.value_or(are_tiles_faster(given, b));
+  if (bias && given.size(0) == 1 && !*by_tiles)
     return at::addmm(*bias, given[0], b[0]).unsqueeze(0);
-  const at::Tensor y = mmkw::bmm(given, b);
+  const at::Tensor y = mmkw::bmm(given, b, by_tiles);
   if (bias) y.add_(*bias);
   return y;
 }
 
-// The ways. Kernels of size one without padding are multiplied, or convolved image by image; others are
-// convolved image by image or at once.
+// The ways. Kernels of size one without padding are multiplied (by PyTorch or by tiles), or convolved image
+// by image; others are convolved image by image or at once.
 enum class Way { IMAGES, GROUPS, PRODUCTS };
 
 bool is_pointwise(const Geometry& of, at::IntArrayRef kernel) {
@@ -213,11 +214,17 @@ bool is_joined(const char* what, const Geometry& of, const at::Tensor& x, at::In
          c10::multiply_integers(kernel) * kernels < FEW_WEIGHTS;
 }
 
+// Whether products are by tiles, if that is given.
+std::optional<bool> tiles_given(const std::optional<std::string>& given) {
+  return given ? std::optional<bool>(*given == "tiles") : std::nullopt;
+}
+
 Way way_of(const char* what, const Geometry& of, const at::Tensor& x, at::IntArrayRef kernel,
            const std::optional<std::string>& given) {
   const bool by_products = is_pointwise(of, kernel);
   if (given) {
-    TORCH_CHECK(*given == "images" || *given == (by_products ? "products" : "groups"),
+    TORCH_CHECK(*given == "images" || *given == (by_products ? "products" : "groups") ||
+                    (by_products && *given == "tiles"),
                 "no way '", *given, "' for kernels of ", kernel.slice(2));
     return *given == "images" ? Way::IMAGES : by_products ? Way::PRODUCTS : Way::GROUPS;
   }
@@ -246,8 +253,8 @@ at::Tensor forward(const Geometry& of, const at::Tensor& x, const at::Tensor& ke
   }
   const at::Tensor used = sampled(x, of.stride), weights = matrices(kernels, groups);
   if (by_pixels(x, used, groups))
-    return from_pixels(multiply_pixels(pixels(used), weights.transpose(1, 2), bias), used);
-  const at::Tensor y = from_columns(mmkw::bmm(weights, columns(used, groups)), used);
+    return from_pixels(multiply_pixels(pixels(used), weights.transpose(1, 2), bias, tiles_given(given)), used);
+  const at::Tensor y = from_columns(mmkw::bmm(weights, columns(used, groups), tiles_given(given)), used);
   if (bias) {
     std::vector<int64_t> shape(x.dim() - 1, 1);
     shape[0] = bias->size(0);
@@ -266,7 +273,7 @@ std::vector<at::Tensor> backward_kernels(const Geometry& of, const at::Tensor& g
       const bool is_slow = groups == channels && groups == kernel[0] && !x.is_contiguous();
       // Only its shape is used.
       const at::Tensor like = at::empty(kernel, x.options());
-      const int64_t most = is_slow ? MOST_CHANNELS : std::max<int64_t>(channels, 1);
+      const int64_t most = is_slow ? MOST_CHANNELS : channels;
       std::vector<at::Tensor> found;
       for (int64_t i = 0; i < batch; i++) {
         if (channels <= most) {
@@ -297,9 +304,9 @@ std::vector<at::Tensor> backward_kernels(const Geometry& of, const at::Tensor& g
   at::Tensor found =
       memory_of_thread({batch * groups, kernel[0] / groups, kernel[1]}, x);
   if (by_pixels(x, used, groups))
-    mmkw::bmm_into(pixels(grad).transpose(1, 2), pixels(used), found);
+    mmkw::bmm_into(pixels(grad).transpose(1, 2), pixels(used), found, tiles_given(given));
   else
-    mmkw::bmm_into(columns(grad, groups), columns(used, groups).transpose(1, 2), found);
+    mmkw::bmm_into(columns(grad, groups), columns(used, groups).transpose(1, 2), found, tiles_given(given));
   shape.insert(shape.begin(), batch);
   return {found.view(shape)};
 }
@@ -324,8 +331,8 @@ at::Tensor backward_images(const Geometry& of, const at::Tensor& grad, const at:
   const at::Tensor weights = matrices(kernels, groups);
   const at::Tensor found =
       by_pixels(x, grad, groups)
-          ? from_pixels(multiply_pixels(pixels(grad), weights, {}), grad)
-          : from_columns(mmkw::bmm(weights.transpose(1, 2), columns(grad, groups)), grad);
+          ? from_pixels(multiply_pixels(pixels(grad), weights, {}, tiles_given(given)), grad)
+          : from_columns(mmkw::bmm(weights.transpose(1, 2), columns(grad, groups), tiles_given(given)), grad);
   if (std::all_of(of.stride.begin(), of.stride.end(), [](int64_t step) { return step == 1; }))
     return with_added(found);
   // Zeros to all pixels that the kernel has not used.

@@ -137,14 +137,14 @@ inline void copy_run(const From* from, int64_t count, To* to) {
     blocks().narrow(count, 1, from, to);
 }
 
-// Moves values (taps, run), whose taps are `tap_stride` apart, into a kernel (run, taps), or out of it.
 template <typename Value>
-void move_run(Value* kernel, const Value* rows, int64_t tap_stride, int64_t taps, int64_t run) {
-  std::get<Transpose<Value>>(blocks().omatcopy)(taps, run, rows, tap_stride, kernel, taps);
+void omatcopy(int64_t m, int64_t n, const Value* a, int64_t lda, Value* b, int64_t ldb) {
+  std::get<Transpose<Value>>(blocks().omatcopy)(m, n, a, lda, b, ldb);
 }
 
+// Moves a kernel's values (run, taps) to rows (taps, run), `tap_stride` apart.
 template <typename Value, typename Given>
-void move_run(const Given* kernel, Value* rows, int64_t tap_stride, int64_t taps, int64_t run) {
+void out_of_kernel(const Given* kernel, Value* rows, int64_t tap_stride, int64_t taps, int64_t run) {
   const Value* values;
   if constexpr (std::is_same_v<Value, Given>) {
     values = kernel;
@@ -155,7 +155,7 @@ void move_run(const Given* kernel, Value* rows, int64_t tap_stride, int64_t taps
     copy_run(kernel, run * taps, converted.data());
     values = converted.data();
   }
-  std::get<Transpose<Value>>(blocks().omatcopy)(run, taps, values, taps, rows, tap_stride);
+  omatcopy(run, taps, values, taps, rows, tap_stride);
 }
 
 // Moves columns [begin, end) of one image's rows into its kernel, or out of the kernel. `rows` is a
@@ -171,13 +171,16 @@ void move_columns(Kernel* kernel, Rows* rows, int64_t stride, const Places& p, i
         Kernel* at = kernel + (((ob * p.cell_out + out) * p.in_blocks + ib) * p.run + in) * p.taps;
         Rows* first = rows + (ob * p.in_blocks + ib) * stride + (c - begin);
         const int64_t tap_stride = p.out_blocks * p.in_blocks * stride;
-        if (p.taps == 1) {
-          if constexpr (INTO_KERNEL)
+        if constexpr (INTO_KERNEL) {
+          if (p.taps == 1)
             copy_run(first, run, at);
           else
-            copy_run(at, run, first);
+            omatcopy<Kernel>(p.taps, run, first, tap_stride, at, p.taps);
         } else {
-          move_run(at, first, tap_stride, p.taps, run);
+          if (p.taps == 1)
+            copy_run(at, run, first);
+          else
+            out_of_kernel(at, first, tap_stride, p.taps, run);
         }
       }
     c += run;
@@ -492,8 +495,7 @@ struct Mixing {
   void copy_cells(const Block<float>& block, Span span) const {
     if (transposed) {
       const float* const from = cells.const_data_ptr<float>() + span.begin * num_cells;
-      std::get<Transpose<float>>(blocks().omatcopy)(span.count, num_cells, from, num_cells,
-                                                    block.values, block.stride);
+      omatcopy(span.count, num_cells, from, num_cells, block.values, block.stride);
       return clear_rest(block, num_cells, span.count);
     }
     with_cells(cells, [&](const auto* warehouse) {
@@ -692,7 +694,8 @@ at::Tensor mix_backward(at::TensorList grad_kernels, const at::Tensor& attention
                         const at::Tensor& cells, at::IntArrayRef grid,
                         std::optional<at::Tensor> kernels, std::optional<at::Tensor> rows,
                         std::optional<at::Tensor> panels) {
-  const Mixing m(attention, cells.contiguous(), grid, false, panels.has_value());
+  // Cells are read row by row, unless panels take their place.
+  const Mixing m(attention, panels ? cells : cells.contiguous(), grid, false, panels.has_value());
   const at::ScalarType precision = panels ? at::kBFloat16 : at::kFloat;
   if (kernels) m.check_kernels(*kernels, grid);
   std::vector<int64_t> rows_shape = cells.sizes().slice(1).vec();

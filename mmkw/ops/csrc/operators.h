@@ -44,7 +44,8 @@ void add_to_cells(const at::Tensor& weights, const at::Tensor& rows, at::Tensor 
 
 at::Tensor bmm(const at::Tensor& a, const at::Tensor& b, std::optional<bool> by_tiles = {});
 
-void bmm_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c);
+void bmm_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c,
+              std::optional<bool> by_tiles = {});
 
 bool are_tiles_faster(int64_t batch, int64_t m, int64_t k, int64_t n);
 bool are_tiles_faster(const at::Tensor& a, const at::Tensor& b);

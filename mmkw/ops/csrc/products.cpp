@@ -23,13 +23,14 @@ namespace {
 
 // What another way must save of the library's time.
 constexpr double SAVED = 0.05;
-// Packing the rows of the smaller matrix takes one thread as long as multiplying so many columns of the
-// larger one. What tiles save of all columns must be more. With fewer rows or terms copying the larger one
-// is too much beside the product.
-constexpr int64_t PACKING_COLUMNS = 100, LEAST_ROWS = 32, LEAST_TERMS = 48, LONG_ROW = 512;
+// Packing rows takes one thread as long as multiplying them with so many columns. What tiles save of all
+// columns must be more. With fewer rows or terms copying the columns is too much beside the product.
+constexpr int64_t PACKING_COLUMNS = 100, LEAST_ROWS = 32, LEAST_TERMS = 48;
+// So many columns are enough, though there are more rows.
+constexpr int64_t MANY_COLUMNS = 512;
 // The multiplications below which a convolution's preparations take longer than what it saves. The
-// gradient of a kernel is slow of few pixels, also if there are more weights for each; and PyTorch gives
-// no image of so few values to its library for convolutions.
+// gradient of a kernel is slow of few pixels, also if there are more weights for each, and where channels
+// lie last so is all else; and PyTorch gives no image of so few values to its library for convolutions.
 constexpr int64_t FEW_PRODUCTS = 12 << 20, FEW_PIXELS = 192, MANY_WEIGHTS = 1 << 13;
 // How often each is timed.
 constexpr int TIMED_RUNS = 5;
@@ -41,13 +42,16 @@ bool is_shared_out(int64_t batch) {
   return (num_parts(batch, threads) * threads - batch) * 10 <= batch;
 }
 
+// Whether tiles compute C transposed, of m rows and n columns: the more columns, the faster.
+bool is_turned(int64_t m, int64_t n) { return m > n && n < MANY_COLUMNS; }
+
 void bmm_by_tiles(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c) {
   const int64_t batch = a.size(0), m = a.size(1), n = b.size(2);
-  // One product: a mixture is a row of the result, or of the transposed result, whose values of all
-  // mixtures lie together as the taps of a kernel do. Longer rows are faster, unless they are long enough.
+  // One product: a mixture is a row of C. If it is turned a mixture is a column, and the values of all
+  // mixtures lie together, as the taps of a kernel do.
   const auto mix = [&](int64_t i) {
     const at::Tensor left = a.narrow(0, i, 1), right = b.narrow(0, i, 1), to = c.narrow(0, i, 1);
-    if (m > n && n < LONG_ROW)
+    if (is_turned(m, n))
       mix_cells_into(right.transpose(1, 2), left[0].t().unsqueeze(1).unsqueeze(3), {n, 1, 1},
                      to.view({1, 1, m, n}));
     else
@@ -122,7 +126,7 @@ double saved_by_convolution() {
 // compute the same bits: this is measured.
 bool are_tiles_faster(int64_t batch, int64_t m, int64_t k, int64_t n) {
   const int64_t packed = PACKING_COLUMNS * (is_shared_out(batch) ? 1 : at::get_num_threads());
-  const int64_t rows = std::min(m, n), columns = std::max(m, n);
+  const int64_t rows = is_turned(m, n) ? n : m, columns = is_turned(m, n) ? m : n;
   // Of what is too small in any case nothing is measured.
   return batch > 0 && columns > packed && rows >= LEAST_ROWS && k >= LEAST_TERMS &&
          !at::globalContext().deterministicAlgorithms() && saved_by_tiles() > SAVED &&
@@ -177,9 +181,10 @@ at::Tensor bmm(const at::Tensor& a, const at::Tensor& b, std::optional<bool> by_
   return c;
 }
 
-// The same into C, which is contiguous, by what is faster.
-void bmm_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c) {
-  if (are_tiles_faster(a, b)) return bmm_by_tiles(a, b, c);
+// The same into C, which is contiguous, of operands as they are.
+void bmm_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c,
+              std::optional<bool> by_tiles) {
+  if (by_tiles.value_or(are_tiles_faster(a, b))) return bmm_by_tiles(a, b, c);
   at::Tensor result = c;
   at::bmm_out(result, a, b);
 }

@@ -1,4 +1,4 @@
-// Products of matrices that lie in the caches of a core, for one generation of processors.
+// Products and transposed copies of matrices that lie in the caches of a core, for one generation of processors.
 //
 // blocks.cpp includes this file once for each generation, in its own namespace. It defines before:
 //   CPU_LEVEL            the name of the generation,
