@@ -21,8 +21,9 @@ from .partition import (
 
 MIN_WIDTH = 16
 DENOMINATOR_EPS = 1e-3
-# Of the parts of an attention that nobody has replaced.
-_CLASSES = (nn.Linear, nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm, nn.ReLU)
+# Of the parts of an attention, and of those that nobody has replaced.
+_LAYERS = ('fc1', 'norm1', 'relu', 'fc2')
+_CLASSES = frozenset((nn.Linear, nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm, nn.ReLU))
 
 
 class LayerAttention(nn.Module):
@@ -262,13 +263,21 @@ class Attention(LayerAttention):
         """fc1, norm and fc2; None if somebody has replaced, parametrised or hooked a layer."""
         # Where torch.nn keeps them: a small layer takes hardly longer than its attributes.
         modules = self._modules
-        fc1, norm, relu, fc2 = modules['fc1'], modules['norm1'], modules['relu'], modules['fc2']
+        layers = fc1, norm, _, fc2 = [modules[name] for name in _LAYERS]
+        if (
+            self.has_nonlocal_basis
+            or modes.is_patched(*layers)
+            or not _CLASSES.issuperset(map(type, layers))
+        ):
+            return None
+        first, scale, last = fc1._parameters, norm._parameters, fc2._parameters
         is_as_made = (
-            not self.has_nonlocal_basis
-            and all(map(_is_as_made, (fc1, norm, relu, fc2)))
-            and 'bias' in fc1._parameters
-            and all(layer._parameters.get('weight') is not None for layer in (fc1, norm, fc2))
-            and all(layer._parameters.get('bias') is not None for layer in (norm, fc2))
+            'bias' in first
+            and first.get('weight') is not None
+            and scale.get('weight') is not None
+            and scale.get('bias') is not None
+            and last.get('weight') is not None
+            and last.get('bias') is not None
         )
         return (fc1, norm, fc2) if is_as_made else None
 
@@ -531,11 +540,6 @@ def _parameters_of(fc1: nn.Module, norm: nn.Module, fc2: nn.Module) -> attending
     return attending.Parameters(
         first['weight'], first['bias'], scale['weight'], scale['bias'], last['weight'], last['bias']
     )
-
-
-def _is_as_made(module: nn.Module) -> bool:
-    """Whether a module is of a plain class, and neither parametrised, hooked nor patched."""
-    return type(module) in _CLASSES and not modes.is_patched(module)
 
 
 def _joins_processes(norm: nn.Module) -> bool:

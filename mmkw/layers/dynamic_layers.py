@@ -296,7 +296,8 @@ class DynamicLayer(Weightless, StandsForStatic):
         # What is observed may have a batch without a length.
         if modes.is_observed() or not x.is_cpu:
             return None
-        attention = self.attention
+        # Where torch.nn keeps it: a small layer takes hardly longer than its attributes.
+        attention = self._modules['attention']
         cells = self._warehouses[0].weights.plain(self._warehouse_index)
         is_as_made = (
             type(attention) is Attention
@@ -455,18 +456,18 @@ class ConvNd(DynamicLayer):
         x = input
         if modes.is_symbolic(x):
             return recorded(self, x)
-        dims = len(self.kernel_size)
-        if x.dim() == dims + 1:
+        dims, shape = len(self.kernel_size), x.shape
+        if len(shape) == dims + 1:
             # Not by a call: hooks have run, or will.
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        if x.dim() != dims + 2 or x.shape[1] != self.in_channels:
+        if len(shape) != dims + 2 or shape[1] != self.in_channels:
             raise ValueError(
                 f'{type(self).__name__} expects an input of shape (batch, {self.in_channels}, '
-                f'{dims} spatial sizes) or the same without batch, got {tuple(x.shape)}.'
+                f'{dims} spatial sizes) or the same without batch, got {tuple(shape)}.'
             )
-        if 0 in x.shape[2:]:
+        if 0 in shape[2:]:
             raise ValueError(
-                f'{type(self).__name__} expects an input with pixels, got {tuple(x.shape)}.'
+                f'{type(self).__name__} expects an input with pixels, got {tuple(shape)}.'
             )
         seen = x
         if self._pads_first:

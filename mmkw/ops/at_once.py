@@ -15,7 +15,6 @@ from .attending import Learning, Parameters, Saved, Unread, attend_plainly, coun
 from .averaging import average
 from .compiled import STORED, CompiledMixing
 from .dynamic import Chosen, Needs, Settings, apply_in_parts, apply_plainly, backward_in_parts
-from .kernels import is_regular
 from .sample_conv import SampleConv, SampleLinear
 
 
@@ -35,7 +34,7 @@ def apply_to_image(
     sample_map: SampleConv | SampleLinear,
     bias: Tensor | None,
 ) -> Tensor | None:
-    """Computes a layer for one image, where nothing learns.
+    """Computes a layer for one image, where nothing learns, and nothing looks inside.
 
     Args:
         x: Tensor[1, ...], the image or its tokens.
@@ -49,7 +48,8 @@ def apply_to_image(
     Returns:
         None where the compiled kernels cannot, or should not, do all of this.
     """
-    if not backend.computes_constants(x, seen, cells, bias, *operands.tensors):
+    given = (x,) if x is seen else (x, seen)
+    if not backend.are_constants(*given, cells, bias, *operands.tensors):
         return None
     dtype = modes.autocast_dtype(x)
     if dtype is not None:
@@ -57,7 +57,7 @@ def apply_to_image(
     elif x.dtype != cells.dtype:
         # PyTorch says what is wrong.
         return None
-    if x.dtype not in STORED or not is_regular(cells, grid):
+    if x.dtype not in STORED:
         return None
     return torch.ops.mmkw.apply_to_image(
         x, seen, *operands.tensors, *operands.numbers, cells, grid, bias, *sample_map.settings

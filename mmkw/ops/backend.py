@@ -273,14 +273,23 @@ def computes_constants(*tensors: Tensor | None) -> bool:
     Args:
         *tensors: Of any shapes.
     """
-    if why_not_compiled() is not None or modes.is_observed():
+    return not modes.is_observed() and are_constants(*tensors)
+
+
+def are_constants(*tensors: Tensor | None) -> bool:
+    """The same, where nothing looks at the operators inside a call.
+
+    Args:
+        *tensors: Of any shapes.
+    """
+    if MISSING is not None or not _switched_on:
         return False
     # A loop, since small layers take hardly longer than these questions.
     may_learn = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is not None and not (
-            modes.is_plain(tensor)
-            and tensor.is_cpu
+            tensor.is_cpu
+            and modes.is_plain(tensor)
             and tensor.dtype in READ
             and not (may_learn and tensor.requires_grad)
         ):

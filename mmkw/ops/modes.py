@@ -21,15 +21,19 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 CHECKPOINTED = '_checkpoint_wrapped_module.'
 
 _PLAIN = (Tensor, nn.Parameter)
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The precision to which autocast casts a tensor; None outside autocast."""
     device = x.device.type
-    if device == 'meta' or x.dtype == torch.float64 or not x.is_floating_point():
+    # torch has no autocast for the meta device.
+    if device == 'meta' or not torch.is_autocast_enabled(device):
+        return None
+    if x.dtype == torch.float64 or not x.is_floating_point():
         # Autocast leaves double precision as it is, and what are no real numbers.
         return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
@@ -39,8 +43,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
         x: Any tensor.
     """
     device = x.device.type
-    # torch has no autocast for the meta device. Switching off what is off takes as long as a small
-    # layer.
+    # Switching off what is off takes as long as a small layer.
     if device == 'meta' or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
@@ -106,29 +109,30 @@ def is_plain(tensor: Tensor) -> bool:
     Args:
         tensor: Any tensor.
     """
-    return (
-        type(tensor) in _PLAIN
-        and not tensor.is_meta
-        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
-    )
+    return type(tensor) in _PLAIN and not tensor.is_meta and not _is_batched(tensor)
 
 
-def is_patched(module: nn.Module) -> bool:
-    """Whether a module computes something else than its class: by hooks, or by its own forward.
+def is_patched(*modules: nn.Module) -> bool:
+    """Whether one of some modules computes something else than its class: by hooks, or its forward.
 
     Hooks for all modules count, too, and those on the backward pass.
 
     Args:
-        module: Any module.
+        *modules: Any modules.
     """
+    for module in modules:
+        own = module.__dict__
+        if (
+            own['_forward_hooks']
+            or own['_forward_pre_hooks']
+            or own['_backward_hooks']
+            or own['_backward_pre_hooks']
+            or 'forward' in own
+        ):
+            return True
     every = nn.modules.module
     return bool(
-        'forward' in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or every._global_forward_hooks
+        every._global_forward_hooks
         or every._global_forward_pre_hooks
         or every._global_backward_hooks
         or every._global_backward_pre_hooks
@@ -168,7 +172,11 @@ def is_symbolic(*values: Any) -> bool:
     Args:
         *values: The operands.
     """
-    return any(isinstance(value, Proxy) for value in values)
+    # A loop, since small layers take hardly longer than a generator.
+    for value in values:
+        if isinstance(value, Proxy):
+            return True
+    return False
 
 
 def hand_hooks_on(module: nn.Module, successor: nn.Module) -> None:

@@ -9,9 +9,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -222,46 +224,63 @@ at::Tensor dense_floats(const at::Tensor& tensor, at::IntArrayRef shape) {
   return dense(tensor, shape);
 }
 
-// result (rows) = averages of maps (rows, places) of bfloat16.
-void average_maps(float* result, const at::Tensor& maps) {
-  const int64_t places = maps.size(1);
-  // So many values at a time are summed up in float32.
-  constexpr int64_t PART = 1024, GRAIN = 1 << 16;
-  at::parallel_for(0, maps.size(0), GRAIN / places + 1, [&](int64_t begin, int64_t end) {
+// So many values of a map at a time are summed up in float32.
+constexpr int64_t PART = 1024;
+
+// result (rows) = averages of maps (rows, places).
+template <typename Value>
+void average_maps(float* result, const Value* maps, int64_t rows, int64_t places) {
+  constexpr int64_t ROWS = 12, GRAIN = 1 << 16;
+  const std::vector<float> ones(PART, 1);
+  at::parallel_for(0, rows, GRAIN / places + 1, [&](int64_t begin, int64_t end) {
     std::vector<float> memory;
-    for (int64_t row = begin; row < end; row++) {
-      double sum = 0;
-      for (int64_t first = 0; first < places; first += PART) {
-        const int64_t count = std::min(PART, places - first);
-        const float* const part = as_floats(maps, row * places + first, count, memory);
-        sum += sum_of(count, [&](int64_t i) { return part[i]; });
-      }
-      result[row] = sum / places;
-    }
+    for_tiles(end - begin, ROWS, [&](int64_t tile, int64_t count) {
+      double sum[ROWS] = {};
+      for_tiles(places, PART, [&](int64_t first, int64_t terms) {
+        const Value* const from = maps + (begin + tile) * places + first;
+        const float* part;
+        int64_t stride = places;
+        if constexpr (std::is_same_v<Value, float>) {
+          part = from;
+        } else {
+          stride = terms;
+          memory.resize(ROWS * PART);
+          for (int64_t row = 0; row < count; row++)
+            std::get<Widen<Value>>(blocks().widen)(terms, from + row * places, &memory[row * terms]);
+          part = memory.data();
+        }
+        const int64_t whole = terms / blocks().lanes * blocks().lanes;
+        float of_part[ROWS] = {};
+        blocks().gemm_nt(1, count, whole, ones.data(), PART, part, stride, of_part, ROWS);
+        for (int64_t row = 0; row < count; row++) {
+          for (int64_t i = whole; i < terms; i++) of_part[row] += part[row * stride + i];
+          sum[row] += of_part[row];
+        }
+      });
+      for (int64_t row = 0; row < count; row++) result[begin + tile + row] = sum[row] / places;
+    });
   });
 }
 
-// result (batch, channels) = averages of images (batch, places, channels) of bfloat16. Channels fill whole
-// tiles.
-void average_pixels(float* result, const at::Tensor& images) {
-  const int64_t places = images.size(1), channels = images.size(2), width = blocks().width;
-  const int64_t tiles = channels / width;
+// result (batch, channels) = averages of images (batch, places, channels). Channels fill whole tiles.
+template <typename Value>
+void average_pixels(float* result, const Value* images, int64_t batch, int64_t places,
+                    int64_t channels) {
+  const int64_t width = blocks().width, tiles = channels / width;
   // So many rows at a time are read from the first column to the last, and summed up in float32.
-  constexpr int64_t PART = 64, GRAIN = 1 << 16;
-  const std::vector<float> ones(PART, 1);
-  const BFloat16* const values = images.const_data_ptr<BFloat16>();
-  const auto& gemm = std::get<Gemm<BFloat16>>(blocks().gemm);
-  const int64_t all = images.size(0) * tiles;
-  at::parallel_for(0, all, GRAIN / (places * width) + 1, [&](int64_t begin, int64_t end) {
+  constexpr int64_t PIXELS = 64, GRAIN = 1 << 16;
+  const std::vector<float> ones(PIXELS, 1);
+  const auto& gemm = std::get<Gemm<Value>>(blocks().gemm);
+  at::parallel_for(0, batch * tiles, GRAIN / (places * width) + 1, [&](int64_t begin, int64_t end) {
     std::vector<float> part(channels);
     std::vector<double> sum(channels);
     for (int64_t tile = begin; tile < end;) {
       const int64_t image = tile / tiles, column = tile % tiles * width;
       const int64_t count = std::min(end - tile, tiles - tile % tiles);
-      const BFloat16* const from = values + image * places * channels + column;
+      const Value* const from = images + image * places * channels + column;
       std::fill(sum.begin(), sum.end(), 0);
-      for (int64_t first = 0; first < places; first += PART) {
-        gemm(1, count * width, std::min(PART, places - first), ones.data(), from + first * channels,
+      for (int64_t first = 0; first < places; first += PIXELS) {
+        gemm(1, count * width, std::min(PIXELS, places - first), ones.data(), from + first * channels,
              channels, 0, part.data(), channels, {});
         for (int64_t c = 0; c < count * width; c++) sum[c] += part[c];
       }
@@ -275,27 +294,33 @@ void average_pixels(float* result, const at::Tensor& images) {
 }  // namespace
 
 // The average of images over space in float32: over all dimensions but the first and that of the
-// channels, which is the second, or of tokens the last. Of bfloat16 PyTorch makes a copy in float32.
+// channels, which is the second, or of tokens the last.
 at::Tensor average(const at::Tensor& seen, bool is_tokens) {
-  std::vector<int64_t> space;
-  for (int64_t dim = is_tokens ? 1 : 2; dim < seen.dim() - (is_tokens ? 1 : 0); dim++)
-    space.push_back(dim);
-  if (space.empty()) return seen.to(at::kFloat, false, true);
-  const int64_t channels = seen.size(is_tokens ? -1 : 1);
-  if (seen.scalar_type() == at::kBFloat16 && seen.numel() > 0) {
-    const int64_t batch = seen.size(0), places = seen.numel() / (batch * channels);
+  if (seen.dim() == 2) return seen.to(at::kFloat, false, true);
+  const int64_t batch = seen.size(0), channels = seen.size(is_tokens ? -1 : 1);
+  const int64_t places = seen.numel() / std::max<int64_t>(batch * channels, 1);
+  const bool is_float = seen.scalar_type() == at::kFloat, are_maps = !is_tokens && seen.is_contiguous();
+  // PyTorch sums up large maps of float32 in less time, and makes a copy of others in float32.
+  const bool are_own = are_maps ? !is_float || places <= PART
+                                : channels % blocks().width == 0 &&
+                                      (is_tokens ? seen : seen.movedim(1, -1)).is_contiguous();
+  if (is_stored(seen) && places > 0 && are_own) {
     const at::Tensor result = at::empty({batch, channels}, seen.options().dtype(at::kFloat));
-    float* const values = result.mutable_data_ptr<float>();
-    const at::Tensor pixels = is_tokens ? seen : seen.movedim(1, -1);
-    if (!is_tokens && seen.is_contiguous()) {
-      average_maps(values, seen.view({batch * channels, places}));
-      return result;
-    }
-    if (pixels.is_contiguous() && channels % blocks().width == 0) {
-      average_pixels(values, pixels.view({batch, places, channels}));
-      return result;
-    }
+    float* const to = result.mutable_data_ptr<float>();
+    const auto average_of = [&](const auto* values) {
+      if (are_maps)
+        average_maps(to, values, batch * channels, places);
+      else
+        average_pixels(to, values, batch, places, channels);
+    };
+    if (is_float)
+      average_of(seen.const_data_ptr<float>());
+    else
+      average_of(seen.const_data_ptr<BFloat16>());
+    return result;
   }
+  std::vector<int64_t> space(seen.dim() - 2);
+  std::iota(space.begin(), space.end(), is_tokens ? 1 : 2);
   return at::mean(seen, space, false, at::kFloat);
 }
 
