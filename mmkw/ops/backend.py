@@ -139,7 +139,7 @@ def applying(sample_map: Any, *operands: Tensor) -> Any:
         or not computes_constants(*operands)
     ):
         return sample_map
-    return CompiledMap(sample_map.settings, sample_map.channel_dim)
+    return CompiledMap.of(sample_map)
 
 
 def packs(mixing_of: 'partial[Any]', cells: Tensor) -> bool:

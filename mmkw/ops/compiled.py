@@ -111,6 +111,11 @@ class CompiledMap(NamedTuple):
     settings: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
     channel_dim: int
 
+    @staticmethod
+    def of(sample_map: Any) -> 'CompiledMap':
+        """What computes as a map of PyTorch's operators does."""
+        return CompiledMap(sample_map.settings, sample_map.channel_dim)
+
     def __call__(self, x: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
         """See :class:`~mmkw.ops.sample_conv.SampleConv`."""
         return torch.ops.mmkw.apply_kernels(x, kernels, bias, *self.settings)
@@ -166,7 +171,7 @@ class CompiledMixing(Mixing):
         """See :class:`Mixing`."""
         if self.dtype not in STORED:
             return sample_map
-        return CompiledMap(sample_map.settings, sample_map.channel_dim)
+        return CompiledMap.of(sample_map)
 
     def kernels(self, attention: Tensor) -> Tensor:
         """See :class:`Mixing`."""

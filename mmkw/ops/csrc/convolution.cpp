@@ -170,7 +170,7 @@ at::Tensor from_columns(const at::Tensor& found, const at::Tensor& like) {
 
 at::Tensor multiply_pixels(const at::Tensor& given, const at::Tensor& b,
                            const std::optional<at::Tensor>& bias, std::optional<bool> by_tiles) {
-  by_tiles = by_tiles.value_or(are_tiles_faster(given, b));
+  if (!by_tiles) by_tiles = are_tiles_faster(given, b);
   if (bias && given.size(0) == 1 && !*by_tiles)
     return at::addmm(*bias, given[0], b[0]).unsqueeze(0);
   const at::Tensor y = mmkw::bmm(given, b, by_tiles);
@@ -201,13 +201,14 @@ bool is_convolved(const char* what, const Geometry& of, const at::Tensor& x, at:
 
 bool is_joined(const char* what, const Geometry& of, const at::Tensor& x, at::IntArrayRef kernel) {
   const at::IntArrayRef size = kernel.slice(2);
+  if (x.size(0) == 1) return false;
   if (kernel[1] == 1 && of.groups == kernel[0])
     // Where channels lie last, images are copied to be joined.
     return !(x.dim() == 4 && is_channels_last(x) &&
              pixels_of(x) * c10::multiply_integers(size) > FEW_OF_CHANNEL);
   const int64_t kernels = what[0] == 'k' ? x.size(0) : 1;
   // Whether PyTorch convolves one of several images by a way that is slower than for all.
-  return x.size(0) > 1 && x.dim() == 4 && of.groups == 1 && x.scalar_type() == at::kFloat &&
+  return x.dim() == 4 && of.groups == 1 && x.scalar_type() == at::kFloat &&
          c10::multiply_integers(x.sizes().slice(1)) <= SMALL_IMAGE &&
          *std::min_element(size.begin(), size.end()) <= SMALL_KERNEL &&
          at::globalContext().userEnabledMkldnn() && x.is_contiguous() &&
@@ -229,7 +230,7 @@ Way way_of(const char* what, const Geometry& of, const at::Tensor& x, at::IntArr
     return *given == "images" ? Way::IMAGES : by_products ? Way::PRODUCTS : Way::GROUPS;
   }
   if (by_products) return is_convolved(what, of, x, kernel) ? Way::IMAGES : Way::PRODUCTS;
-  return x.size(0) > 1 && is_joined(what, of, x, kernel) ? Way::GROUPS : Way::IMAGES;
+  return is_joined(what, of, x, kernel) ? Way::GROUPS : Way::IMAGES;
 }
 
 at::Tensor forward(const Geometry& of, const at::Tensor& x, const at::Tensor& kernels,

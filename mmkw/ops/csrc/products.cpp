@@ -17,6 +17,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
 
 namespace mmkw {
 namespace {
@@ -126,7 +127,8 @@ double saved_by_convolution() {
 // compute the same bits: this is measured.
 bool are_tiles_faster(int64_t batch, int64_t m, int64_t k, int64_t n) {
   const int64_t packed = PACKING_COLUMNS * (is_shared_out(batch) ? 1 : at::get_num_threads());
-  const int64_t rows = is_turned(m, n) ? n : m, columns = is_turned(m, n) ? m : n;
+  auto [rows, columns] = std::pair(m, n);
+  if (is_turned(m, n)) std::swap(rows, columns);
   // Of what is too small in any case nothing is measured.
   return batch > 0 && columns > packed && rows >= LEAST_ROWS && k >= LEAST_TERMS &&
          !at::globalContext().deterministicAlgorithms() && saved_by_tiles() > SAVED &&
@@ -184,7 +186,8 @@ at::Tensor bmm(const at::Tensor& a, const at::Tensor& b, std::optional<bool> by_
 // The same into C, which is contiguous, of operands as they are.
 void bmm_into(const at::Tensor& a, const at::Tensor& b, const at::Tensor& c,
               std::optional<bool> by_tiles) {
-  if (by_tiles.value_or(are_tiles_faster(a, b))) return bmm_by_tiles(a, b, c);
+  if (!by_tiles) by_tiles = are_tiles_faster(a, b);
+  if (*by_tiles) return bmm_by_tiles(a, b, c);
   at::Tensor result = c;
   at::bmm_out(result, a, b);
 }
