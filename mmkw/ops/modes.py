@@ -166,17 +166,13 @@ def is_hooked_by_others(module: nn.Module) -> bool:
     return hooks > len(computing_hooks(module))
 
 
-def is_symbolic(*values: Any) -> bool:
-    """Whether ``torch.fx`` is tracing: then an operand of the call is a ``Proxy``.
+def is_symbolic(value: Any) -> bool:
+    """Whether ``torch.fx`` is tracing: then the operands of a call are of class ``Proxy``.
 
     Args:
-        *values: The operands.
+        value: An operand.
     """
-    # A loop, since small layers take hardly longer than a generator.
-    for value in values:
-        if isinstance(value, Proxy):
-            return True
-    return False
+    return isinstance(value, Proxy)
 
 
 def hand_hooks_on(module: nn.Module, successor: nn.Module) -> None:

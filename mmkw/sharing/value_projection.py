@@ -232,7 +232,7 @@ class SplitMultiheadAttention(SplitProjection):
         Raises:
             RuntimeError: If ``is_causal`` comes without ``attn_mask``, as in PyTorch.
         """
-        if modes.is_symbolic(query, key, value):
+        if any(map(modes.is_symbolic, (query, key, value))):
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             return recorded(self, query, key, value, *masks)
         if is_causal and attn_mask is None:

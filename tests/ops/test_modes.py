@@ -180,12 +180,12 @@ def test_hooks_are_seen():
         lambda _, hook: nn.modules.module.register_module_full_backward_hook(hook),
         lambda _, hook: nn.modules.module.register_module_full_backward_pre_hook(hook),
     ):
-        module = nn.Linear(2, 2)
-        assert not modes.is_patched(module)
+        module, other = nn.Linear(2, 2), nn.Linear(2, 2)
+        assert not modes.is_patched(other, module)
         handle = register(module, lambda *args: None)
-        assert modes.is_patched(module)
+        assert modes.is_patched(module) and modes.is_patched(other, module)
         handle.remove()
-        assert not modes.is_patched(module)
+        assert not modes.is_patched(other, module)
 
 
 @pytest.mark.parametrize('padding', [0, 2, (1, 3), 'same', 'valid'])
