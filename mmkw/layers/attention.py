@@ -21,9 +21,8 @@ from .partition import (
 
 MIN_WIDTH = 16
 DENOMINATOR_EPS = 1e-3
-# Of the parts of an attention, and of those that nobody has replaced.
-_LAYERS = ('fc1', 'norm1', 'relu', 'fc2')
-_CLASSES = frozenset((nn.Linear, nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm, nn.ReLU))
+# The norms that the kernels compute, if they are of no class derived from one.
+_PLAIN_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm)
 
 
 class LayerAttention(nn.Module):
@@ -262,12 +261,13 @@ class Attention(LayerAttention):
     def _layers(self) -> tuple[Any, Any, Any] | None:
         """fc1, norm and fc2; None if somebody has replaced, parametrised or hooked a layer."""
         # Where torch.nn keeps them: a small layer takes hardly longer than its attributes.
-        modules = self._modules
-        layers = fc1, norm, _, fc2 = [modules[name] for name in _LAYERS]
+        get = self._modules.get
+        layers = fc1, norm, relu, fc2 = get('fc1'), get('norm1'), get('relu'), get('fc2')
         if (
             self.has_nonlocal_basis
+            or not (type(fc1) is type(fc2) is nn.Linear and type(relu) is nn.ReLU)
+            or type(norm) not in _PLAIN_NORMS
             or modes.is_patched(*layers)
-            or not _CLASSES.issuperset(map(type, layers))
         ):
             return None
         first, scale, last = fc1._parameters, norm._parameters, fc2._parameters

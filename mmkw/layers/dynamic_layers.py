@@ -296,8 +296,7 @@ class DynamicLayer(Weightless, StandsForStatic):
         # What is observed may have a batch without a length.
         if modes.is_observed() or not x.is_cpu:
             return None
-        # Where torch.nn keeps it: a small layer takes hardly longer than its attributes.
-        attention = self._modules['attention']
+        attention = self.attention
         cells = self._warehouses[0].weights.plain(self._warehouse_index)
         is_as_made = (
             type(attention) is Attention

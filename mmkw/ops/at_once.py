@@ -34,7 +34,9 @@ def apply_to_image(
     sample_map: SampleConv | SampleLinear,
     bias: Tensor | None,
 ) -> Tensor | None:
-    """Computes a layer for one image, where nothing learns, and nothing looks inside.
+    """Computes a layer for one image, where nothing learns.
+
+    The caller has asked :func:`~mmkw.ops.modes.is_observed`.
 
     Args:
         x: Tensor[1, ...], the image or its tokens.

@@ -282,7 +282,7 @@ def are_constants(*tensors: Tensor | None) -> bool:
     Args:
         *tensors: Of any shapes.
     """
-    if MISSING is not None or not _switched_on:
+    if why_not_compiled() is not None:
         return False
     # A loop, since small layers take hardly longer than these questions.
     may_learn = torch.is_grad_enabled()

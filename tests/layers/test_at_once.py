@@ -431,3 +431,21 @@ def test_cells_are_those_of_the_class(at_once, learned):
         torch.testing.assert_close(layer(x).double(), right, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(layer(x).double(), right, atol=1e-4, rtol=1e-4)
     assert not at_once and not learned
+
+
+class Halved(KWConv2d):
+    @property
+    def attention(self):
+        of_layer = self._modules['attention']
+        return lambda pooled: of_layer(pooled) / 2
+
+
+def test_attentions_are_those_of_the_class(at_once, learned):
+    torch.manual_seed(0)
+    layer, x = Halved(8, 16, 3, bias=False).eval(), torch.randn(1, 8, 9, 8)
+    whole = KWConv2d(8, 16, 3, bias=False).eval()
+    whole.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), whole(x) / 2, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layer(x), whole(x) / 2, atol=1e-4, rtol=1e-4)
+    assert at_once == [True, False] and learned == [True]

@@ -186,7 +186,16 @@ def backward_hook(attention):
     attention.relu.register_full_backward_hook(lambda *_: CALLED.append('hook'))
 
 
-CHANGES = [untracked, gaps, half, integers, two_counters, infinite, nothing_more, cumulative]
+def no_relu(attention):
+    attention.relu = nn.LayerNorm(16)
+
+
+def a_function(attention):
+    del attention.relu
+    attention.relu = torch.relu
+
+
+CHANGES = [no_relu, a_function, untracked, gaps, half, integers, two_counters, infinite, nothing_more, cumulative]
 CHANGES += [without_bias, hook, backward_hook, *map(tensor_in, ('fc1', 'norm1', 'fc2'))]
 
 

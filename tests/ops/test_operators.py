@@ -143,6 +143,7 @@ CALLS = {
     'bmm of many columns': ('bmm', lambda: dict(a=floats(2, 32, 64), b=floats(2, 64, 1600))),
     'bmm by tiles': ('bmm', lambda: dict(a=floats(2, 3, 5), b=floats(2, 5, 7), by_tiles=True)),
     'average': ('average', lambda: dict(seen=floats(2, 33, 7, 9).bfloat16(), is_tokens=False)),
+    'average of float32': ('average', lambda: dict(seen=floats(2, 33, 7, 9), is_tokens=False)),
     'average of a place': ('average', lambda: dict(seen=floats(2, 33), is_tokens=True)),
     'average of tokens': ('average', lambda: dict(seen=floats(2, 33, 7), is_tokens=True)),
     'attend': ('attend', attention),
@@ -294,6 +295,8 @@ SEEN = {
         lambda of: of(32, 9, 10, 11).to(memory_format=torch.channels_last_3d),
     ),
     'a map of one place': (False, lambda of: of(70, 1, 1)),
+    'maps of a part': (False, lambda of: of(13, 32, 32)),
+    'maps of a part and a place': (False, lambda of: of(13, 1025)),
     'the second of two images': (
         False,
         lambda of: torch.cat([of(33, 7, 9), of(33, 7, 9)])[-len(of(1)) :],
@@ -322,6 +325,24 @@ def test_images_are_averaged_as_in_float64(batch, dtype, case):
     found = ops.average(seen, is_tokens)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), right, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('shape', [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 5)])
+def test_what_is_averaged_by_pytorch_is_as_its_mean(shape, dtype):
+    seen = floats(*shape).to(dtype)
+    right = seen.mean((2, 3), dtype=torch.float32)
+    torch.testing.assert_close(ops.average(seen, False), right, equal_nan=True)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_averages_of_images_are_no_copies_and_no_sums_of_pytorch(memory_format, dtype):
+    seen = floats(2, 64, 14, 14).to(dtype).contiguous(memory_format=memory_format)
+    with torch.profiler.profile() as profile:
+        ops.average(seen, False)
+    found = {event.key for event in profile.key_averages()}
+    assert 'mmkw::average' in found and not found & {'aten::mean', 'aten::sum', 'aten::copy_'}
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
@@ -505,6 +526,8 @@ def test_operations_are_counted():
 
 
 WRONG = {
+    'an average of nothing': ('average', lambda: dict(seen=floats(), is_tokens=False)),
+    'an average of a vector': ('average', lambda: dict(seen=floats(7), is_tokens=True)),
     'no grid': ('mix_cells', lambda: mixing(grid=[])),
     'a short grid': ('mix_cells', lambda: mixing(grid=[3, 3, 2])),
     'a grid of nothing': ('mix_cells', lambda: mixing(grid=[3, 3, 0, 2])),

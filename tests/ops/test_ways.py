@@ -328,7 +328,7 @@ def test_small_images_are_convolved_at_once(kind):
 
 def as_chosen(conv, compiled):
     """What applies kernels of constants, by compiled operators or by PyTorch's."""
-    return CompiledMap(conv.settings, conv.channel_dim) if compiled else conv
+    return CompiledMap.of(conv) if compiled else conv
 
 
 @pytest.mark.parametrize('multiplier', [1, 2])

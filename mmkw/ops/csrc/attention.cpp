@@ -224,14 +224,15 @@ at::Tensor dense_floats(const at::Tensor& tensor, at::IntArrayRef shape) {
   return dense(tensor, shape);
 }
 
-// So many values of a map at a time are summed up in float32.
+// So many values of a map at a time are summed up in float32. PyTorch takes less time for those of larger
+// maps of float32.
 constexpr int64_t PART = 1024;
 
 // result (rows) = averages of maps (rows, places).
 template <typename Value>
 void average_maps(float* result, const Value* maps, int64_t rows, int64_t places) {
   constexpr int64_t ROWS = 12, GRAIN = 1 << 16;
-  const std::vector<float> ones(PART, 1);
+  const std::vector<float> ones(std::min(places, PART), 1);
   at::parallel_for(0, rows, GRAIN / places + 1, [&](int64_t begin, int64_t end) {
     std::vector<float> memory;
     for_tiles(end - begin, ROWS, [&](int64_t tile, int64_t count) {
@@ -244,7 +245,7 @@ void average_maps(float* result, const Value* maps, int64_t rows, int64_t places
           part = from;
         } else {
           stride = terms;
-          memory.resize(ROWS * PART);
+          memory.resize(std::max<size_t>(memory.size(), count * terms));
           for (int64_t row = 0; row < count; row++)
             std::get<Widen<Value>>(blocks().widen)(terms, from + row * places, &memory[row * terms]);
           part = memory.data();
@@ -296,11 +297,12 @@ void average_pixels(float* result, const Value* images, int64_t batch, int64_t p
 // The average of images over space in float32: over all dimensions but the first and that of the
 // channels, which is the second, or of tokens the last.
 at::Tensor average(const at::Tensor& seen, bool is_tokens) {
+  TORCH_CHECK(seen.dim() > 1, "images have a batch and channels, got ", seen.sizes());
   if (seen.dim() == 2) return seen.to(at::kFloat, false, true);
   const int64_t batch = seen.size(0), channels = seen.size(is_tokens ? -1 : 1);
   const int64_t places = seen.numel() / std::max<int64_t>(batch * channels, 1);
   const bool is_float = seen.scalar_type() == at::kFloat, are_maps = !is_tokens && seen.is_contiguous();
-  // PyTorch sums up large maps of float32 in less time, and makes a copy of others in float32.
+  // PyTorch makes a copy in float32 of what is not of it.
   const bool are_own = are_maps ? !is_float || places <= PART
                                 : channels % blocks().width == 0 &&
                                       (is_tokens ? seen : seen.movedim(1, -1)).is_contiguous();

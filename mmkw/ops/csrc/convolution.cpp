@@ -200,8 +200,8 @@ bool is_convolved(const char* what, const Geometry& of, const at::Tensor& x, at:
 }
 
 bool is_joined(const char* what, const Geometry& of, const at::Tensor& x, at::IntArrayRef kernel) {
-  const at::IntArrayRef size = kernel.slice(2);
   if (x.size(0) == 1) return false;
+  const at::IntArrayRef size = kernel.slice(2);
   if (kernel[1] == 1 && of.groups == kernel[0])
     // Where channels lie last, images are copied to be joined.
     return !(x.dim() == 4 && is_channels_last(x) &&

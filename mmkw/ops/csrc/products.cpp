@@ -127,8 +127,7 @@ double saved_by_convolution() {
 // compute the same bits: this is measured.
 bool are_tiles_faster(int64_t batch, int64_t m, int64_t k, int64_t n) {
   const int64_t packed = PACKING_COLUMNS * (is_shared_out(batch) ? 1 : at::get_num_threads());
-  auto [rows, columns] = std::pair(m, n);
-  if (is_turned(m, n)) std::swap(rows, columns);
+  const auto [rows, columns] = is_turned(m, n) ? std::pair(n, m) : std::pair(m, n);
   // Of what is too small in any case nothing is measured.
   return batch > 0 && columns > packed && rows >= LEAST_ROWS && k >= LEAST_TERMS &&
          !at::globalContext().deterministicAlgorithms() && saved_by_tiles() > SAVED &&
