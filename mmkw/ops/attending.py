@@ -94,7 +94,7 @@ class Learning(NamedTuple):
 
     def with_parameters(self, parameters: Parameters | None) -> 'Learning':
         """The same with other parameters, or none: autograd keeps them for a backward pass."""
-        return self._replace(parameters=parameters)
+        return Learning(parameters, *self[1:])
 
 
 def count_batch(norm: Norm) -> None:
