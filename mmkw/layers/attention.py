@@ -258,8 +258,8 @@ class Attention(LayerAttention):
                 alpha = (1 - self.temperature) * alpha + self.temperature * beta
             return alpha[..., :-1]
 
-    def _layers(self) -> tuple[Any, Any, Any] | None:
-        """fc1, norm and fc2; None if somebody has replaced, parametrised or hooked a layer."""
+    def _as_made(self) -> tuple[Any, attending.Parameters] | None:
+        """The norm and the parameters; None if a layer is replaced, parametrised or hooked."""
         # Where torch.nn keeps them: a small layer takes hardly longer than its attributes.
         get = self._modules.get
         layers = fc1, norm, relu, fc2 = get('fc1'), get('norm1'), get('relu'), get('fc2')
@@ -271,15 +271,23 @@ class Attention(LayerAttention):
         ):
             return None
         first, scale, last = fc1._parameters, norm._parameters, fc2._parameters
+        parameters = attending.Parameters(
+            first.get('weight'),
+            first.get('bias'),
+            scale.get('weight'),
+            scale.get('bias'),
+            last.get('weight'),
+            last.get('bias'),
+        )
         is_as_made = (
             'bias' in first
-            and first.get('weight') is not None
-            and scale.get('weight') is not None
-            and scale.get('bias') is not None
-            and last.get('weight') is not None
-            and last.get('bias') is not None
+            and parameters.fc1_weight is not None
+            and parameters.norm_weight is not None
+            and parameters.norm_bias is not None
+            and parameters.fc2_weight is not None
+            and parameters.fc2_bias is not None
         )
-        return (fc1, norm, fc2) if is_as_made else None
+        return (norm, parameters) if is_as_made else None
 
     def _by_kernels(self, pooled: Tensor) -> Tensor | None:
         """Computes :meth:`forward` by kernels of our own, or returns None where they cannot.
@@ -287,14 +295,14 @@ class Attention(LayerAttention):
         A few kernels are faster than many small operators.
         """
         # Whoever looks at the operators sees PyTorch's, and no question about sizes and versions.
-        layers = None if modes.is_observed() else self._layers()
-        if layers is None:
+        made = None if modes.is_observed() else self._as_made()
+        if made is None:
             return None
         if not pooled.is_cuda:
-            operands = self._operands(*layers)
+            operands = self._operands(*made)
             if operands is not None and backend.computes_constants(pooled, *operands.tensors):
                 return torch.ops.mmkw.attend(pooled, *operands.tensors, *operands.numbers)
-        learning = self._learning(*layers, pooled, pooled.shape[-1])
+        learning = self._learning(*made, pooled, pooled.shape[-1])
         if learning is None or pooled.dim() != 2:
             return None
         kernels = backend.attention_kernels(pooled, self.num_cells, *learning.parameters)
@@ -312,13 +320,12 @@ class Attention(LayerAttention):
             that is none of theirs, or where a layer has been changed. None, too, if neither the
             images nor a parameter needs a gradient.
         """
-        layers = self._layers() if torch.is_grad_enabled() else None
-        if layers is None or not (
-            seen.requires_grad
-            or any(p is not None and p.requires_grad for p in _parameters_of(*layers))
+        made = self._as_made() if torch.is_grad_enabled() else None
+        if made is None or not (
+            seen.requires_grad or any(p is not None and p.requires_grad for p in made[1])
         ):
             return None
-        learning = self._learning(*layers, seen, channels)
+        learning = self._learning(*made, seen, channels)
         # The images are averaged to float32, whatever they are.
         if learning is None or not backend.attention_kernels(
             learning.parameters.fc2_bias, self.num_cells, *learning.parameters
@@ -327,9 +334,8 @@ class Attention(LayerAttention):
         return learning
 
     def _learning(
-        self, fc1: nn.Module, norm: nn.Module, fc2: nn.Module, seen: Tensor, channels: int
+        self, norm: Any, parameters: attending.Parameters, seen: Tensor, channels: int
     ) -> attending.Learning | None:
-        parameters = _parameters_of(fc1, norm, fc2)
         # What is wrong with the sizes of these PyTorch says.
         if channels != parameters.fc1_weight.shape[1] or norm.eps <= 0:
             return None
@@ -384,10 +390,10 @@ class Attention(LayerAttention):
             None where they cannot: with a temperature, with a norm by the batch, or where a layer
             has been changed.
         """
-        layers = self._layers()
-        return None if layers is None else self._operands(*layers)
+        made = self._as_made()
+        return None if made is None else self._operands(*made)
 
-    def _operands(self, fc1: nn.Module, norm: nn.Module, fc2: nn.Module) -> Operands | None:
+    def _operands(self, norm: Any, parameters: attending.Parameters) -> Operands | None:
         if self.temperature > 0:
             return None
         mean = variance = None
@@ -397,7 +403,7 @@ class Attention(LayerAttention):
                 return None
         elif not isinstance(norm, nn.LayerNorm):
             return None
-        fc1_weight, fc1_bias, *rest = _parameters_of(fc1, norm, fc2)
+        fc1_weight, fc1_bias, *rest = parameters
         return Operands(
             (fc1_weight, fc1_bias, mean, variance, *rest),
             (self.num_mixtures, norm.eps, DENOMINATOR_EPS),
@@ -533,13 +539,6 @@ def normalised(norm: nn.Module, hidden: Tensor) -> Tensor:
             eps=norm.eps,
         )
     return norm(hidden)
-
-
-def _parameters_of(fc1: nn.Module, norm: nn.Module, fc2: nn.Module) -> attending.Parameters:
-    first, scale, last = fc1._parameters, norm._parameters, fc2._parameters
-    return attending.Parameters(
-        first['weight'], first['bias'], scale['weight'], scale['bias'], last['weight'], last['bias']
-    )
 
 
 def _joins_processes(norm: nn.Module) -> bool:

@@ -50,8 +50,7 @@ def apply_to_image(
     Returns:
         None where the compiled kernels cannot, or should not, do all of this.
     """
-    given = (x,) if x is seen else (x, seen)
-    if not backend.are_constants(*given, cells, bias, *operands.tensors):
+    if not backend.are_constants(x, seen, cells, bias, *operands.tensors):
         return None
     dtype = modes.autocast_dtype(x)
     if dtype is not None:

@@ -27,8 +27,7 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The precision to which autocast casts a tensor; None outside autocast."""
     device = x.device.type
-    # torch has no autocast for the meta device.
-    if device == 'meta' or not torch.is_autocast_enabled(device):
+    if not _autocasts(device):
         return None
     if x.dtype == torch.float64 or not x.is_floating_point():
         # Autocast leaves double precision as it is, and what are no real numbers.
@@ -44,9 +43,14 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     """
     device = x.device.type
     # Switching off what is off takes as long as a small layer.
-    if device == 'meta' or not torch.is_autocast_enabled(device):
+    if not _autocasts(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
+
+
+def _autocasts(device: str) -> bool:
+    # torch has no autocast for the meta device.
+    return device != 'meta' and torch.is_autocast_enabled(device)
 
 
 def is_compiling() -> bool:

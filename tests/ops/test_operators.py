@@ -329,7 +329,7 @@ def test_images_are_averaged_as_in_float64(batch, dtype, case):
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('shape', [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 5)])
-def test_what_is_averaged_by_pytorch_is_as_its_mean(shape, dtype):
+def test_averages_are_as_the_mean_of_pytorch(shape, dtype):
     seen = floats(*shape).to(dtype)
     right = seen.mean((2, 3), dtype=torch.float32)
     torch.testing.assert_close(ops.average(seen, False), right, equal_nan=True)

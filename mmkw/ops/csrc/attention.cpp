@@ -301,24 +301,20 @@ at::Tensor average(const at::Tensor& seen, bool is_tokens) {
   if (seen.dim() == 2) return seen.to(at::kFloat, false, true);
   const int64_t batch = seen.size(0), channels = seen.size(is_tokens ? -1 : 1);
   const int64_t places = seen.numel() / std::max<int64_t>(batch * channels, 1);
-  const bool is_float = seen.scalar_type() == at::kFloat, are_maps = !is_tokens && seen.is_contiguous();
+  const bool are_maps = !is_tokens && seen.is_contiguous();
   // PyTorch makes a copy in float32 of what is not of it.
-  const bool are_own = are_maps ? !is_float || places <= PART
+  const bool are_own = are_maps ? seen.scalar_type() != at::kFloat || places <= PART
                                 : channels % blocks().width == 0 &&
                                       (is_tokens ? seen : seen.movedim(1, -1)).is_contiguous();
   if (is_stored(seen) && places > 0 && are_own) {
     const at::Tensor result = at::empty({batch, channels}, seen.options().dtype(at::kFloat));
     float* const to = result.mutable_data_ptr<float>();
-    const auto average_of = [&](const auto* values) {
+    with_values(seen, [&](const auto* values) {
       if (are_maps)
         average_maps(to, values, batch * channels, places);
       else
         average_pixels(to, values, batch, places, channels);
-    };
-    if (is_float)
-      average_of(seen.const_data_ptr<float>());
-    else
-      average_of(seen.const_data_ptr<BFloat16>());
+    });
     return result;
   }
   std::vector<int64_t> space(seen.dim() - 2);

@@ -372,16 +372,7 @@ bool is_paired(const at::Tensor& rows, int64_t size) {
          sbgemm::is_available();
 }
 
-// Calls work(pointer) with a pointer to the values, which are of float32 or bfloat16.
-template <typename Work>
-void with_values(const at::Tensor& tensor, const Work& work) {
-  if (tensor.scalar_type() == at::kFloat)
-    work(tensor.const_data_ptr<float>());
-  else
-    work(tensor.const_data_ptr<BFloat16>());
-}
-
-// The same for cells, which may be integers, too.
+// As with_values, for cells, which may be integers, too.
 template <typename Work>
 void with_cells(const at::Tensor& cells, const Work& work) {
   if (cells.scalar_type() == at::kChar)

@@ -23,6 +23,15 @@ inline bool is_stored(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16;
 }
 
+// Calls work(pointer) with a pointer to the values, which are of float32 or bfloat16.
+template <typename Work>
+void with_values(const at::Tensor& tensor, const Work& work) {
+  if (tensor.scalar_type() == at::kFloat)
+    work(tensor.const_data_ptr<float>());
+  else
+    work(tensor.const_data_ptr<c10::BFloat16>());
+}
+
 // Memory that the thread uses again. Fresh memory of megabytes takes as long as mixing.
 at::Tensor memory_of_thread(at::IntArrayRef shape, const at::Tensor& like);
 
